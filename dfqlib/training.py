@@ -1,0 +1,232 @@
+"""Train a full-precision teacher from the full data set, resumable after any epoch.
+
+The notebook ``00_teachers.ipynb`` tells the story; this module holds its steps: augmentation on whole-batch tensors,
+the optimizer, the schedule, and the epoch loop with its checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfqlib.errors import UserError
+from dfqlib.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a teacher's training, as its card records it.
+
+    The rate rises over ``warmup`` epochs, stays at its peak, and falls linearly to 0 over the last ``decay`` of all
+    epochs. A checkpoint from before the fall can therefore be continued with more ``epochs``. The constant part runs
+    on images of ``sizes[0]`` pixels, the fall on the later sizes in equal parts: most of what a network of this kind
+    learns costs a fraction of the full resolution.
+    """
+
+    epochs: int = 40
+    batch: int = 128
+    filter_lr: float = 0.06  # turn of each filter bank per step, in radians
+    lr: float = 0.1  # SGD rate of batch-norm affines and of the classifier
+    momentum: float = 0.9
+    weight_decay: float = 5e-4  # of the classifier's weight alone; filter banks keep their norm
+    warmup: float = 0.5
+    decay: float = 0.5
+    sizes: tuple[int, ...] = (20, 24, 32)
+    seed: int = 0
+
+    @property
+    def decay_start(self) -> int:
+        """The first epoch in which the rate falls."""
+        return self.epochs - round(self.epochs * self.decay)
+
+    def rate(self, epoch: float) -> float:
+        """The rate at a moment in training, in (fractional) epochs, as a fraction of its peak."""
+        falling = (self.epochs - epoch) / max(self.epochs - self.decay_start, 1)
+        return max(0.0, min(1.0, (epoch + 0.01) / self.warmup if self.warmup else 1.0, falling))
+
+    def size(self, epoch: int) -> int:
+        """Height and width of the training images in an epoch, in pixels."""
+        if epoch < self.decay_start or len(self.sizes) == 1:
+            return self.sizes[0]
+        later = self.sizes[1:]
+        return later[(epoch - self.decay_start) * len(later) // (self.epochs - self.decay_start)]
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix, (rows, columns) -> same, by the quintic Newton-Schulz iteration of Muon.
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+class FilterMuon(torch.optim.Optimizer):
+    """Muon for convolution filters that a batch norm follows: the loss does not see their scale, so it is held.
+
+    Each step turns the filter bank, flattened to (out, in * kh * kw), by ``lr`` radians towards the orthogonalised
+    Nesterov momentum and restores its norm. ``torch.optim.Muon`` takes matrices only, and decays the norm instead.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(p.grad)
+                update = orthogonalise(p.grad.add(buffer, alpha=group["momentum"]).flatten(1)).view_as(p)
+                norm = p.norm()
+                p.sub_(update, alpha=float(group["lr"] * norm / update.norm()))
+                p.mul_(norm / p.norm())
+
+
+def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Random 4-pixel shift (zero padding) and horizontal flip of (B, 3, H, W) images, then resized to ``size``."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
+    dy, dx = torch.randint(0, 9, (2, b), generator=generator).to(images.device)
+    rows = dy[:, None] + torch.arange(h, device=images.device)
+    columns = dx[:, None] + torch.arange(w, device=images.device)
+    flipped = (torch.rand(b, generator=generator) < 0.5).to(images.device)
+    columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    sample = torch.arange(b, device=images.device)[:, None, None]
+    out = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if size != h:
+        out = F.interpolate(out, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the filter banks, SGD with Nesterov momentum for everything else (decay on matrices only)."""
+    parameters = list(network.parameters())
+    matrices = [p for p in parameters if p.ndim == 2]
+    vectors = [p for p in parameters if p.ndim == 1]
+    rest = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        FilterMuon([p for p in parameters if p.ndim == 4], recipe.filter_lr, recipe.momentum),
+        torch.optim.SGD(rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=True),
+    ]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Set every group's learning rate to a fraction of its peak, which is the one it was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = fraction * group.setdefault("peak_lr", group["lr"])
+
+
+def accept_any_size(network: nn.Module) -> nn.Module:
+    """Replace average pooling over a fixed final map by pooling over the whole map (the same at the native size)."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if name == "final_pool" and isinstance(child, nn.AvgPool2d):
+                setattr(parent, name, nn.AdaptiveAvgPool2d(1))
+    return network
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically; it loads with ``weights_only=True``."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The state in ``path``, or None if there is none yet.
+
+    Raises ``UserError`` if it was made by a recipe that differs in more than a length this training can take over.
+    """
+    if not path.exists():
+        return None
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    made_by = {**state["recipe"], "sizes": tuple(state["recipe"]["sizes"])}
+    wanted = asdict(recipe)
+    differing = [key for key in wanted if key != "epochs" and made_by[key] != wanted[key]]
+    lengthened = made_by["epochs"] != wanted["epochs"]
+    if lengthened and state["epoch"] > min(Recipe(**made_by).decay_start, recipe.decay_start):
+        differing.append("epochs")
+    if differing:
+        changes = ", ".join(f"{key}={wanted[key]!r} (it has {made_by[key]!r})" for key in differing)
+        raise UserError(f"checkpoint={str(path)!r} belongs to another recipe: {changes}; name another file.")
+    return state
+
+
+def train_teacher(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    recipe: Recipe,
+    checkpoint: str | Path,
+    evaluate: Callable[[nn.Module], float],
+    compiled: bool = False,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train ``network`` in place, from ``checkpoint`` if there is one, and return the history, one entry an epoch.
+
+    ``images`` are uint8 (N, 3, H, W), ``labels`` int64 (N,); ``normalise`` turns a uint8 batch into the network's
+    input; ``evaluate`` gives its top-1 in per cent (it chooses nothing: the last epoch's weights are the result).
+    Training computes on the device the network is on and writes the checkpoint after every epoch.
+    """
+    checkpoint = Path(checkpoint)
+    device = next(network.parameters()).device
+    network = accept_any_size(network).to(memory_format=torch.channels_last)
+    steppers = optimizers(network, recipe)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    history: list[dict[str, float]] = []
+    state = load_checkpoint(checkpoint, recipe)
+    if state is not None:
+        network.load_state_dict(state["network"])
+        for optimizer, saved in zip(steppers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        generator.set_state(state["generator"])
+        history = state["history"]
+    forward = torch.compile(network, dynamic=False) if compiled else network
+    images, labels = images.to(device), labels.to(device)
+    steps = len(images) // recipe.batch
+    for epoch in range(len(history), recipe.epochs):
+        network.train()
+        size = recipe.size(epoch)
+        order = torch.randperm(len(images), generator=generator).to(device)
+        total = torch.zeros((), device=device)
+        for step in range(steps):
+            chosen = order[step * recipe.batch : (step + 1) * recipe.batch]
+            rate = recipe.rate(epoch + step / steps)
+            loss = F.cross_entropy(forward(augment(normalise(images[chosen]), size, generator)), labels[chosen])
+            for optimizer in steppers:
+                set_rate(optimizer, rate)
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in steppers:
+                optimizer.step()
+            total += loss.detach()
+        network.eval()
+        entry = {"epoch": epoch + 1, "size": size, "loss": float(total / steps), "top1": evaluate(network)}
+        history.append(entry)
+        save_checkpoint(
+            checkpoint,
+            {
+                "recipe": asdict(recipe),
+                "epoch": len(history),
+                "network": network.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in steppers],
+                "generator": generator.get_state(),
+                "history": history,
+            },
+        )
+        if on_epoch is not None:
+            on_epoch(entry)
+    return history
