@@ -1,0 +1,105 @@
+"""Losses equal the official code's, and hand-worked values."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorchcv.model_provider import get_model
+from torch import nn
+
+from dfqlib.losses import bns_loss, distillation_kl, generator_loss, student_loss, zeroq_statistics_loss
+from dfqlib.statistics import BatchNormInputs
+
+DATA = Path(__file__).parent / "data" / "losses.npz"
+
+
+@pytest.fixture(scope="module")
+def official():
+    return {name: torch.from_numpy(array) for name, array in np.load(DATA).items()}
+
+
+@pytest.fixture(scope="module")
+def forward(official):
+    """Teacher logits and batch-norm inputs for the official images."""
+    network = get_model("resnet20_cifar10").eval()
+    state = {name.removeprefix("state/"): value for name, value in official.items() if name.startswith("state/")}
+    network.load_state_dict(state, strict=False)
+    with BatchNormInputs(network) as norms, torch.no_grad():
+        logits = network(official["images"])
+        layers = list(norms.layers)
+    assert len(layers) == sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    return logits, layers
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs.reshape(()), rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_logits_equal_the_official_ones(official, forward):
+    torch.testing.assert_close(forward[0], official["teacher_logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_losses_equal_the_official_ones(official, forward):
+    close(bns_loss(forward[1]), official["gdfq_bns"])
+    close(zeroq_statistics_loss(official["images"], forward[1]), official["zeroq_loss"])
+
+
+def test_generator_loss_equals_the_official_one_for_hard_and_soft_labels(official, forward):
+    close(generator_loss(forward[0], official["labels"], forward[1]), official["gdfq_generator_loss"])
+    soft = official["qimera_soft_targets"]
+    close(generator_loss(forward[0], soft, forward[1]), official["qimera_generator_loss"])
+
+
+def test_student_loss_equals_the_official_one_with_its_quirk(official):
+    arguments = official["student_logits"], official["teacher_logits"], official["labels"]
+    close(student_loss(*arguments, mean_over_classes=True), official["gdfq_student_loss"])
+    close(
+        student_loss(*arguments) - student_loss(*arguments, kl_weight=0),
+        10 * (official["gdfq_student_loss"] - student_loss(*arguments, kl_weight=0)),
+    )
+
+
+def test_kl_by_hand():
+    # T = (3/4, 1/4), S = (1/2, 1/2) at tau 1: 3/4 log(3/2) + 1/4 log(1/2)
+    teacher, student = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    by_hand = torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    torch.testing.assert_close(distillation_kl(teacher, student, temperature=1), by_hand)
+    torch.testing.assert_close(distillation_kl(teacher, student, 1, mean_over_classes=True), by_hand / 2)
+    # The mean over the batch does not depend on how often a sample is repeated.
+    torch.testing.assert_close(distillation_kl(teacher.repeat(5, 1), student.repeat(5, 1), 1), by_hand)
+    # Logits twice as large at twice the temperature: the same divergence, times tau squared.
+    torch.testing.assert_close(distillation_kl(2 * teacher, student, temperature=2), 4 * by_hand)
+
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
+    labels = torch.tensor([0, 1])
+    by_hand = torch.tensor((math.log(4 / 3) + math.log(2)) / 2)
+    torch.testing.assert_close(student_loss(logits, logits, labels, kl_weight=0), by_hand)
+    torch.testing.assert_close(student_loss(logits, logits, labels), by_hand)  # KL of equal logits is 0
+    torch.testing.assert_close(generator_loss(logits, labels, [], bns_weight=0), by_hand)
+    soft = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(generator_loss(logits, soft, [], bns_weight=0), by_hand)
+
+
+def test_bns_by_hand():
+    norm = nn.BatchNorm2d(1)
+    norm.running_mean.fill_(1.0)
+    norm.running_var.fill_(3.0)
+    inputs = torch.tensor([0.0, 2.0, 4.0, 6.0]).view(2, 1, 1, 2)  # mean 3, biased variance 5
+    torch.testing.assert_close(bns_loss([("norm", inputs, norm)]), torch.tensor(4.0 + 4.0))
+    far = ("far", inputs + 2, norm)  # mean 5, biased variance 5
+    torch.testing.assert_close(bns_loss([("norm", inputs, norm), far]), torch.tensor((8.0 + 20.0) / 2))
+
+
+def test_statistics_reach_the_images_by_gradient():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    for loss in (zeroq_statistics_loss, lambda _, layers: bns_loss(layers)):
+        images = torch.randn(2, 3, 6, 6, requires_grad=True)
+        with BatchNormInputs(network) as norms:
+            network(images)
+            loss(images, norms.layers).backward()
+        assert images.grad.isfinite().all() and images.grad.abs().sum() > 0
