@@ -1,0 +1,68 @@
+"""Errors, files and runtime: what every other part leans on."""
+
+import json
+
+import pytest
+import torch
+
+from dfqlib.errors import UserError, check_bits, check_choice, check_range
+from dfqlib.files import atomic_path, sha256, write_json, write_text
+from dfqlib.runtime import describe_hardware, pick_device, seed_everything
+
+
+def test_unknown_choice_names_parameter_value_and_what_is_allowed():
+    with pytest.raises(UserError, match=r"dataset='cifar11' is unknown \(did you mean 'cifar10'\?\); allowed: cifar10"):
+        check_choice("dataset", "cifar11", ["cifar10", "imagenet"])
+    assert check_choice("dataset", "imagenet", ["cifar10", "imagenet"]) == "imagenet"
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, "4", True, None])
+def test_unsupported_bits_are_refused(bits):
+    with pytest.raises(UserError, match="weight_bits=.*whole numbers from 2 to 8"):
+        check_bits("weight_bits", bits)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5", False])
+def test_values_out_of_range_are_refused(value):
+    with pytest.raises(UserError, match="p=.*from 0 to 1"):
+        check_range("p", value, 0, 1)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "result.json"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_numbers_json_cannot_hold_are_refused_and_leave_nothing(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "metrics.json", {"top1": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_round_trip_and_hash(tmp_path):
+    write_json(tmp_path / "a.json", {"top1": 91.5, "name": "é"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"top1": 91.5, "name": "é"}
+    write_text(tmp_path / "b.txt", "abc")
+    assert sha256(tmp_path / "b.txt") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_device_auto_is_one_torch_has_and_absent_ones_are_refused():
+    assert pick_device("auto").type in {"cpu", "cuda", "mps"}
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="device='gpu' is unknown"):
+        pick_device("gpu")
+    with pytest.raises(UserError, match=r"device='c(uda|pu):99'"):
+        pick_device("cuda:99" if not torch.cuda.is_available() else "cpu:99")
+    assert describe_hardware(torch.device("cpu")).endswith("threads")
+
+
+def test_a_seed_repeats_the_numbers():
+    seed_everything(5)
+    first = torch.rand(3)
+    seed_everything(5)
+    assert torch.equal(first, torch.rand(3))

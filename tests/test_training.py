@@ -1,0 +1,131 @@
+"""Teacher training: the schedule, the optimizer's geometry, augmentation, and a resume that changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from dfqlib.errors import UserError
+from dfqlib.training import FilterMuon, Recipe, augment, orthogonalise, train_teacher
+
+RECIPE = Recipe(epochs=4, batch=8, warmup=1.0, sizes=(6, 8), seed=3)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Dark images are class 0, bright ones class 1."""
+    torch.manual_seed(1)
+    labels = torch.arange(32) % 2
+    images = torch.randint(0, 100, (32, 3, 8, 8)) + 150 * labels[:, None, None, None]
+    return images.to(torch.uint8), labels
+
+
+def train(checkpoint, recipe=RECIPE, stop_after=None):
+    def evaluate(net: nn.Module) -> float:
+        return 0.0
+
+    def stop(entry: dict[str, float]) -> None:
+        if entry["epoch"] == stop_after:
+            raise KeyboardInterrupt
+
+    net = network()
+    history = train_teacher(
+        net, *data(), lambda x: x.float() / 255, recipe, checkpoint, evaluate=evaluate, on_epoch=stop
+    )
+    return net, history
+
+
+def test_rate_rises_holds_and_falls_to_zero():
+    recipe = Recipe(epochs=10, warmup=1.0, decay=0.5)
+    assert recipe.rate(0.5) == pytest.approx(0.51)
+    assert recipe.rate(1) == recipe.rate(5) == 1
+    assert recipe.rate(7.5) == pytest.approx(0.5)
+    assert recipe.rate(10) == 0
+
+
+def test_sizes_grow_as_the_rate_falls():
+    assert [Recipe(epochs=8, sizes=(20, 24, 32)).size(epoch) for epoch in range(8)] == [20] * 4 + [24] * 2 + [32] * 2
+    assert Recipe(epochs=3, sizes=(32,)).size(2) == 32
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in [(6, 20), (20, 6)]:
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_filter_step_turns_by_the_rate_and_keeps_the_norm():
+    torch.manual_seed(0)
+    filters = nn.Parameter(torch.randn(8, 4, 3, 3))
+    before = filters.detach().clone()
+    filters.grad = torch.randn_like(filters)
+    # A gradient orthogonal to the filters, as batch norm makes it, turns them without changing their norm.
+    filters.grad -= (filters.grad * before).sum() / before.square().sum() * before
+    FilterMuon([filters], lr=0.01, momentum=0.0).step()
+    assert filters.detach().norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
+    assert ((filters.detach() - before).norm() / before.norm()).item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_augmented_images_are_shifted_or_flipped_originals():
+    image = torch.arange(1, 26).float().view(1, 1, 5, 5)
+    for seed in range(20):
+        out = augment(image, 5, torch.Generator().manual_seed(seed))[0, 0]
+        candidates = []
+        padded = torch.nn.functional.pad(image, (4, 4, 4, 4))[0, 0]
+        for dy in range(9):
+            for dx in range(9):
+                window = padded[dy : dy + 5, dx : dx + 5]
+                candidates += [window, window.flip(1)]
+        assert any(torch.equal(out, candidate) for candidate in candidates)
+
+
+def test_augment_resizes():
+    assert augment(torch.rand(2, 3, 8, 8), 6, torch.Generator().manual_seed(0)).shape == (2, 3, 6, 6)
+
+
+def test_training_learns_and_is_deterministic(tmp_path):
+    first, history = train(tmp_path / "a.ckpt")
+    second, _ = train(tmp_path / "b.ckpt")
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_stopped_training_continues_to_the_same_weights(tmp_path):
+    whole, whole_history = train(tmp_path / "whole.ckpt")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped.ckpt", stop_after=3)
+    continued, history = train(tmp_path / "stopped.ckpt")
+    assert history == whole_history
+    for a, b in zip(whole.state_dict().values(), continued.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_training_can_be_lengthened_before_its_rate_falls(tmp_path):
+    longer = Recipe(epochs=8, batch=8, warmup=1.0, sizes=(6, 8), seed=3)
+    whole, _ = train(tmp_path / "whole.ckpt", longer)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "short.ckpt", stop_after=2)
+    lengthened, history = train(tmp_path / "short.ckpt", longer)
+    assert len(history) == 8
+    for a, b in zip(whole.state_dict().values(), lengthened.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    train(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"seed=4 \(it has 3\)"):
+        train(tmp_path / "a.ckpt", Recipe(epochs=4, batch=8, warmup=1.0, sizes=(6, 8), seed=4))
+    with pytest.raises(UserError, match=r"epochs=9 \(it has 4\)"):
+        train(tmp_path / "a.ckpt", Recipe(epochs=9, batch=8, warmup=1.0, sizes=(6, 8), seed=3))
