@@ -1,0 +1,329 @@
+"""Teachers: full-precision networks with the settings their weights were trained for, and where the weights come from.
+
+One table, :data:`MODELS`, holds every model of the published results. A :class:`Teacher` is a frozen network together
+with its normalisation, so that data sets stay plain pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorchcv.model_provider
+import torch
+import torchvision
+from pytorchcv.models.common import model_store
+from pytorchcv.models.resnet_cifar import CIFARResNet
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dfqlib.data import ASSETS, ImageSet, require_network
+from dfqlib.errors import UserError, check_choice
+from dfqlib.files import sha256
+from dfqlib.runtime import pick_device
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model's architecture (``factory``) and the input its weights expect.
+
+    ``factory`` is ``library:name``. ``resize`` is the shorter side before the centre crop to ``input_size`` (pixels);
+    ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1].
+    """
+
+    name: str
+    dataset: str
+    factory: str
+    input_size: int
+    resize: int
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _cifar(name: str, dataset: str, factory: str) -> ModelEntry:
+    return ModelEntry(name, dataset, factory, 32, 32, 100 if dataset == "cifar100" else 10, CIFAR_MEAN, CIFAR_STD)
+
+
+def _imagenet(name: str, factory: str, input_size: int = 224, resize: int = 256) -> ModelEntry:
+    return ModelEntry(name, "imagenet", factory, input_size, resize, 1000, IMAGENET_MEAN, IMAGENET_STD)
+
+
+MODELS: dict[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        _cifar("resnet20_cifar10", "cifar10", "pytorchcv:resnet20_cifar10"),
+        _cifar("resnet20_cifar100", "cifar100", "pytorchcv:resnet20_cifar100"),
+        _cifar("resnet34_cifar100", "cifar100", "dfqlib:resnet34_cifar"),
+        _imagenet("resnet18", "pytorchcv:resnet18"),
+        _imagenet("resnet50", "pytorchcv:resnet50"),
+        _imagenet("inceptionv3", "pytorchcv:inceptionv3", 299, 342),
+        _imagenet("mobilenetv2_w1", "pytorchcv:mobilenetv2_w1"),
+        _imagenet("shufflenet_g1_w1", "pytorchcv:shufflenet_g1_w1"),
+        _imagenet("sqnxt23_w2", "pytorchcv:sqnxt23_w2"),
+        _imagenet("torchvision/resnet18", "torchvision:resnet18"),
+    )
+}
+
+
+def resnet34_cifar(classes: int = 100) -> nn.Module:
+    """ResNet-34 with a 3x3 stem and no pooling before the first stage, for 32 x 32 images; 21.3 M parameters.
+
+    The few-shot setting of SaFT names a ResNet-34 on CIFAR-100; pytorchcv has its blocks but not this network.
+    """
+    channels = [[64] * 3, [128] * 4, [256] * 6, [512] * 3]
+    network = CIFARResNet(channels=channels, init_block_channels=64, bottleneck=False, num_classes=classes)
+    # Four stages leave 4 x 4 positions where pytorchcv's pool of 8 x 8 expects three stages.
+    network.features.final_pool = nn.AdaptiveAvgPool2d(1)
+    return network
+
+
+def build(name: str) -> nn.Module:
+    """The untrained network of a ``MODELS`` entry, in training mode, with its library's random initialisation."""
+    entry = MODELS[check_choice("model", name, MODELS)]
+    library, _, architecture = entry.factory.partition(":")
+    if library == "dfqlib":
+        return resnet34_cifar(entry.classes)
+    if library == "torchvision":
+        return torchvision.models.get_model(architecture, weights=None)
+    return pytorchcv.model_provider.get_model(architecture, pretrained=False)
+
+
+class Teacher:
+    """A frozen network in eval mode, with its normalisation, and a record of where its weights came from.
+
+    ``source`` is one sentence, ``sha256`` the digest of the weights file, ``card`` the training record beside it
+    (recipe, epochs, seed, hardware, commit, accuracy) or None. Any network becomes a teacher with
+    :meth:`from_module`.
+    """
+
+    def __init__(
+        self, network: nn.Module, entry: ModelEntry, source: str, sha256: str, card: dict[str, Any] | None = None
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.entry = entry
+        self.name = entry.name
+        self.source = source
+        self.sha256 = sha256
+        self.card = card
+
+    @classmethod
+    def from_module(
+        cls,
+        network: nn.Module,
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        name: str = "own",
+        dataset: str = "own",
+        input_size: int = 32,
+        device: str | torch.device = "cpu",
+    ) -> Teacher:
+        """A teacher from any network that maps normalised images (N, len(mean), H, W) to logits (N, ``classes``).
+
+        ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]. The network is copied, so the one given
+        keeps its mode and its gradients.
+        """
+        if not len(mean) == len(std) > 0 or not all(value > 0 for value in std):
+            raise UserError(
+                f"mean={mean!r}, std={std!r} do not fit; allowed: one number per channel each, std above 0."
+            )
+        entry = ModelEntry(name, dataset, "own", input_size, input_size, classes, tuple(mean), tuple(std))
+        network = _place(copy.deepcopy(network), device)
+        return cls(network, entry, f"a network given as {type(network).__name__}", _state_digest(network))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(pixels / 255 - mean) / std on the teacher's device: uint8 (N, 3, H, W) -> float32 (N, 3, H, W)."""
+        mean, std = self._statistics()
+        return pixels.to(self.device).float().mul(1 / (255 * std)).sub_(mean / std)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Inverse of :meth:`normalise`, rounded and clipped, for showing: float32 (N, 3, H, W) -> uint8 on the CPU."""
+        mean, std = self._statistics()
+        scaled = (images.detach().to(self.device) * std + mean) * 255
+        return scaled.round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        mean, std = torch.tensor([self.entry.mean, self.entry.std], device=self.device)
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+
+def load_teacher(
+    name: str, weights: str | Path | None = None, device: str | torch.device = "cpu", download: bool = True
+) -> Teacher:
+    """The trained teacher ``name``, with weights from the first of: ``weights``, the package, a local file, a download.
+
+    ``weights`` is a file: safetensors, or a state dict saved by torch that holds tensors only. The local file is
+    ``$DFQ_DATA/teachers/<name>.safetensors`` (or ``.pth``). Downloads come from pytorchcv, or from torchvision for
+    names such as ``torchvision/resnet18``. Raises :class:`UserError` for an unknown name, a file that is missing,
+    truncated, of another architecture or holds code, and a download that is not possible.
+    """
+    entry = MODELS[check_choice("model", name, MODELS)]
+    network = build(name)
+    path = Path(weights).expanduser() if weights else _find_weights(name)
+    if path is not None:
+        state = read_weights(path)
+        _load_state(network, state, f"weights={str(path)!r}", name)
+        card = _read_card(path)
+        where = "the package" if path.parent == ASSETS else f"the file {path}"
+    else:
+        path = _download_weights(entry, download)
+        state = {key: value for key, value in read_weights(path).items() if key in network.state_dict()}
+        _load_state(network, state, f"download {path.name}", name)
+        card = None
+        where = f"{entry.factory.partition(':')[0]}'s pretrained weights ({path.name})"
+    return Teacher(_place(network, device), entry, f"{name} with weights from {where}", sha256(path), card)
+
+
+def top1(
+    network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
+) -> float:
+    """Percentage of ``image_set`` that ``network`` classifies right, in eval mode; its mode is put back afterwards.
+
+    ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` is 500 for small images
+    and 50 for larger ones unless given.
+    """
+    prepare = normalise.normalise if isinstance(normalise, Teacher) else normalise
+    device = next(network.parameters()).device
+    batch = batch or (500 if image_set.images.shape[-1] <= 64 else 50)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            pairs = zip(image_set.images.split(batch), image_set.labels.split(batch), strict=True)
+            for pixels, labels in pairs:
+                logits = network(_channels_last(prepare(pixels).to(device)))
+                if logits.shape[1] != len(image_set.classes):
+                    raise UserError(
+                        f"the network has {logits.shape[1]} classes but the images of {image_set.name} have "
+                        f"{len(image_set.classes)}."
+                    )
+                correct += (logits.argmax(1) == labels.to(device)).sum()
+    finally:
+        if training:
+            network.train()
+    return 100 * correct.item() / len(image_set)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a safetensors file, or from a file of torch that holds tensors only; never runs its code."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights={str(path)!r} is not a file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise UserError(f"weights={str(path)!r} is truncated or not a weights file ({_first_line(error)}).") from None
+    except pickle.UnpicklingError as error:
+        reason = "holds more than tensors, so it is not loaded" if "global" in str(error).lower() else "is damaged"
+        raise UserError(f"weights={str(path)!r} {reason}; allowed: safetensors, or a state dict of tensors.") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights={str(path)!r} is not a state dict of tensors.")
+    return dict(state)
+
+
+def _find_weights(name: str) -> Path | None:
+    """The embedded weights, or else those in ``$DFQ_DATA/teachers``."""
+    root = os.environ.get("DFQ_DATA", "")
+    places = [ASSETS / f"{name}.safetensors"]
+    if root:
+        places += [Path(root).expanduser() / "teachers" / f"{name}{suffix}" for suffix in (".safetensors", ".pth")]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _download_weights(entry: ModelEntry, download: bool) -> Path:
+    """The library's pretrained weights file, fetched unless an earlier call left it in the library's own folder."""
+    library, _, architecture = entry.factory.partition(":")
+    if library == "dfqlib":
+        raise UserError(
+            f"model={entry.name!r} has no published weights; train it with notebooks/00_teachers.ipynb, "
+            "or give weights=."
+        )
+    if library == "torchvision":
+        weights = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1
+        url, path = weights.url, Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    else:
+        error, digest, release = model_store.get_model_name_suffix_data(architecture)
+        file = f"{architecture}-{error}-{digest[:8]}.pth"
+        url = f"{model_store.imgclsmob_repo_url}/releases/download/{release}/{file}.zip"
+        path = Path("~/.torch/models").expanduser() / file
+    if path.is_file():
+        return path
+    if not download:
+        raise UserError(
+            f"model={entry.name!r}: its weights are not on this machine; allowed: download=True or weights=."
+        )
+    require_network(url, f"model={entry.name!r}: its weights")
+    try:
+        if library == "torchvision":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, os.fspath(path), hash_prefix=path.stem.rpartition("-")[2])
+        else:
+            model_store.get_model_file(architecture, os.fspath(path.parent))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"model={entry.name!r}: {url} could not be downloaded ({_first_line(error)}).") from None
+    return path
+
+
+def _load_state(network: nn.Module, state: Mapping[str, Tensor], told: str, name: str) -> None:
+    expected = network.state_dict()
+    # Batch norm's step counter is not used in eval mode, and files of other tools leave it out.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    extra = [key for key in state if key not in expected]
+    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if missing or extra or shapes:
+        key = (shapes or missing or extra)[0]
+        found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
+        wanted = f"{tuple(expected[key].shape)}" if key in expected else "no such tensor"
+        raise UserError(f"{told} is of another architecture than {name}: {key} {found}, expected {wanted}.")
+    network.load_state_dict(state, strict=False)
+
+
+def _read_card(path: Path) -> dict[str, Any] | None:
+    """The training record ``<weights>.json`` beside the weights, checked to be about this very file."""
+    card_path = path.with_suffix(".json")
+    if not card_path.is_file():
+        return None
+    card = json.loads(card_path.read_text(encoding="utf-8"))
+    if card.get("sha256", sha256(path)) != sha256(path):
+        raise UserError(f"weights={str(path)!r} is not the file that its card {card_path.name} describes (sha256).")
+    return card
+
+
+def _place(network: nn.Module, device: str | torch.device) -> nn.Module:
+    network = network.to(pick_device(device) if isinstance(device, str) else device)
+    # Convolutions on a CPU run about 1.5 times faster channels-last; Apple's backend gains nothing from it.
+    return network if next(network.parameters()).device.type == "mps" else network.to(memory_format=torch.channels_last)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images if images.device.type == "mps" else images.contiguous(memory_format=torch.channels_last)
+
+
+def _state_digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in network.state_dict().items():
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
