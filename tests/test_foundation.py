@@ -18,13 +18,13 @@ def test_unknown_choice_names_parameter_value_and_what_is_allowed():
 
 @pytest.mark.parametrize("bits", [1, 9, 4.0, "4", True, None])
 def test_unsupported_bits_are_refused(bits):
-    with pytest.raises(UserError, match="weight_bits=.*whole numbers from 2 to 8"):
+    with pytest.raises(UserError, match=r"weight_bits=.*whole numbers from 2 to 8"):
         check_bits("weight_bits", bits)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5", False])
 def test_values_out_of_range_are_refused(value):
-    with pytest.raises(UserError, match="p=.*from 0 to 1"):
+    with pytest.raises(UserError, match=r"p=.*from 0 to 1"):
         check_range("p", value, 0, 1)
 
 
