@@ -1,0 +1,81 @@
+"""Progress of long loops: a bar where someone watches, a small file where ``run_all.py`` watches.
+
+``run_all.py`` starts every notebook's kernel with ``DFQ_PROGRESS_FILE`` set. Loops then write their state to that file
+instead of drawing, so that an executed notebook holds no bars and one screen can show all notebooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+FILE_VARIABLE = "DFQ_PROGRESS_FILE"
+SECONDS_BETWEEN_WRITES = 0.2
+
+_loops: list[dict[str, Any]] = []  # the loops that run now, outermost first
+_last_write = 0.0
+
+
+def track(iterable: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Yield from ``iterable`` and show how far it is, under ``label``; loops may be nested.
+
+    ``total`` is the number of items where ``len(iterable)`` does not tell it. Draws one bar in a terminal or a notebook,
+    nothing on a pipe; with ``DFQ_PROGRESS_FILE`` set, :func:`read` finds there what this process does.
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    file = os.environ.get(FILE_VARIABLE)
+    if file:
+        yield from _report(iterable, label, total, Path(file))
+    else:
+        yield from tqdm(iterable, desc=label, total=total, leave=False, disable=not _someone_watches())
+
+
+def read(file: str | Path) -> list[dict[str, Any]]:
+    """The running loops, outermost first, as ``{"label", "done", "total"}``; none if nothing was written yet."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+
+
+def _report(iterable: Iterable[T], label: str, total: int | None, file: Path) -> Iterator[T]:
+    loop = {"label": label, "done": 0, "total": total}
+    _loops.append(loop)
+    try:
+        _write(file)
+        for item in iterable:
+            yield item
+            loop["done"] += 1
+            _write(file)
+    finally:
+        # By identity: a loop left by `break` ends when it is collected, perhaps after a later one began.
+        _loops[:] = [other for other in _loops if other is not loop]
+
+
+def _write(file: Path) -> None:
+    """Replace ``file`` at most five times a second; a full disk or a removed folder must not stop the work."""
+    global _last_write
+    now = time.monotonic()
+    if now - _last_write < SECONDS_BETWEEN_WRITES:
+        return
+    _last_write = now
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(_loops), encoding="utf-8")
+        os.replace(temporary, file)
+
+
+def _someone_watches() -> bool:
+    """True in a terminal, and in a notebook's kernel, whose stderr is no terminal but is drawn."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
