@@ -66,7 +66,7 @@ def paper(key: str) -> Paper:
     return papers[check_choice("paper", key, papers)]
 
 
-def schedule(key: str, parameters: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def departures(key: str, parameters: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Where a run departs from the published schedule: parameter -> (value of the run, published value)."""
     published = paper(key).parameters("paper", parameters.get("dataset", ""), parameters.get("model", ""))
     return {
@@ -74,3 +74,11 @@ def schedule(key: str, parameters: dict[str, Any]) -> dict[str, tuple[Any, Any]]
         for name, value in published.items()
         if name not in COMMON and name in parameters and parameters[name] != value
     }
+
+
+def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
+    """``"as published"``, or ``"reduced: "`` and each parameter that differs with the published value."""
+    differing = departures(key, parameters)
+    if not differing:
+        return "as published"
+    return "reduced: " + ", ".join(f"{name} {ours} (published {paper})" for name, (ours, paper) in differing.items())

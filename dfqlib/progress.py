@@ -29,8 +29,8 @@ _last_write = 0.0
 def track(iterable: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Yield from ``iterable`` and show how far it is, under ``label``; loops may be nested.
 
-    ``total`` is the number of items where ``len(iterable)`` does not tell it. Draws one bar in a terminal or a notebook,
-    nothing on a pipe; with ``DFQ_PROGRESS_FILE`` set, :func:`read` finds there what this process does.
+    ``total`` is the number of items where ``len(iterable)`` does not tell it. Draws one bar in a terminal or a
+    notebook, nothing on a pipe; with ``DFQ_PROGRESS_FILE`` set, :func:`read` finds there what this process does.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
