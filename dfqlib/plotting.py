@@ -71,7 +71,7 @@ def show_images(images: Tensor, labels: Sequence[object] | None = None, title: s
 
 
 def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[float] | None = None) -> None:
-    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with some ten markers however many points it has."""
+    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with about ten markers however long it is."""
     for name, values in curves.items():
         positions = np.arange(len(values)) if x is None else x
         axes.plot(positions, values, label=name, markevery=max(1, len(values) // 10))
