@@ -1,0 +1,44 @@
+# Needs Python 3.11 or later with pip, and make. `make tables` and `make test` do everything from a fresh clone.
+#   make tables ARGS="--datasets cifar100 --seeds 0 1 2"    any option of run_all.py
+#   make test ARGS="-k quantizer"                           any option of pytest
+#   make tables PYTHON=python3.12                           another Python
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+UV_VERSION := 0.13.8
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: tables test lab lint format requirements
+
+tables: $(INSTALLED)
+	$(BIN)/python run_all.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(INSTALLED)
+	$(BIN)/python -m jupyterlab --notebook-dir=notebooks $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# uv installs in seconds what takes pip minutes; pip takes over where only its own configuration knows the package index.
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python {v} is too old: make PYTHON=python3.11 (or later) $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt || $(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# After a change of dependencies in pyproject.toml; ARGS=--upgrade moves every pin to its latest version.
+requirements: $(INSTALLED)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-annotate \
+	    --custom-compile-command 'make requirements' $(ARGS) pyproject.toml --output-file requirements.txt
