@@ -1,0 +1,60 @@
+import itertools
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from dfqlib import plotting
+
+
+@pytest.fixture(autouse=True)
+def plain_look():
+    with plt.rc_context():
+        plotting.style()
+        yield
+        plt.close("all")
+
+
+def lightness(colour):
+    red, green, blue = to_rgb(colour)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_curves_differ_in_colour_marker_and_dash_and_the_first_four_in_greyscale():
+    axes = plt.figure().subplots()
+    plotting.plot_curves(axes, {name: [1, 2, 3] for name in "abcdef"})
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines]
+    assert len(set(looks)) == len({marker for _, marker, _ in looks}) == 6
+    shades = [lightness(colour) for colour in plotting.COLOURS[:4]]
+    assert all(later - earlier > 0.1 for earlier, later in itertools.pairwise(shades))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list("abcdef")
+
+
+def test_a_long_curve_is_not_a_row_of_markers():
+    axes = plt.figure().subplots()
+    plotting.plot_curves(axes, {"loss": list(range(500))})
+    assert axes.lines[0].get_markevery() == 50
+    assert axes.get_legend() is None
+
+
+@pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 0, 2, 16), (5, 0, 1, 5), (7, 3, 3, 3)])
+def test_images_stand_in_rows_with_their_labels(count, columns, rows, per_row):
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 3, 4, 4)
+    (axes,) = plotting.show_images(images, labels=range(count), title="synthetic", columns=columns).axes
+    assert [text.get_text() for text in axes.texts] == [str(index) for index in range(count)]
+    sheet = axes.images[0].get_array()
+    heights, widths = sheet.shape[0] // rows, sheet.shape[1] // per_row
+    for index in range(count):
+        row, column = divmod(index, per_row)
+        tile = sheet[row * heights : (row + 1) * heights, column * widths : (column + 1) * widths]
+        assert (tile == index).sum() == images[index].numel()
+
+
+def test_images_need_no_labels():
+    (axes,) = plotting.show_images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).axes
+    assert not axes.texts and not axes.axison

@@ -1,0 +1,139 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorchcv.model_provider import get_model
+from torch import nn
+
+from dfqlib.errors import UserError
+from dfqlib.losses import zeroq_statistics_loss
+from dfqlib.models import Teacher
+from dfqlib.statistics import BatchNormInputs
+from dfqlib.synthesis import synthesise
+from dfqlib.zeroq import distill, start_images, statistics_gaps
+
+OFFICIAL = Path(__file__).parent / "data" / "losses.npz"
+
+
+@pytest.fixture(scope="module")
+def official():
+    with np.load(OFFICIAL) as vectors:
+        return {name: torch.from_numpy(vectors[name]) for name in vectors.files}
+
+
+@pytest.fixture(scope="module")
+def resnet(official):
+    network = get_model("resnet20_cifar10", pretrained=False)
+    network.load_state_dict({k.removeprefix("state/"): v for k, v in official.items() if k.startswith("state/")})
+    return Teacher.from_module(network, 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def small_teacher():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2), nn.BatchNorm2d(8)
+    )
+    network(torch.randn(64, 3, 8, 8))
+    network = nn.Sequential(network, nn.Flatten(), nn.Linear(72, 5))
+    return Teacher.from_module(network, 5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), input_size=8)
+
+
+def quadratic(images):
+    return (images - 1).square().sum()
+
+
+def settings(**changes):
+    return {"learning_rate": 0.1, "iterations": 20, "patience": 100, "min_learning_rate": 1e-4} | changes
+
+
+def test_distillation_minimises_the_official_loss(resnet, official):
+    with BatchNormInputs(resnet.network) as taps:
+        resnet.network(official["images"])
+        loss = zeroq_statistics_loss(official["images"], taps.layers)
+    torch.testing.assert_close(loss, official["zeroq_loss"], rtol=1e-4, atol=1e-5)
+
+
+def test_start_images_are_the_official_ones_levels():
+    images = start_images(4, 8)
+    levels = images * 5418.75 + 127.5
+    assert images.shape == (4, 3, 8, 8)
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    assert levels.min() >= -0.001 and levels.max() <= 254.001
+    assert len(levels.round().unique()) > 200
+
+
+def test_distilled_statistics_come_closer_and_the_teacher_stays_as_it_was():
+    teacher = small_teacher()
+    before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
+    images, history = distill(teacher, batch=4, iterations=60)
+    assert images.shape == (4, 3, 8, 8) and not images.requires_grad
+    assert len(history) == 60 and history[-1] < history[0] / 3
+    first, last = statistics_gaps(teacher.network, start_images(4, 8)), statistics_gaps(teacher.network, images)
+    assert list(last.index) == ["0.1", "0.4"]
+    assert (last["std_gap"] < first["std_gap"] / 3).all()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.network.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in teacher.network.modules())
+    assert all(parameter.grad is None for parameter in teacher.network.parameters())
+
+
+def test_a_seed_gives_the_same_images_again_and_another_seed_others():
+    teacher = small_teacher()
+    runs = [distill(teacher, batch=2, iterations=5, seed=seed)[0] for seed in (3, 3, 4)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.allclose(runs[0], runs[2])
+
+
+def test_statistics_gaps_by_hand():
+    norm = nn.BatchNorm2d(1).eval()
+    norm.running_mean.fill_(1.0)
+    norm.running_var.fill_(4.0)
+    images = torch.tensor([[[[1.0, 7.0, 4.0]]], [[[5.0, 5.0, 5.0]]]])  # means 4, 5; standard deviations 3, 0
+    gaps = statistics_gaps(nn.Sequential(norm), images).loc["0"]
+    assert gaps["mean_gap"] == pytest.approx(((1.5**2 + 2**2) / 2) ** 0.5, rel=1e-5)
+    assert gaps["std_gap"] == pytest.approx(((0.5**2 + 1) / 2) ** 0.5, rel=1e-3)
+
+
+def test_a_teacher_without_batch_norm_is_refused():
+    teacher = Teacher.from_module(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(UserError, match="no batch norm with running statistics"):
+        distill(teacher, batch=2, iterations=1)
+
+
+def test_synthesis_finds_the_minimum_and_leaves_the_given_images():
+    given = torch.zeros(2, 3, 4, 4)
+    images, history = synthesise(given, quadratic, **settings(iterations=200))
+    torch.testing.assert_close(images, torch.ones_like(images), rtol=0, atol=1e-2)
+    assert history[0] == 96 and len(history) == 200
+    assert not given.any()
+
+
+def test_learning_rate_falls_exactly_as_pytorchs_plateau_says():
+    """The loop reads losses in blocks; the images must be those of reading each loss at once."""
+    losses = [5.0, 4.0, 4.5, 4.4, 4.3, 3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 3.6, 3.7, 2.9, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    for patience in (0, 1, 2, 3, 30):
+        steps = iter(losses)
+
+        def prescribed(images, steps=steps):
+            return images.sum() * 0.5 + (next(steps) - (images.sum() * 0.5).detach())
+
+        found, history = synthesise(torch.zeros(1, 1, 1, 1), prescribed, **settings(patience=patience))
+        expected = torch.zeros(1, 1, 1, 1, requires_grad=True)
+        adam = torch.optim.Adam([expected], lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=patience, min_lr=1e-4)
+        for loss in losses:
+            expected.grad = torch.full_like(expected, 0.5)
+            adam.step()
+            plateau.step(loss)
+        assert history == pytest.approx(losses)
+        torch.testing.assert_close(found, expected.detach())
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_iteration():
+    count = iter(range(100))
+
+    def breaks(images):
+        return quadratic(images) * (float("nan") if next(count) == 7 else 1.0)
+
+    with pytest.raises(RuntimeError, match=r"toy: the loss is nan at iteration 7; learning_rate=0\.1 may be too high"):
+        synthesise(torch.zeros(1, 3, 2, 2), breaks, **settings(), label="toy")
