@@ -80,12 +80,15 @@ def load_test(
     """Test (validation) images, from the first of: ``folder``, ``$DFQ_DATA/<dataset>``, the package, a download.
 
     ``folder`` is a torchvision layout (holding ``cifar-10-batches-py`` or ``cifar-100-python``) or an ImageFolder tree
-    (class folders, or ``test/`` or ``val/`` with class folders inside); ``$DFQ_DATA/<dataset>`` likewise. The package
-    carries 2,000 test images of CIFAR-10 and of CIFAR-100; ``download=True`` asks for all 10,000 instead, through
-    torchvision. ``size`` (pixels, default 224 for imagenet) is the centre crop of an ImageFolder tree's images after
-    their shorter side is resized to ``size / 0.875``; images that already have that size are left as they are. A name
-    beside those of ``DATASETS`` stands for an ImageFolder tree with any classes. All of ImageNet's validation images
-    at 224 pixels take 7.5 GB. Raises :class:`UserError` for what cannot be found or has the wrong classes.
+    (class folders, or ``test/`` or ``val/`` with class folders inside), or holds one in a folder named ``dataset``;
+    ``$DFQ_DATA/<dataset>`` likewise. The package carries 2,000 test images of CIFAR-10 and of CIFAR-100;
+    ``download=True`` asks for all 10,000 instead, through torchvision. A name beside those of ``DATASETS`` stands for
+    an ImageFolder tree with any classes.
+
+    ``size`` (pixels, default 224 for imagenet) is the centre crop of an ImageFolder tree's images after their shorter
+    side is resized to ``size / 0.875``; images that already have that size are left as they are. All of ImageNet's
+    validation images at 224 pixels take 7.5 GB. Raises :class:`UserError` for what cannot be found or has the wrong
+    classes.
     """
     return _load(dataset, "test", folder, download, size)
 
@@ -108,19 +111,17 @@ def few_shot(dataset: str = "cifar10", per_class: int = FEW_SHOT) -> ImageSet:
 
 
 def balanced_subset(image_set: ImageSet, per_class: int, name: str, seed: int = 0) -> ImageSet:
-    """``per_class`` images of every class, ordered 0, 1, .., C-1, 0, 1, ..: any multiple of C taken from the front is
-    balanced.
+    """``per_class`` images of each of the C classes in turn, so that any multiple of C from the front is balanced.
 
-    Chosen by the smallest SHA-256 of seed and pixels, so that the choice depends neither on the order of the images
-    nor on a random generator's version.
+    They are chosen by the smallest SHA-256 of seed and pixels, so that the choice depends neither on the order of the
+    images nor on a random generator's version.
     """
     chosen = []
     for label in range(len(image_set.classes)):
         members = (image_set.labels == label).nonzero().flatten().tolist()
         if len(members) < per_class:
-            raise UserError(
-                f"per_class={per_class} is more than the {len(members)} images of {image_set.classes[label]}."
-            )
+            held = f"{len(members)} images of {image_set.classes[label]!r}"
+            raise UserError(f"per_class={per_class} is more than the {held}; allowed: at most that number.")
         digests = [hashlib.sha256(b"%d" % seed + image_set.images[i].numpy().tobytes()).digest() for i in members]
         chosen.append([i for _, i in sorted(zip(digests, members, strict=True))[:per_class]])
     index = torch.tensor(chosen).T.flatten()
@@ -134,8 +135,11 @@ def require_network(url: str, wanted: str) -> None:
         request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "dfqlib"})
         with urllib.request.urlopen(request, timeout=15):
             pass
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"{wanted} could not be downloaded: {url} does not answer ({error}).") from None
+    except urllib.error.HTTPError:
+        pass  # an answer; what it refuses to a HEAD request it may still give to the download
+    except OSError as error:  # URLError among them
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{wanted} could not be downloaded: {url} does not answer ({reason}).") from None
 
 
 def _load(dataset: str, split: str, folder: str | Path | None, download: bool, size: int | None) -> ImageSet:
@@ -187,6 +191,8 @@ def _read_folder(dataset: str, split: str, folder: Path, told: str, size: int | 
     if not folder.is_dir():
         raise UserError(f"{told} is not a folder.")
     known = DATASETS.get(dataset)
+    if known and (folder / dataset).is_dir():
+        folder = folder / dataset
     if known and known.torchvision_folder:
         if folder.name == known.torchvision_folder:
             folder = folder.parent

@@ -22,12 +22,12 @@ import torchvision
 from pytorchcv.models.common import model_store
 from pytorchcv.models.resnet_cifar import CIFARResNet
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dfqlib.data import ASSETS, ImageSet, require_network
 from dfqlib.errors import UserError, check_choice
-from dfqlib.files import sha256
+from dfqlib.files import atomic_path, sha256, write_json
 from dfqlib.runtime import pick_device
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -190,6 +190,17 @@ def load_teacher(
     return Teacher(_place(network, device), entry, f"{name} with weights from {where}", sha256(path), card)
 
 
+def save_teacher(network: nn.Module, path: str | Path, card: Mapping[str, Any]) -> None:
+    """Write ``network``'s weights to ``path`` (.safetensors) and ``card`` with their SHA-256 beside it as JSON.
+
+    The card is what :attr:`Teacher.card` gives when :func:`load_teacher` reads the file again.
+    """
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        save_file({key: value.cpu().contiguous() for key, value in network.state_dict().items()}, temporary)
+    write_json(path.with_suffix(".json"), {**card, "sha256": sha256(path)})
+
+
 def top1(
     network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
 ) -> float:
@@ -232,9 +243,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise UserError(f"weights={str(path)!r} is truncated or not a weights file ({_first_line(error)}).") from None
-    except pickle.UnpicklingError as error:
-        reason = "holds more than tensors, so it is not loaded" if "global" in str(error).lower() else "is damaged"
-        raise UserError(f"weights={str(path)!r} {reason}; allowed: safetensors, or a state dict of tensors.") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"weights={str(path)!r} holds code or Python objects beside tensors, so it is not loaded; allowed: "
+            "safetensors, or a state dict of tensors."
+        ) from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights={str(path)!r} is not a state dict of tensors.")
     return dict(state)

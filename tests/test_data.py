@@ -1,0 +1,263 @@
+"""Data sets: where they are found and in which order, what the embedded ones hold, and refusals of wrong folders."""
+
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from dfqlib.data import (
+    ASSETS,
+    DATASETS,
+    ImageSet,
+    balanced_subset,
+    few_shot,
+    load_test,
+    load_train,
+)
+from dfqlib.errors import UserError
+
+CIFAR10 = DATASETS["cifar10"].classes
+EMBEDDED = json.loads((ASSETS / "images.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch):
+    monkeypatch.delenv("DFQ_DATA", raising=False)
+
+
+def grey(level: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    return Image.new("RGB", size, (level, level, level))
+
+
+def tree(folder, classes=CIFAR10, images=2, size=(32, 32)):
+    """An ImageFolder tree whose image i of class c has the grey level 10 c + i."""
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(images):
+            grey((10 * label + i) % 256, size).save(folder / name / f"{i}.png")
+    return folder
+
+
+def torchvision_layout(folder, monkeypatch):
+    """Python batches as CIFAR-10 is distributed, five of training and one of tests, 20 images each."""
+    base = folder / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+
+    def write(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
+
+    def batch(name):
+        pixels = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
+        return write(name, {"data": pixels, "labels": [i % 10 for i in range(20)]})
+
+    dataset = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(dataset, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
+    monkeypatch.setattr(dataset, "test_list", [batch("test_batch")])
+    meta = write("batches.meta", {"label_names": list(CIFAR10)})
+    monkeypatch.setattr(dataset, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    return folder
+
+
+# What comes with the package
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_pixels_are_the_ones_described(name):
+    dataset, kind = name.split("-")
+    image_set = few_shot(dataset) if kind == "10shot" else load_test(dataset)
+    assert image_set.name == name
+    assert hashlib.sha256(image_set.images.numpy().tobytes()).hexdigest() == EMBEDDED[name]["pixels_sha256"]
+    assert image_set.images.shape == (EMBEDDED[name]["images"], 3, 32, 32)
+    assert (image_set.images.dtype, image_set.labels.dtype) == (torch.uint8, torch.int64)
+    assert image_set.images.is_contiguous()
+    assert torch.bincount(image_set.labels).tolist() == [EMBEDDED[name]["per_class"]] * len(image_set.classes)
+
+
+def test_embedded_tests_hold_2000_different_images_none_of_them_for_training():
+    for dataset in ("cifar10", "cifar100"):
+        tests, shots = (
+            {image.numpy().tobytes() for image in s.images} for s in (load_test(dataset), few_shot(dataset))
+        )
+        assert len(tests) == 2000
+        assert len(shots) == 10 * DATASETS[dataset].class_count
+        assert not tests & shots
+
+
+def test_few_shot_takes_the_first_of_every_class():
+    shots = few_shot("cifar100", per_class=2)
+    assert shots.name == "cifar100-2shot"
+    assert shots.labels.tolist() == [*range(100), *range(100)]
+    assert torch.equal(shots.images, few_shot("cifar100").images[:200])
+    with pytest.raises(UserError, match="per_class=11 is out of range"):
+        few_shot("cifar10", per_class=11)
+    with pytest.raises(UserError, match="dataset='imagenet' is unknown"):
+        few_shot("imagenet")
+
+
+def test_assets_stay_under_20_megabytes():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 20e6
+
+
+def test_balanced_subset_depends_on_pixels_alone():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (30, 3, 4, 4), dtype=torch.uint8)
+    whole = ImageSet("all", images, torch.arange(30) % 3, ("a", "b", "c"), "made here")
+    order = torch.randperm(30)
+    shuffled = ImageSet("all", images[order], whole.labels[order], whole.classes, whole.source)
+    chosen = balanced_subset(whole, 4, "some")
+    assert chosen.labels.tolist() == [0, 1, 2] * 4
+    assert torch.equal(chosen.images, balanced_subset(shuffled, 4, "some").images)
+    assert not torch.equal(chosen.images, balanced_subset(whole, 4, "some", seed=1).images)
+    with pytest.raises(UserError, match="per_class=11 is more than the 10 images of 'a'"):
+        balanced_subset(whole, 11, "too many")
+
+
+# Where a data set is found
+
+
+def test_order_is_folder_then_environment_then_package(tmp_path, monkeypatch):
+    given = tree(tmp_path / "given")
+    assert load_test("cifar10").name == "cifar10-2k"
+    tree(tmp_path / "data" / "cifar10" / "test", images=3)
+    monkeypatch.setenv("DFQ_DATA", str(tmp_path / "data"))
+    found = load_test("cifar10")
+    assert (found.name, len(found)) == ("cifar10-30", 30)
+    assert str(tmp_path / "data" / "cifar10") in found.source
+    assert load_test("cifar10", given).name == "cifar10-20"
+    assert load_test("cifar100").name == "cifar100-2k"  # not in the data folder
+
+
+def test_tree_is_read_class_by_class_in_label_order(tmp_path):
+    found = load_test("cifar10", tree(tmp_path / "tree"))
+    assert found.classes == CIFAR10
+    assert found.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert found.images[:, 2, 31, 31].tolist() == [10 * label + i for label in range(10) for i in range(2)]
+
+
+def test_splits_are_kept_apart(tmp_path):
+    tree(tmp_path / "val", images=1)
+    tree(tmp_path / "train", images=3)
+    assert (len(load_test("cifar10", tmp_path)), len(load_train("cifar10", tmp_path))) == (10, 30)
+    with pytest.raises(UserError, match="has no train/ beside test/"):
+        tree(tmp_path / "half" / "test")
+        load_train("cifar10", tmp_path / "half")
+
+
+def test_folder_that_holds_several_data_sets(tmp_path):
+    tree(tmp_path / "cifar10" / "test")
+    assert len(load_test("cifar10", tmp_path)) == 20
+
+
+def test_torchvision_layout(tmp_path, monkeypatch):
+    torchvision_layout(tmp_path / "cifar10", monkeypatch)
+    monkeypatch.setenv("DFQ_DATA", str(tmp_path))
+    found = load_test("cifar10")
+    assert (found.name, len(found), len(load_train("cifar10"))) == ("cifar10", 20, 100)
+    assert found.labels.tolist() == [*range(10), *range(10)]
+    original = torchvision.datasets.CIFAR10(tmp_path / "cifar10", train=False)
+    assert np.array_equal(found.images[7].permute(1, 2, 0), np.array(original[7][0]))
+    inner = load_test("cifar10", tmp_path / "cifar10" / "cifar-10-batches-py")
+    assert torch.equal(inner.images, found.images)
+    (tmp_path / "cifar10" / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half")
+    with pytest.raises(UserError, match="incomplete or damaged cifar-10-batches-py"):
+        load_test("cifar10")
+
+
+def test_any_classes_under_a_name_of_ones_own(tmp_path):
+    found = load_test("pets", tree(tmp_path / "pets", ("cat", "dog"), size=(48, 64)))
+    assert (found.name, found.classes, found.images.shape) == ("pets", ("cat", "dog"), (4, 3, 64, 48))
+    cropped = load_test("pets", tmp_path / "pets", size=32)
+    assert cropped.images.shape == (4, 3, 32, 32)
+
+
+def test_crop_is_the_centre_after_resizing_the_shorter_side(tmp_path):
+    # White in the middle half of the width: of a 128 x 64 image at size 56 (resized to 128 x 64) columns 36 to 91.
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[:, 32:96] = 255
+    (tmp_path / "a").mkdir()
+    Image.fromarray(image).save(tmp_path / "a" / "wide.png")
+    assert load_test("own", tmp_path, size=56).images.unique().tolist() == [255]
+    assert load_test("own", tmp_path, size=112).images.shape == (1, 3, 112, 112)
+
+
+def test_imagenet_is_a_validation_folder_of_1000_classes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQ_DATA", str(tmp_path))
+    for split, count in (("val", 1000), ("short", 3)):
+        tree(tmp_path / "imagenet" / split, [f"n{i:08}" for i in range(count)], images=1, size=(20, 10))
+    (tmp_path / "imagenet" / "short").rename(tmp_path / "short")
+    found = load_test("imagenet", size=8)
+    assert found.images.shape == (1000, 3, 8, 8)
+    assert found.name == "imagenet-1000"
+    with pytest.raises(UserError, match=r"holds 3 class folders .* but imagenet has 1000"):
+        load_test("imagenet", tmp_path / "short")
+
+
+# Refusals, one sentence each
+
+
+def refuse(match, function=load_test, **parameters):
+    with pytest.raises(UserError, match=match) as caught:
+        function(**parameters)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_data_set():
+    refuse(r"dataset='cifar1O' is unknown \(did you mean 'cifar10'\?\)", dataset="cifar1O")
+
+
+def test_folder_missing_empty_or_without_class_folders(tmp_path):
+    refuse("folder='.*none' is not a folder", folder=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    refuse("is empty", folder=tmp_path / "empty")
+    (tmp_path / "flat").mkdir()
+    grey(0).save(tmp_path / "flat" / "image.png")
+    refuse("holds 1 images without class folders", folder=tmp_path / "flat")
+    tree(tmp_path / "hollow")
+    for image in (tmp_path / "hollow" / "deer").iterdir():
+        image.unlink()
+    refuse("class folder 'deer' holds no images", folder=tmp_path / "hollow")
+
+
+def test_wrong_classes_are_named(tmp_path):
+    tree(tmp_path / "other", (*CIFAR10[1:], "zebra"))
+    refuse("missing airplane; unexpected zebra", folder=tmp_path / "other")
+
+
+def test_wrong_images(tmp_path):
+    tree(tmp_path / "large", size=(64, 64))
+    refuse("has 64 x 64 pixels; allowed: 32 x 32", folder=tmp_path / "large")
+    tree(tmp_path / "broken")
+    (tmp_path / "broken" / "cat" / "0.png").write_bytes(b"not an image")
+    refuse("cat/0.png cannot be read", folder=tmp_path / "broken")
+    tree(tmp_path / "mixed" / "pets", ("cat",))
+    tree(tmp_path / "mixed" / "pets" / "new", ("dog",), size=(40, 40))
+    refuse("has 40 x 40 pixels; allowed: 32 x 32 like the others", dataset="pets", folder=tmp_path / "mixed" / "pets")
+    refuse("size=64 does not fit cifar10", size=64)
+
+
+def test_data_that_is_nowhere(tmp_path, monkeypatch):
+    refuse("dataset='imagenet': its test images are neither on this machine", dataset="imagenet")
+    refuse("its train images are neither .* download=True", function=load_train)
+    monkeypatch.setenv("DFQ_DATA", str(tmp_path / "none"))
+    refuse(r"\$DFQ_DATA='.*none' is not a folder")
+
+
+def test_download_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQ_DATA", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    refuse("dataset='cifar10' could not be downloaded: https://.* does not answer", download=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_downloaded_data_set_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torchvision_layout(tmp_path / ".cache" / "dfqlib" / "cifar10", monkeypatch)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert load_test("cifar10", download=True).name == "cifar10"

@@ -1,0 +1,239 @@
+"""Teachers: the model table, the frozen network and its normalisation, accuracy, and refusals of wrong weights."""
+
+import csv
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dfqlib import models
+from dfqlib.data import ASSETS, ImageSet, load_test
+from dfqlib.errors import UserError
+from dfqlib.files import sha256
+from dfqlib.models import MODELS, Teacher, build, load_teacher, read_weights, save_teacher, top1
+
+NAME = "resnet20_cifar10"
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return build(NAME).state_dict()
+
+
+@pytest.fixture
+def weights(state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    return path
+
+
+def tiny(classes: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes))
+
+
+def own(classes: int = 3) -> Teacher:
+    return Teacher.from_module(tiny(classes), classes, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), input_size=8)
+
+
+def test_every_published_model_has_an_entry():
+    with open(Path(models.__file__).parent / "published.csv", newline="") as file:
+        published = {row["model"] for row in csv.DictReader(file)}
+    assert published | {"resnet34_cifar100"} <= set(MODELS)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.input_size == 32])
+def test_cifar_models_map_images_to_logits(name):
+    entry, network = MODELS[name], build(name).eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, entry.classes)
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    # ResNet-n has n layers on its longest path: all but the 1 x 1 shortcuts, and the classifier.
+    assert sum(conv.kernel_size == (3, 3) for conv in convolutions) + 1 == int(
+        name.split("_")[0].removeprefix("resnet")
+    )
+
+
+@pytest.mark.parametrize(
+    "name, size, resize", [("resnet18", 224, 256), ("inceptionv3", 299, 342), ("torchvision/resnet18", 224, 256)]
+)
+def test_imagenet_models_take_their_own_input_size(name, size, resize):
+    entry = MODELS[name]
+    assert (entry.input_size, entry.resize, entry.classes) == (size, resize, 1000)
+    with torch.inference_mode():
+        assert build(name).eval()(torch.zeros(1, 3, size, size)).shape == (1, 1000)
+
+
+def test_teacher_is_frozen_and_says_where_it_came_from(weights):
+    teacher = load_teacher(NAME, weights)
+    assert not teacher.network.training
+    assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
+    assert teacher.sha256 == sha256(weights)
+    assert str(weights) in teacher.source
+    assert (teacher.name, teacher.card) == (NAME, None)
+
+
+def test_weights_of_torch_give_the_same_teacher(state, weights, tmp_path):
+    torch.save(state, tmp_path / "weights.pth")
+    images = torch.randn(2, 3, 32, 32)
+    first, second = load_teacher(NAME, weights), load_teacher(NAME, tmp_path / "weights.pth")
+    assert torch.equal(first.network(images), second.network(images))
+
+
+def test_normalise_and_back():
+    teacher = own()
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    images = teacher.normalise(pixels)
+    assert images[0, 1, 0, 1].item() == pytest.approx((1 / 255 - 0.4) / 0.25, abs=1e-6)
+    assert torch.equal(teacher.to_pixels(images), pixels)
+    assert teacher.to_pixels(torch.full((1, 3, 1, 1), 1e3)).flatten().tolist() == [255, 255, 255]
+
+
+def test_own_network_becomes_a_teacher_and_stays_as_it_was():
+    network = tiny().train()
+    teacher = Teacher.from_module(network, 3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), name="mine")
+    assert (teacher.name, teacher.entry.classes, len(teacher.sha256)) == ("mine", 3, 64)
+    assert not teacher.network.training and network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    with pytest.raises(UserError, match="one number per channel"):
+        Teacher.from_module(network, 3, mean=(0.5,), std=(0.2, 0.2))
+
+
+def image_set(classes: int = 3) -> ImageSet:
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    return ImageSet("ten", images, torch.arange(10) % 3, tuple("abcde"[:classes]), "made here")
+
+
+def test_top1_is_the_percentage_of_right_answers_whatever_the_batch():
+    teacher, images = own(), image_set()
+    right = teacher.network(teacher.normalise(images.images)).argmax(1) == images.labels
+    expected = 100 * right.sum().item() / 10
+    assert top1(teacher.network, images, teacher) == expected
+    assert top1(teacher.network, images, teacher.normalise, batch=3) == expected
+
+
+def test_top1_evaluates_in_eval_mode_and_puts_the_mode_back():
+    network = tiny().train()
+    before = network[1].running_mean.clone()
+    first = top1(network, image_set(), own().normalise)
+    assert network.training and torch.equal(network[1].running_mean, before)
+    assert first == top1(network.eval(), image_set(), own().normalise)
+    assert not network.training
+
+
+def test_top1_refuses_images_of_other_classes():
+    with pytest.raises(UserError, match="3 classes but the images of ten have 5"):
+        top1(own().network, image_set(5), own())
+
+
+def test_weights_are_looked_for_in_the_data_folder(state, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQ_DATA", str(tmp_path))
+    monkeypatch.setattr(models, "ASSETS", tmp_path / "no assets")
+    (tmp_path / "teachers").mkdir()
+    torch.save(state, tmp_path / "teachers" / f"{NAME}.pth")
+    assert str(tmp_path / "teachers") in load_teacher(NAME, download=False).source
+
+
+def test_card_is_read_and_compared_with_its_weights(weights):
+    card = {"model": NAME, "sha256": sha256(weights), "top1": 90.0}
+    weights.with_suffix(".json").write_text(json.dumps(card))
+    assert load_teacher(NAME, weights).card == card
+    weights.with_suffix(".json").write_text(json.dumps({**card, "sha256": "0" * 64}))
+    with pytest.raises(UserError, match="is not the file that its card"):
+        load_teacher(NAME, weights)
+
+
+def test_saved_teacher_is_read_back_with_its_card(tmp_path):
+    torch.manual_seed(2)
+    network = build(NAME).to(memory_format=torch.channels_last)
+    save_teacher(network, tmp_path / "saved.safetensors", {"model": NAME, "top1": 12.5})
+    teacher = load_teacher(NAME, tmp_path / "saved.safetensors")
+    assert teacher.card == {"model": NAME, "top1": 12.5, "sha256": teacher.sha256}
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(teacher.network(images), network.eval()(images))
+
+
+def refuse(path, match):
+    with pytest.raises(UserError, match=match) as caught:
+        load_teacher(NAME, path)
+    message = str(caught.value)
+    assert "\n" not in message and path.name in message
+
+
+def test_wrong_weights_are_refused_in_one_sentence(state, weights, tmp_path):
+    refuse(tmp_path / "none.safetensors", "is not a file")
+    for suffix in (".safetensors", ".pth"):
+        whole = tmp_path / f"whole{suffix}"
+        save_file(state, whole) if suffix == ".safetensors" else torch.save(state, whole)
+        cut = tmp_path / f"cut{suffix}"
+        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        refuse(cut, "truncated")
+        (tmp_path / f"empty{suffix}").write_bytes(b"")
+        refuse(tmp_path / f"empty{suffix}", "truncated")
+    other = tmp_path / "other.safetensors"
+    save_file(build("resnet20_cifar100").state_dict(), other)
+    refuse(other, r"another architecture than resnet20_cifar10: output.weight has shape \(100, 64\)")
+    save_file({"something": torch.zeros(2)}, other)
+    refuse(other, "is missing, expected")
+    torch.save({"epoch": 3, "state": state}, tmp_path / "checkpoint.pth")
+    refuse(tmp_path / "checkpoint.pth", "not a state dict")
+
+
+class Code:
+    """Unpickling this writes a file: a weights file must not be able to."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickle_with_code_is_refused_and_not_run(tmp_path):
+    trace = tmp_path / "ran"
+    with open(tmp_path / "raw.pth", "wb") as file:
+        pickle.dump(Code(trace), file, protocol=2)
+    torch.save(Code(trace), tmp_path / "torch.pth")
+    torch.save(tiny(), tmp_path / "module.pth")
+    for name in ("raw.pth", "torch.pth", "module.pth"):
+        refuse(tmp_path / name, "holds code or Python objects")
+    assert not trace.exists()
+
+
+def test_unknown_model_is_named_with_a_suggestion():
+    with pytest.raises(UserError, match=r"model='resnet20_cifar1O' is unknown \(did you mean 'resnet20_cifar10'\?\)"):
+        load_teacher("resnet20_cifar1O")
+
+
+def test_impossible_downloads_are_told_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="has no published weights; train it"):
+        load_teacher("resnet34_cifar100")
+    with pytest.raises(UserError, match="not on this machine"):
+        load_teacher("resnet18", download=False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    for name in ("resnet18", "torchvision/resnet18"):
+        with pytest.raises(UserError, match=f"model='{name}'.* could not be downloaded"):
+            load_teacher(name)
+
+
+EMBEDDED = sorted(path.stem for path in ASSETS.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_teacher_is_as_good_as_its_card_says(name):
+    teacher = load_teacher(name, download=False)
+    assert teacher.card["sha256"] == sha256(ASSETS / f"{name}.safetensors")
+    assert "the package" in teacher.source
+    assert read_weights(ASSETS / f"{name}.safetensors").keys() == build(name).state_dict().keys()
+    # The card's number is a whole image of 2,000 apart where another processor rounds a tie the other way.
+    assert top1(teacher.network, load_test(MODELS[name].dataset), teacher) == pytest.approx(
+        teacher.card["subset_top1"], abs=0.1
+    )
