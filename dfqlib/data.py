@@ -100,6 +100,12 @@ def load_train(
     return _load(dataset, "train", folder, download, size)
 
 
+def embedded_test(dataset: str = "cifar10") -> ImageSet:
+    """The package's 2,000 test images, ``cifar10-2k`` or ``cifar100-2k``, whatever else is on this machine."""
+    check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
+    return _read_sheet(dataset, f"{dataset}-2k", "test")
+
+
 def few_shot(dataset: str = "cifar10", per_class: int = FEW_SHOT) -> ImageSet:
     """The package's real training images, ``per_class`` (1 to 10) of each class, class by class in turn."""
     check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
@@ -166,7 +172,7 @@ def _load(dataset: str, split: str, folder: str | Path | None, download: bool, s
     if download and known.torchvision_class:
         return _download(known, split, Path(root or "~/.cache/dfqlib").expanduser() / dataset)
     if split == "test" and dataset in EMBEDDED_PER_CLASS:
-        return _read_sheet(dataset, f"{dataset}-2k", "test")
+        return embedded_test(dataset)
     ways = "download=True, " if known.torchvision_class else ""
     raise UserError(
         f"dataset={dataset!r}: its {split} images are neither on this machine nor in the package; allowed: {ways}"

@@ -51,6 +51,16 @@ class ModelEntry:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(pixels / 255 - mean) / std, per channel: uint8 (N, C, H, W) -> float32, on the same device."""
+        mean, std = self.statistics(pixels.device)
+        return pixels.float().mul(1 / (255 * std)).sub_(mean / std)
+
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``std`` as tensors (1, C, 1, 1)."""
+        mean, std = torch.tensor([self.mean, self.std], device=device)
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
 
 def _cifar(name: str, dataset: str, factory: str) -> ModelEntry:
     return ModelEntry(name, dataset, factory, 32, 32, 100 if dataset == "cifar100" else 10, CIFAR_MEAN, CIFAR_STD)
@@ -148,19 +158,13 @@ class Teacher:
         return next(self.network.parameters()).device
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(pixels / 255 - mean) / std on the teacher's device: uint8 (N, 3, H, W) -> float32 (N, 3, H, W)."""
-        mean, std = self._statistics()
-        return pixels.to(self.device).float().mul(1 / (255 * std)).sub_(mean / std)
+        """What the network takes, on its device: uint8 (N, C, H, W) -> float32; see :meth:`ModelEntry.normalise`."""
+        return self.entry.normalise(pixels.to(self.device))
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Inverse of :meth:`normalise`, rounded and clipped, for showing: float32 (N, 3, H, W) -> uint8 on the CPU."""
-        mean, std = self._statistics()
-        scaled = (images.detach().to(self.device) * std + mean) * 255
-        return scaled.round().clamp(0, 255).to(torch.uint8).cpu()
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        mean, std = torch.tensor([self.entry.mean, self.entry.std], device=self.device)
-        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        """Inverse of :meth:`normalise`, rounded and clipped, for showing: float32 (N, C, H, W) -> uint8 on the CPU."""
+        mean, std = self.entry.statistics(images.device)
+        return ((images.detach() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def load_teacher(
