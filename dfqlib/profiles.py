@@ -1,15 +1,18 @@
-"""What each notebook runs with, from ``profiles.toml``: smoke (tests), quick (2 CPU cores), paper (as published)."""
+"""What each notebook runs with, from ``profiles.toml``: smoke (tests), quick (2 CPU cores), paper (as published).
+
+``$DFQ_PROFILES`` names another table of the same form, with its notebooks beside it, to run notebooks of your own.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 import tomllib
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dfqlib.errors import check_choice
+from dfqlib.errors import UserError, check_choice
 
 #: Parameters of a notebook that say what is run and where. All others are the method's schedule.
 COMMON = ("profile", "dataset", "model", "bits", "seed", "device", "out", "data_folder", "weights")
@@ -17,12 +20,14 @@ COMMON = ("profile", "dataset", "model", "bits", "seed", "device", "out", "data_
 
 @dataclass(frozen=True)
 class Profile:
-    """How far a call goes: its data sets by default, and the bit widths where they differ from the notebook's own."""
+    """How far a call goes without further options: ``datasets``, or every published row where they are empty; and the
+    bit widths where they are not the notebook's own."""
 
     name: str
     about: str
-    datasets: list[str]
+    datasets: list[str] = field(default_factory=list)
     bits: list[str] = field(default_factory=list)
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Paper:
     """One notebook and what it reproduces."""
 
     key: str
-    notebook: str
+    notebook: Path
     title: str
     methods: list[str]  # rows of published.csv that it runs
     scheme: str  # "ptq" or "qat", "" where the notebook quantizes nothing
@@ -43,25 +48,31 @@ class Paper:
         return values | table.get(dataset, {}) | table.get(model, {})
 
 
-def packaged_table() -> Path:
-    """The table of profiles that comes with the package."""
-    return Path(str(resources.files("dfqlib").joinpath("profiles.toml")))
+def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
+    """Profiles and papers by name, from ``$DFQ_PROFILES`` or else from the package."""
+    return _read(os.environ.get("DFQ_PROFILES", ""))
 
 
 @functools.cache
-def load(table: Path | None = None) -> tuple[dict[str, Profile], dict[str, Paper]]:
-    """Profiles and papers by name, from ``table`` or, without it, from the package."""
-    content = tomllib.loads((table or packaged_table()).read_text(encoding="utf-8"))
+def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
+    package = Path(__file__).resolve().parent
+    path = Path(table).resolve() if table else package / "profiles.toml"
+    notebooks = path.parent if table else package.parent / "notebooks"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"DFQ_PROFILES={table!r} cannot be read ({error}).") from None
     profiles = {name: Profile(name, **values) for name, values in content.pop("profiles").items()}
     papers = {}
     for key, values in content.items():
         settings = {name: values.pop(name) for name in profiles if name in values}
-        papers[key] = Paper(key, **values, settings=settings)
+        notebook = notebooks / values.pop("notebook")
+        papers[key] = Paper(key, notebook, **values, settings=settings)
     return profiles, papers
 
 
 def paper(key: str) -> Paper:
-    """The packaged paper ``key``; an unknown key is a UserError that names the known ones."""
+    """The paper ``key``; an unknown key is a UserError that names the known ones."""
     papers = load()[1]
     return papers[check_choice("paper", key, papers)]
 

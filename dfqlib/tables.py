@@ -154,3 +154,22 @@ def markdown(shown: pd.DataFrame) -> str:
     rule = ["---" if name in words else "---:" for name in shown.columns]
     cells = [list(shown.columns), rule, *(shown.astype(str).values.tolist())]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells) + "\n"
+
+
+def present_missing(missing: pd.DataFrame) -> pd.DataFrame:
+    """Published rows that were not run, as the strings that people read."""
+    if missing.empty:
+        return pd.DataFrame()
+    widths = zip(missing["weight_bits"], missing["activation_bits"], strict=True)
+    return pd.DataFrame(
+        {
+            "method": missing["method"],
+            "data": missing["dataset"],
+            "model": missing["model"],
+            "bits": [bits(w, a) for w, a in widths],
+            "scheme": missing["scheme"],
+            "published": missing["published"].map(number),
+            "source": missing["published_source"],
+            "reason": missing["reason"],
+        }
+    )

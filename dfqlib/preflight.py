@@ -1,0 +1,60 @@
+"""Whether a run can start here: its images and its teacher's weights are present, readable and fit each other."""
+
+from __future__ import annotations
+
+import functools
+from itertools import islice
+from typing import Any
+
+from dfqlib import plan
+from dfqlib.errors import UserError
+
+#: A folder with more files than this (ImageNet) is not read twice: the notebook's own check stands for it.
+READ_AHEAD = 20_000
+
+
+def missing(dataset: str, model: str, parameters: dict[str, Any] | None = None) -> str:
+    """What is not on this machine and cannot be downloaded, as one clause; empty if nothing. Reads no file."""
+    parameters = parameters or {}
+    if dataset and not plan.data_folder(dataset, parameters) and not any(plan.ASSETS.glob(f"{dataset}-2k.*")):
+        return f"needs the test images of {dataset}: set DFQ_DATA to a folder that holds {dataset}/, or data_folder"
+    if model == "resnet34_cifar100" and not plan.weights_file(model, parameters.get("weights", "")):
+        return f"needs weights of {model}: train them with notebooks/00_teachers.ipynb, or set weights"
+    return ""
+
+
+def downloads(model: str) -> bool:
+    """Whether the teacher's weights are its library's own, fetched at first use."""
+    return bool(model) and model != "resnet34_cifar100" and plan.weights_file(model) is None
+
+
+def obstacle(parameters: dict[str, Any]) -> str:
+    """Why a run with these parameters cannot start, as one sentence; empty if it can. May download a teacher."""
+    dataset, model = parameters.get("dataset", ""), parameters.get("model", "")
+    reason = missing(dataset, model, parameters)
+    if reason:
+        return f"dataset={dataset!r}, model={model!r}: {reason}."
+    try:
+        folder, weights = plan.data_folder(dataset, parameters), parameters.get("weights", "")
+        if folder:
+            _read_images(dataset, str(folder))
+        if model and (weights or plan.weights_file(model) is None or plan.weights_file(model).parent != plan.ASSETS):
+            _read_teacher(model, weights)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def _read_images(dataset: str, folder: str) -> None:
+    from dfqlib.data import load_test  # here, since it imports torch
+
+    if len(list(islice(plan.Path(folder).rglob("*"), READ_AHEAD))) < READ_AHEAD:
+        load_test(dataset, folder)
+
+
+@functools.cache
+def _read_teacher(model: str, weights: str) -> None:
+    from dfqlib.models import load_teacher
+
+    load_teacher(model, weights or None)

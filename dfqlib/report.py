@@ -1,0 +1,177 @@
+"""From finished runs to the results folder's ``tables/<paper>.csv`` and ``.md``, ``figures/`` and ``README.md``.
+
+Every table holds, for each (profile, data set, model), the runs of one version only: the same code and the same
+schedule, those of the present call or else the latest. A paper without any run here keeps the table it has.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dfqlib import preflight, profiles, published, tables
+from dfqlib.batch import METRICS, complete
+from dfqlib.files import atomic_path, write_text
+from dfqlib.plan import code_identity, digest
+from dfqlib.profiles import COMMON, Paper, Profile
+from dfqlib.published import Published
+
+GROUP = ["paper", "profile", "dataset", "data", "model"]
+
+
+def collect(results: Path, names: Iterable[str], papers: Iterable[Paper], present: Collection[str]) -> pd.DataFrame:
+    """Rows of the finished runs of some profiles and papers; of several versions the one that shall be shown.
+
+    ``present`` holds the identities of the runs of this call, which come first; then runs of the present code, then
+    the latest.
+    """
+    rows = [row for paper in papers for name in names for row in _rows(results, paper, name, present)]
+    frame = pd.DataFrame(rows)
+    if frame.empty:
+        return frame
+    frame = frame.sort_values("rank", kind="stable")
+    latest = frame.groupby(GROUP, sort=False, dropna=False)["version"].transform("last")
+    frame = frame[frame["version"] == latest]
+    frame = frame.drop_duplicates([*tables.SETTING, "profile", "seed"], keep="last")
+    order = {paper.key: i for i, paper in enumerate(profiles.load()[1].values())}
+    return frame.sort_values("order", kind="stable").sort_values(
+        "paper", key=lambda column: column.map(order), kind="stable"
+    )
+
+
+def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -> Iterable[dict[str, Any]]:
+    for folder in sorted((results / profile / paper.key).glob("[!.]*")):
+        if folder.name.endswith(".unfinished") or not complete(folder):
+            continue
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        run, provenance = metrics["run"], metrics["provenance"]
+        current = run["depends"]["code"] == code_identity(paper.notebook)
+        own = {name: value for name, value in metrics["parameters"].items() if name not in COMMON}
+        kind, colon, details = metrics["schedule"].partition(":")
+        context = {
+            "paper": paper.key,
+            "profile": profile,
+            "schedule": kind + ("" if current else " (older code)") + colon + details,
+            "rank": (run["identity"] in present, current, provenance["finished"]),
+            "version": digest(json.dumps([own, run["depends"]], sort_keys=True)),
+            "run": run["id"],
+            "commit": provenance["commit"],
+            "hardware": provenance["hardware"],
+            "finished": provenance["finished"],
+            "figures": [str(folder / f"{name}.png") for name in metrics["figures"]],
+        }
+        for order, row in enumerate(metrics["rows"]):
+            yield context | row | {"order": order}
+
+
+def not_run(rows: pd.DataFrame, methods: Iterable[str], failures: dict[tuple[str, str, str], str]) -> pd.DataFrame:
+    """Published rows of ``methods`` that no run covers, with the reason; never filled in.
+
+    ``failures`` maps (method, data set, model) to what stopped a run of this call.
+    """
+    keys = ["method", "dataset", "model", "weight_bits", "activation_bits", "scheme"]
+    own = rows[rows["variant"] == ""] if len(rows) else rows
+    covered = set(own[keys].itertuples(index=False, name=None)) if len(own) else set()
+    lines = []
+    for row in published.rows():
+        if row.method in methods and tuple(getattr(row, key) for key in keys) not in covered:
+            line = {key: getattr(row, key) for key in keys} | {"published": row.top1, "published_source": row.source}
+            failure = failures.get((row.method, row.dataset, row.model))
+            lines.append(line | {"reason": failure or reason(row)})
+    return pd.DataFrame(lines)
+
+
+def paper_of(row: Published) -> Paper | None:
+    """The notebook that runs a published row."""
+    return next((paper for paper in profiles.load()[1].values() if row.method in paper.methods), None)
+
+
+def reason(row: Published) -> str:
+    """Why a published row was not run: what it lacks, or the command that runs it."""
+    paper = paper_of(row)
+    if paper is None:
+        return f"the kit has no notebook for {row.method}"
+    lacking = preflight.missing(row.dataset, row.model)
+    return lacking or f"not asked for; `{command(row, paper)}` runs it"
+
+
+def command(row: Published, paper: Paper) -> str:
+    """The call that runs a published row with the published schedule."""
+    return f"python run_all.py --profile paper --papers {paper.key} --models {row.model} --bits {row.bits}"
+
+
+def write(
+    results: Path, profile: Profile, present: Collection[str], failures: dict[tuple[str, str, str], str]
+) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Write tables, figures and README.md; returns the rows and the rows not run of each paper that has runs.
+
+    The results of a rehearsal go into its own folder, ``results/<profile>``.
+    """
+    known, papers = profiles.load()
+    names = [profile.name] if profile.rehearsal else [p.name for p in known.values() if not p.rehearsal]
+    root = results / profile.name if profile.rehearsal else results
+    rows = collect(results, names, papers.values(), present)
+    written = {}
+    for paper in papers.values():
+        own = rows[rows["paper"] == paper.key] if len(rows) else rows
+        if len(own):
+            written[paper.key] = own, not_run(own, paper.methods, failures)
+            _write_paper(root, paper, *written[paper.key])
+    _write_readme(root, papers, failures)
+    return written
+
+
+def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataFrame) -> None:
+    lines = tables.summarise(rows)
+    keys = [*tables.SETTING, "profile", "schedule"]
+    sources = rows.groupby(keys, sort=False, dropna=False)[["run", "commit", "hardware", "finished"]].agg(
+        lambda column: " | ".join(dict.fromkeys(column))
+    )
+    tidy = lines.merge(sources.reset_index(), on=keys, how="left")
+    tidy["status"] = "run"
+    if len(missing):
+        tidy = pd.concat([tidy, missing.assign(paper=paper.key, status="not run")], ignore_index=True)
+    with atomic_path(root / "tables" / f"{paper.key}.csv") as path:
+        tidy.to_csv(path, index=False, float_format="%.4f")
+    text = [f"## {paper.title}\n", tables.markdown(tables.present(rows)), tables.caption(rows) + "\n"]
+    hardware = ", ".join(dict.fromkeys(rows["hardware"]))
+    text.append(f"Runs on {hardware}; commit {', '.join(dict.fromkeys(rows['commit']))}.\n")
+    text += [f"![{paper.key}: {figure.stem}](../figures/{figure.name})\n" for figure in _copy_figures(root, rows)]
+    if len(missing):
+        text += ["Published rows that were not run:\n", tables.markdown(tables.present_missing(missing))]
+    write_text(root / "tables" / f"{paper.key}.md", "\n".join(text))
+
+
+def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
+    """Copies under names that stay the same from run to run, of the lowest seed for each data set and model."""
+    copies = []
+    for _, group in rows.groupby(["profile", "dataset", "model"], sort=False, dropna=False):
+        first = group.sort_values("seed").iloc[0]
+        for source in map(Path, first["figures"]):
+            parts = [first["paper"], first["profile"], first["model"].replace("/", "_"), source.stem]
+            copy = root / "figures" / f"{'-'.join(part for part in parts if part)}.png"
+            with atomic_path(copy) as path:
+                shutil.copyfile(source, path)
+            copies.append(copy)
+    return list(dict.fromkeys(copies))
+
+
+def _write_readme(root: Path, papers: dict[str, Paper], failures: dict[tuple[str, str, str], str]) -> None:
+    text = ["# Results\n", "Written by `run_all.py` from the runs in this folder; a call that runs more adds to it.\n"]
+    for paper in papers.values():
+        table = root / "tables" / f"{paper.key}.md"
+        if table.is_file():
+            text.append(table.read_text(encoding="utf-8").replace("(../figures/", "(figures/"))
+        elif paper.methods:
+            missing = not_run(pd.DataFrame(), paper.methods, failures)
+            text += [f"## {paper.title}\n", "Not run here.\n", tables.markdown(tables.present_missing(missing))]
+    covered = {method for paper in papers.values() for method in paper.methods}
+    other = not_run(pd.DataFrame(), {row.method for row in published.rows()} - covered, failures)
+    if len(other):
+        text += ["## Published rows without a notebook\n", tables.markdown(tables.present_missing(other))]
+    write_text(root / "README.md", "\n".join(text))

@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""Run the notebooks, collect their results, and print them beside the published ones.
+
+    python run_all.py                                     every notebook, minutes each on 2 CPU cores
+    python run_all.py --papers gdfq --seeds 0 1 2         one of them, three times
+    python run_all.py --datasets cifar100                 another data set
+    python run_all.py --list                              every published row: what it needs, can it run here
+
+A finished run is found again by what it depends on, so a second call runs only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from dfqlib import plan, preflight, profiles, published
+from dfqlib.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python run_all.py --help shows all options.")
+
+
+def parser() -> argparse.ArgumentParser:
+    known, papers = profiles.load()
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    about = " ".join(f"{profile.name}: {profile.about}" for profile in known.values())
+    add("--profile", default="quick", metavar="NAME", help=f"{about} Default: quick.")
+    add("--papers", nargs="+", default=[], metavar="NAME", help=f"notebooks to run: {', '.join(papers)} (default: all)")
+    add("--datasets", nargs="+", default=[], metavar="NAME", help="cifar10, cifar100, imagenet, or a name of your own "
+        "with --set data_folder=FOLDER")  # fmt: skip
+    add("--models", nargs="+", default=[], metavar="NAME", help="teachers, such as resnet20_cifar10 or resnet18")
+    add(
+        "--bits", nargs="+", default=[], metavar="WxAy", help="bit widths of weights and activations, such as w4a4 w3a3"
+    )
+    add("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (default: 0)")
+    add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="any parameter of the notebooks")
+    add("--results", default=str(HERE / "results"), metavar="FOLDER", help="where results go (default: results/)")
+    add("--force", action="store_true", help="run again what is already there")
+    add("--keep-going", action="store_true", help="after a failure, also try the other runs of the same notebook")
+    add("--list", action="store_true", help="list the published rows, what each needs and whether it can run here")
+    add("--dry-run", action="store_true", help="show the runs, and which of them are already there")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 1 if a notebook failed; 2 for input that a user can correct; 130 after an interrupt."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return call(parser().parse_args(arguments))
+    except UserError as error:
+        print(f"run_all.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("run_all.py: interrupted", file=sys.stderr)
+        return 130
+
+
+def call(options: argparse.Namespace) -> int:
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    chosen = selection(options)
+    runs = plan.plan(chosen)
+    if options.list:
+        list_rows(console, chosen)
+        return 0
+    results = Path(options.results).expanduser().resolve()
+    if options.dry_run:
+        return dry_run(console, runs, results, options.force)
+    return run(console, runs, results, options)
+
+
+def selection(options: argparse.Namespace) -> plan.Selection:
+    """The options as a selection, their texts taken apart."""
+    settings = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {text} is not NAME=VALUE, such as --set iterations=200.")
+        settings[name] = value
+    for seed in options.seeds:
+        if not seed.isdecimal():
+            raise UserError(f"seeds={seed!r} is not a seed; allowed: whole numbers from 0.")
+    seeds = [int(seed) for seed in options.seeds]
+    o = options
+    return plan.Selection(o.profile, o.papers, o.datasets, o.models, o.bits, seeds, settings)
+
+
+def list_rows(console: Console, chosen: plan.Selection) -> None:
+    """Every published row (of the papers, data sets, models and bits asked for), and whether it can run here."""
+    from dfqlib.report import command, paper_of
+
+    table = Table("paper", "data set", "model", "bits", "scheme", "top-1", "runs here", "how, or why not", box=None)
+    for row in published.rows():
+        paper = paper_of(row)
+        asked = [(chosen.papers, paper and paper.key), (chosen.datasets, row.dataset), (chosen.models, row.model)]
+        if any(wanted and value not in wanted for wanted, value in [*asked, (chosen.bits, row.bits)]):
+            continue
+        lacking = preflight.missing(row.dataset, row.model) if paper else "no notebook for this paper yet"
+        how = lacking or command(row, paper)
+        if not lacking and preflight.downloads(row.model):
+            how += " (downloads its teacher)"
+        top1 = "" if row.top1 is None else f"{row.top1:.2f}"
+        here = "[red]no[/]" if lacking else "[green]yes[/]"
+        table.add_row(row.method, row.dataset, row.model, row.bits, row.scheme, top1, here, how)
+    console.print(table)
+
+
+def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force: bool) -> int:
+    """Show what would run."""
+    from dfqlib.batch import complete
+
+    for run in runs:
+        there = complete(run.folder(results)) and not force
+        lacking = preflight.missing(run.parameters.get("dataset", ""), run.parameters.get("model", ""), run.parameters)
+        state = "found" if there else "cannot run: " + lacking if lacking else "to run"
+        values = " ".join(f"{name}={value}" for name, value in run.parameters.items())
+        console.print(f"{run.name}: {state}\n    {run.folder(results)}\n    {values}", markup=False, soft_wrap=True)
+    return 0
+
+
+def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace) -> int:
+    """Check everything, run what is missing, write and print the tables."""
+    from dfqlib import batch
+    from dfqlib.screen import Screen
+
+    batch.check_folder(results)
+    failures: dict[tuple[str, str, str], str] = {}
+    able = []
+    for planned in runs:
+        known = not options.force and batch.complete(planned.folder(results))
+        why = "" if known else preflight.obstacle(planned.parameters)
+        if why and (options.datasets or options.models or options.set):
+            raise UserError(why)
+        if why:
+            note(failures, planned, why)
+            console.print(f"{planned.name}: not run; {why}", markup=False, soft_wrap=True)
+        else:
+            able.append(planned)
+    if not able:
+        raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
+    with Screen(console, [planned.name for planned in able]) as screen:
+        outcomes = batch.execute(able, results, screen, force=options.force, keep_going=options.keep_going)
+    for outcome in outcomes:
+        if outcome.state not in ("done", "found"):
+            note(failures, outcome.run, f"{outcome.state}: {outcome.message}")
+
+    show(console, runs, results, failures)
+    states = {outcome.state for outcome in outcomes}
+    return 130 if "stopped" in states else 1 if "failed" in states else 0
+
+
+def note(failures: dict[tuple[str, str, str], str], run: plan.PlannedRun, why: str) -> None:
+    """Keep why a run gave nothing, for the published rows that it would have covered."""
+    for method in run.paper.methods:
+        failures[method, run.parameters.get("dataset", ""), run.parameters.get("model", "")] = why
+
+
+def show(
+    console: Console, runs: list[plan.PlannedRun], results: Path, failures: dict[tuple[str, str, str], str]
+) -> None:
+    """Write the tables and print those of the papers of this call."""
+    from dfqlib import report, tables
+
+    profile = profiles.load()[0][runs[0].parameters["profile"]]
+    written = report.write(results, profile, {run.identity for run in runs}, failures)
+    for paper in {run.paper.key: run.paper for run in runs}.values():
+        if paper.key not in written:
+            continue
+        rows, missing = written[paper.key]
+        shown = tables.present(rows)
+        table = Table(*shown.columns, title=paper.title, title_justify="left", caption_justify="left", box=None)
+        table.caption = tables.caption(rows)
+        for line in shown.itertuples(index=False):
+            table.add_row(*line)
+        console.print(table, "")
+        if len(missing):
+            console.print(
+                f"{len(missing)} published rows of this paper were not run; the reasons are in the table's file."
+            )
+    folder = results / profile.name if profile.rehearsal else results
+    console.print(f"All tables: {folder / 'README.md'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
