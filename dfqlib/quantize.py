@@ -36,8 +36,8 @@ def quantize_model(
     Every Conv2d and Linear, first and last included, becomes a layer that fake-quantizes its weight per output channel;
     after every ReLU and ReLU6, and nowhere else, stands a :class:`FakeQuantize` with an observer of its own, also where
     one ReLU module is called at several places or a function does the work. So the input, linear bottlenecks and pooled
-    features stay in float, as in the papers' code. The copy is in eval mode (batch-norm statistics frozen), all its
-    parameters train, and its activation ranges must be learned before use: ``with observing(student): student(images)``.
+    features stay in float, as in the papers' code. The copy is in eval mode (batch-norm statistics frozen) and all its
+    parameters train. Its activation ranges must be learned before use: ``with observing(student): student(images)``.
 
     weight_bits, activation_bits: 2 to 8; None or 32 leaves float; or a mapping with one of these for every layer, named
     as :func:`describe` names them. observer: a name in ``OBSERVERS`` or a function that makes one.
@@ -72,7 +72,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     copied = _copy_without_hooks(model).eval()
     try:
         graph = tracer.trace(copied)
-    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises when it meets a torch.fx proxy
+    except Exception as error:  # whatever the model's own code raises when it meets a torch.fx proxy
         where = tracer.failed_in or f"forward of {type(model).__name__}"
         raise UserError(f"{type(model).__name__} cannot be traced by torch.fx: {where}: {error}") from error
     for node in graph.nodes:
@@ -101,7 +101,7 @@ def _copy_without_hooks(model: nn.Module) -> nn.Module:
 
 
 def _refuse_hidden_layers(model: nn.Module, node: fx.Node) -> None:
-    """UserError if ``node`` computes with a convolution, a linear layer or a ReLU that cannot be reached to quantize."""
+    """UserError if ``node`` hides a convolution, a linear layer or a ReLU where it cannot be quantized."""
     network = type(model).__name__
     if node.op == "call_function" and node.target in _WEIGHT_FUNCTIONS:
         weights = ", ".join(repr(a.target) for a in node.all_input_nodes if a.op == "get_attr") or "a computed weight"
@@ -177,13 +177,17 @@ def _is_inplace(model: fx.GraphModule, relu: fx.Node) -> bool:
 def _bits_by_name(parameter: str, bits: Bits, names: list[str]) -> dict[str, int | None]:
     """One bit width, or None for float, for each of ``names``."""
     if not isinstance(bits, Mapping):
-        bits = dict.fromkeys(names, bits)
+        return dict.fromkeys(names, _bits_or_float(parameter, bits))
     for name in bits:
         check_choice(f"layer in {parameter}", name, names)
     missing = [name for name in names if name not in bits]
     if missing:
         raise UserError(f"{parameter} gives no bit width for layer {missing[0]!r} ({len(missing)} missing).")
-    return {n: None if bits[n] is None or bits[n] == 32 else check_bits(parameter, bits[n]) for n in names}
+    return {name: _bits_or_float(f"{parameter}[{name!r}]", bits[name]) for name in names}
+
+
+def _bits_or_float(parameter: str, bits: int | None) -> int | None:
+    return None if bits is None or bits == 32 else check_bits(parameter, bits)
 
 
 def set_observing(student: nn.Module, on: bool) -> None:
@@ -220,7 +224,7 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def describe(student: fx.GraphModule) -> pd.DataFrame:
-    """What is quantized, and how, in the order it runs: one row per layer and per activation, then the rest and the total.
+    """What is quantized, and how: a row per layer and activation in the order they run, then the rest and the total.
 
     Columns: layer (as the bit-width mappings name it), kind, weight_bits, activation_bits (32: float; missing: has
     none), low, high (of the weight over all channels, or the activation range), bytes, float_bytes (full precision).

@@ -168,7 +168,7 @@ def test_every_observer_serves_a_fake_quantizer(name):
     """No range: told. Observing: the range follows the batch, the gradient passes. Then: the range stands still."""
     quantizer = FakeQuantize(4, OBSERVERS[name](), "stage1.relu")
     x = torch.rand(8, 3, 5, 5, requires_grad=True)
-    with pytest.raises(UserError, match="'stage1.relu' has no range yet"):
+    with pytest.raises(UserError, match=r"'stage1\.relu' has no range yet"):
         quantizer(x)
     quantizer.observing = True
     quantizer(x).sum().backward()

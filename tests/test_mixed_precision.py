@@ -1,0 +1,145 @@
+"""Sensitivities against whole forward passes, and the Pareto frontier against all assignments."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from dfqlib.errors import UserError
+from dfqlib.mixed_precision import layer_sizes, mean_kl, pareto_frontier, sensitivity
+from dfqlib.quantize import quantize_model
+
+
+class Net(nn.Module):
+    """Residual, with in-place operations on tensors needed again, and a convolution called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.body = nn.Conv2d(4, 4, 3, padding=1)
+        self.shortcut = nn.Conv2d(4, 4, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.relu(self.stem(x))
+        y = self.body(self.relu(self.body(x)))
+        y += self.shortcut(x)
+        return self.head(self.relu(y).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def table(net, images):
+    return sensitivity(net, images)
+
+
+def test_kl_by_hand():
+    teacher, student = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+    by_hand = (0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)) / 2
+    assert mean_kl(teacher.log(), student.log()).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_sensitivity_equals_whole_passes_with_one_layer_quantized(net, images, table):
+    layers = ["stem", "body", "shortcut", "head"]
+    assert list(table.index) == layers and list(table.columns) == [2, 4, 8]
+    for layer, bits in itertools.product(layers, (2, 4, 8)):
+        one = quantize_model(net, {**dict.fromkeys(layers), layer: bits}, None)
+        with torch.no_grad():
+            expected = mean_kl(net(images), one(images)).item()
+        assert table.loc[layer, bits] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert (table[2] > table[4]).all() and (table[4] > table[8]).all()
+
+
+def test_sensitivity_leaves_teacher_and_images_alone(net, images):
+    before, pictures = {k: v.clone() for k, v in net.state_dict().items()}, images.clone()
+    sensitivity(net, images, bits=(2,))
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert torch.equal(images, pictures)
+
+
+def test_sizes_by_hand(net):
+    assert layer_sizes(net, (2, 4)).to_dict("list") == {2: [27, 36, 4, 10], 4: [54, 72, 8, 20]}
+
+
+def undominated(assignments):
+    """(size, sensitivity) of the assignments that no other is at least as good as in both, by comparing all."""
+    points = sorted({(size, round(total, 12)) for size, total in assignments})
+    return [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+
+
+def brute_force(table, sizes):
+    for widths in itertools.product(table.columns, repeat=len(table)):
+        yield (
+            sum(int(sizes.loc[layer, w]) for layer, w in zip(table.index, widths, strict=True)),
+            sum(table.loc[layer, w] for layer, w in zip(table.index, widths, strict=True)),
+        )
+
+
+def test_frontier_of_a_network_equals_brute_force(net, table):
+    sizes = layer_sizes(net)
+    frontier = pareto_frontier(table, sizes)
+    expected = undominated(brute_force(table, sizes))
+    assert [(a.size, round(a.sensitivity, 12)) for a in frontier] == expected
+    assert (frontier.sizes[0], frontier.sizes[-1]) == (sizes[2].sum(), sizes[8].sum())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_frontier_equals_brute_force_with_ties_and_disorder(seed):
+    """Equal sizes, equal sensitivities and wide layers less sensitive at fewer bits: nothing is taken for granted."""
+    random = np.random.default_rng(seed)
+    index, columns = [f"layer{i}" for i in range(5)], [2, 4, 8]
+    table = pd.DataFrame(random.integers(0, 9, (5, 3)) / 8, index, columns)
+    sizes = pd.DataFrame(random.integers(1, 9, (5, 3)), index, columns)
+    assert [(a.size, a.sensitivity) for a in pareto_frontier(table, sizes)] == undominated(brute_force(table, sizes))
+
+
+def test_every_point_is_its_bit_widths(net, table):
+    sizes = layer_sizes(net)
+    for point in pareto_frontier(table, sizes):
+        assert list(point.bits) == list(table.index)
+        assert point.size == sum(sizes.loc[layer, bits] for layer, bits in point.bits.items())
+        assert point.sensitivity == pytest.approx(sum(table.loc[layer, bits] for layer, bits in point.bits.items()))
+
+
+def test_best_under_a_budget(net, table):
+    frontier = pareto_frontier(table, layer_sizes(net))
+    for budget in (frontier.sizes[0], 200, 200.5, 1e9):
+        best = frontier.best_under(budget)
+        assert best.size <= budget
+        assert best.sensitivity == min(p.sensitivity for p in frontier if p.size <= budget)
+    assert frontier[-1].bits == dict.fromkeys(table.index, 8)
+    with pytest.raises(UserError, match="budget=76 is too small; allowed: at least 77 bytes"):
+        frontier.best_under(76)
+
+
+def test_an_assignment_quantizes_the_network(net, images, table):
+    best = pareto_frontier(table, layer_sizes(net)).best_under(150)
+    student = quantize_model(net, best.bits, activation_bits=8)
+    assert {name: student.get_submodule(name).weight_bits for name in best.bits} == best.bits
+
+
+@pytest.mark.parametrize("bits", [(1, 4), (2, 9)])
+def test_bad_bits_are_refused(net, images, bits):
+    with pytest.raises(UserError, match="not a supported bit width"):
+        sensitivity(net, images, bits)
+    with pytest.raises(UserError, match="not a supported bit width"):
+        layer_sizes(net, bits)
+
+
+def test_tables_of_different_layers_are_refused(net, table):
+    with pytest.raises(UserError, match="same layers and bit widths"):
+        pareto_frontier(table, layer_sizes(net, (2, 4)))

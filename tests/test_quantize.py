@@ -1,0 +1,335 @@
+"""Networks quantized whole: what is found, where fake quantization stands, what is refused, what the table says."""
+
+import functools
+
+import pytest
+import torch
+import torchvision
+from pytorchcv.model_provider import get_model
+from torch import nn
+from torch.nn import functional as F
+
+from dfqlib.errors import UserError
+from dfqlib.quantize import describe, model_bytes, observing, quantize_model, set_observing
+from dfqlib.quantizer import FakeQuantize, MovingAverage, QuantConv2d, QuantLinear, fake_quantize_per_channel
+
+
+class Block(nn.Module):
+    """A residual block that calls one ReLU module twice, one function and one in-place method."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
+        self.bn = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.relu6 = nn.ReLU6()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.relu(self.conv1(x))
+        y = F.relu(self.depthwise(x))
+        y = self.relu(self.bn(self.grouped(y)) + x)
+        y = self.relu6(y * 2).mean((2, 3)).relu_()
+        return self.linear(y)
+
+
+def fake_quantizers(student):
+    return {m.name: m for m in student.modules() if isinstance(m, FakeQuantize)}
+
+
+def calibrated(model, x, *args, **kwargs):
+    student = quantize_model(model, *args, **kwargs)
+    with torch.no_grad(), observing(student):
+        student(x)
+    return student
+
+
+def test_every_layer_and_every_relu_call_is_found():
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(2, 3, 6, 6)
+    student = calibrated(model, x, 4, 5)
+    assert [type(student.get_submodule(n)) for n in ("conv1", "depthwise", "grouped")] == [QuantConv2d] * 3
+    assert type(student.linear) is QuantLinear
+    assert list(fake_quantizers(student)) == ["relu", "relu:2", "relu:3", "relu6", "relu:4"]
+
+
+def test_student_computes_what_quantization_by_hand_computes():
+    """Four calls of ReLU and one of ReLU6, each quantized over its own range; the rest stays in float."""
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(2, 3, 6, 6)
+    student = calibrated(model, x, 4, 3, observer="minmax")
+
+    quantizers = iter(fake_quantizers(student).values())
+
+    def relu(value, kind=F.relu):
+        return next(quantizers)(kind(value))
+
+    with torch.no_grad():
+        for layer in (model.conv1, model.depthwise, model.grouped, model.linear):
+            layer.weight.copy_(fake_quantize_per_channel(layer.weight, 4))
+        a = relu(model.conv1(x))
+        b = relu(model.bn(model.grouped(relu(model.depthwise(a)))) + a)
+        expected = model.linear(relu(relu(b * 2, F.relu6).mean((2, 3))))
+        torch.testing.assert_close(student(x), expected)
+    assert len({q.observer.high.item() for q in fake_quantizers(student).values()}) >= 4
+
+
+@pytest.mark.parametrize(
+    "relu",
+    [
+        F.relu,
+        torch.relu,
+        torch.relu_,
+        F.relu6,
+        nn.ReLU(),
+        nn.ReLU6(inplace=True),
+        lambda x: x.relu(),
+        lambda x: x.relu_(),
+        lambda x: F.relu(x, inplace=True),
+        lambda x: F.relu6(x, True),
+    ],
+)
+def test_every_way_to_write_a_relu(relu):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = relu if isinstance(relu, nn.Module) else None
+
+        def forward(self, x):
+            return (self.act or relu)(x + 0)
+
+    x = torch.linspace(-3, 3, 64).view(1, 64)
+    output = calibrated(Net(), x, 4, 2)(x)
+    assert output.unique().tolist() == pytest.approx([0, 1, 2, 3])
+
+
+def test_in_place_relu_whose_result_is_not_taken():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            x = x + 0
+            self.relu(x)
+            return x
+
+    x = torch.linspace(-3, 3, 64).view(1, 64)
+    assert len(calibrated(Net(), x, 4, 2)(x).unique()) == 4
+
+
+def test_nothing_but_relus_is_quantized():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.LeakyReLU(), nn.Sigmoid(), nn.Linear(16, 2))
+    assert not fake_quantizers(quantize_model(model, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "name, size, layers, relus",
+    [
+        ("resnet20_cifar10", 32, 22, 19),
+        ("resnet18", 224, 21, 17),
+        ("resnet50", 224, 54, 49),
+        ("inceptionv3", 299, 95, 94),
+        ("mobilenetv2_w1", 224, 54, 36),
+        ("shufflenet_g1_w1", 224, 50, 33),
+        ("sqnxt23_w2", 224, 112, 132),
+        ("torchvision/resnet18", 224, 21, 17),
+        ("torchvision/mobilenet_v2", 64, 53, 35),
+        ("torchvision/shufflenet_v2_x0_5", 64, 57, 37),
+    ],
+)
+def test_known_architectures(name, size, layers, relus):
+    """In float the traced copy is the model, bit for bit; quantized, every layer and every ReLU call is found."""
+    torch.manual_seed(0)
+    factory = torchvision.models.get_model if name.startswith("torchvision/") else get_model
+    model = factory(name.removeprefix("torchvision/")).eval()
+    student = quantize_model(model, 4, 4)
+    assert len(fake_quantizers(student)) == relus
+    assert sum(isinstance(m, (QuantConv2d, QuantLinear)) for m in student.modules()) == layers
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(quantize_model(model, None, 32)(x), model(x))
+        with observing(student):
+            observed = student(x)
+        assert observed.isfinite().all() and torch.equal(student(x), observed)
+
+
+def test_given_model_stays_as_it_was():
+    """Its weights, mode, hooks and gradients' switches: the student has its own."""
+    torch.manual_seed(0)
+    model, x = Block().train().requires_grad_(False), torch.randn(4, 3, 6, 6)
+    calls = []
+    model.conv1.register_forward_hook(lambda *_: calls.append(1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    student = calibrated(model, x, 4, 4)
+    assert not calls
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    student(x).square().sum().backward()
+    optimizer.step()
+    assert not student.training and all(p.requires_grad for p in student.parameters())
+    assert model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not torch.equal(student.conv1.weight, model.conv1.weight)
+    model(x)
+    assert calls == [1]
+
+
+def test_every_parameter_gets_a_gradient_and_batch_norm_statistics_stand_still():
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 6, 6)
+    student = calibrated(Block(), x, 2, 2)
+    student(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert student.bn.running_mean.abs().sum() == 0
+
+
+def test_ranges_move_only_while_observing():
+    x = torch.randn(2, 3, 6, 6)
+    student = calibrated(Block(), x, 4, 4)
+    before = [q.observer.high.clone() for q in fake_quantizers(student).values()]
+    student(100 * x)
+    assert [q.observer.high for q in fake_quantizers(student).values()] == before
+    set_observing(student, True)
+    student(100 * x)
+    assert all(q.observer.high > b for q, b in zip(fake_quantizers(student).values(), before, strict=True))
+
+
+def test_uncalibrated_student_is_told_of():
+    with pytest.raises(UserError, match="activation 'relu' has no range yet"):
+        quantize_model(Block(), 4, 4)(torch.randn(1, 3, 6, 6))
+
+
+def test_channels_last_and_dtype_are_kept():
+    model = Block().to(memory_format=torch.channels_last)
+    student = quantize_model(model, 4, 4)
+    assert student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert quantize_model(Block().double(), 4, 4).conv1.weight.dtype == torch.float64
+
+
+def test_student_is_loaded_from_its_state():
+    x = torch.randn(2, 3, 6, 6)
+    student, other = calibrated(Block(), x, 4, 4), quantize_model(Block(), 4, 4)
+    other.load_state_dict(student.state_dict())
+    assert torch.equal(other(x), student(x))
+
+
+def test_bit_widths_by_layer():
+    x = torch.randn(2, 3, 6, 6)
+    weight_bits = {"conv1": 8, "depthwise": None, "grouped": 2, "linear": 32}
+    activation_bits = {"relu": 8, "relu:2": 4, "relu:3": None, "relu6": 3, "relu:4": 2}
+    student = calibrated(Block(), x, weight_bits, activation_bits)
+    widths = {n: student.get_submodule(n).weight_bits for n in weight_bits}
+    assert widths == {"conv1": 8, "depthwise": None, "grouped": 2, "linear": None}
+    assert {n: q.bits for n, q in fake_quantizers(student).items()} == {"relu": 8, "relu:2": 4, "relu6": 3, "relu:4": 2}
+
+
+def test_observer_by_name_or_factory():
+    published = functools.partial(MovingAverage, compounding_correction=True)
+    student = calibrated(Block(), torch.randn(2, 3, 6, 6), 4, 4, observer=published)
+    assert all(q.observer.compounding_correction for q in fake_quantizers(student).values())
+
+
+@pytest.mark.parametrize(
+    "weight_bits, activation_bits, observer, message",
+    [
+        (1, 4, "minmax", "weight_bits=1 is not a supported bit width"),
+        (0, 4, "minmax", "weight_bits=0 is not a supported bit width"),
+        (4, 9, "minmax", "activation_bits=9 is not a supported bit width"),
+        (4, 4, "minmix", "observer='minmix' is unknown \\(did you mean 'minmax'\\?\\)"),
+        ({"conv1": 4}, 4, "minmax", "weight_bits gives no bit width for layer 'depthwise' \\(3 missing\\)"),
+        ({"conv_1": 4}, 4, "minmax", "layer in weight_bits='conv_1' is unknown \\(did you mean 'conv1'\\?\\)"),
+        (dict.fromkeys(["conv1", "depthwise", "grouped", "linear"], 12), 4, "minmax", "weight_bits\\['conv1'\\]=12"),
+    ],
+)
+def test_bad_arguments_are_refused(weight_bits, activation_bits, observer, message):
+    with pytest.raises(UserError, match=message):
+        quantize_model(Block(), weight_bits, activation_bits, observer)
+
+
+# Models that cannot be quantized whole are refused by name.
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class FunctionalWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(2, 3, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel)
+
+
+class BorrowedWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x @ self.linear.weight
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (nn.Sequential(nn.ReLU(), Branching()), "module '1' \\(Branching\\): symbolically traced variables cannot"),
+        (Branching(), "forward of Branching"),
+        (FunctionalWeight(), "FunctionalWeight calls conv2d on 'kernel'"),
+        (BorrowedWeight(), "BorrowedWeight reads 'linear.weight' without calling 'linear'"),
+        (nn.Sequential(OwnConv(3, 2, 1)), "calls conv2d|reads '0.weight'"),
+        (nn.Sequential(nn.TransformerEncoderLayer(4, 2)), "hides '.*' inside module '0' \\(TransformerEncoderLayer\\)"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 1)), "ParametrizedConv2d"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_by_name(model, message):
+    with pytest.raises(UserError, match=message):
+        quantize_model(model, 4, 4)
+
+
+def test_student_is_not_quantized_twice():
+    with pytest.raises(UserError, match="quantized already \\(at 'conv1'\\)"):
+        quantize_model(quantize_model(Block(), 4, 4), 4, 4)
+
+
+# The table
+
+
+def test_description_by_hand():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    model = Block()
+    student = calibrated(model, x, {"conv1": 4, "depthwise": 3, "grouped": 2, "linear": None}, 6)
+    table = describe(student)
+    rows = table.set_index("layer")
+    assert list(table.layer[:4]) == ["conv1", "relu", "depthwise", "relu:2"]
+    assert list(table.kind) == [
+        "conv", "relu", "depthwise conv", "relu", "grouped conv", "relu", "relu", "relu", "linear",
+        "biases, batch norm", "total",
+    ]  # fmt: skip
+    assert rows.bytes[["conv1", "depthwise", "grouped", "linear"]].tolist() == [54, 14, 2, 80]  # 36 * 3 / 8 rounded up
+    assert rows.float_bytes[["conv1", "depthwise", "grouped", "linear"]].tolist() == [432, 144, 32, 80]
+    assert rows.weight_bits["linear"] == 32
+    rest = 4 * (4 + 4 + 5 + 4 * 4)  # biases of conv1, grouped and linear; four vectors of the batch norm
+    assert table.bytes.tolist()[-2:] == [rest, rest + 54 + 14 + 2 + 80]
+    assert table.float_bytes.iloc[-1] == model_bytes(model) == 4 * (108 + 36 + 8 + 20) + rest
+    assert table.bytes.iloc[-1] == model_bytes(student)
+    assert rows.low["conv1"] == pytest.approx(model.conv1.weight.min().item())
+    quantizer = fake_quantizers(student)["relu:2"]
+    assert (rows.activation_bits["relu:2"], rows.high["relu:2"]) == (6, pytest.approx(quantizer.observer.high.item()))
+
+
+def test_eight_bit_resnet_takes_about_a_quarter():
+    model = get_model("resnet20_cifar10")
+    total = describe(quantize_model(model, 8, 8)).iloc[-1]
+    assert total.float_bytes == model_bytes(model)
+    assert total.bytes == 270_896 + total.float_bytes - 4 * 270_896
