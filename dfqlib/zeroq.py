@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dfqlib.losses import zeroq_statistics_loss
 from dfqlib.models import Teacher
+from dfqlib.quantize import Bits, observing, quantize_model
 from dfqlib.statistics import BatchNormInputs, sample_mean_std
 from dfqlib.synthesis import synthesise
 
@@ -48,6 +49,21 @@ def distill(
         return synthesise(
             images, loss, learning_rate, iterations, patience, min_learning_rate, f"distilling {batch} images"
         )
+
+
+@torch.no_grad()
+def calibrated(
+    teacher: Teacher, weight_bits: Bits, activation_bits: Bits, images: Tensor, observer: str = "minmax"
+) -> fx.GraphModule:
+    """The quantized teacher with activation ranges from one forward pass of ``images`` (B, 3, H, W), normalised.
+
+    Each layer sees what the layers before it, quantized already, make of the images. Bits as in
+    :func:`dfqlib.quantize.quantize_model`; nothing is trained. Source: ZeroQ, section 3.
+    """
+    student = quantize_model(teacher.network, weight_bits, activation_bits, observer)
+    with observing(student):
+        student(images)
+    return student
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from torch import nn
 from dfqlib.errors import UserError
 from dfqlib.losses import zeroq_statistics_loss
 from dfqlib.models import Teacher
+from dfqlib.quantize import describe
 from dfqlib.statistics import BatchNormInputs
 from dfqlib.synthesis import synthesise
-from dfqlib.zeroq import distill, start_images, statistics_gaps
+from dfqlib.zeroq import calibrated, distill, start_images, statistics_gaps
 
 OFFICIAL = Path(__file__).parent / "data" / "losses.npz"
 
@@ -82,6 +83,18 @@ def test_a_seed_gives_the_same_images_again_and_another_seed_others():
     runs = [distill(teacher, batch=2, iterations=5, seed=seed)[0] for seed in (3, 3, 4)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2])
+
+
+def test_ranges_come_from_the_calibration_images():
+    teacher = small_teacher()
+    images = torch.randn(4, 3, 8, 8)
+    student = calibrated(teacher, 8, 8, images)
+    table = describe(student).set_index("layer")
+    expected = teacher.network[0][:3](images).max().item()
+    assert table.loc["0.2", "high"] == pytest.approx(expected, rel=1e-2)
+    assert (student(images) - teacher.network(images)).abs().max() < 0.1 * teacher.network(images).std()
+    wider = calibrated(teacher, 8, 8, 10 * images)
+    assert describe(wider).set_index("layer").loc["0.2", "high"] > 5 * expected
 
 
 def test_statistics_gaps_by_hand():
