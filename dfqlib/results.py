@@ -112,12 +112,18 @@ class Run:
         self.records[name] = plain(value)
 
     def figure(self, figure: Figure, name: str) -> Figure:
-        """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder, and return it."""
+        """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder, and return it.
+
+        Last expression of a notebook's cell: the figure is closed, or the notebook would show it a second time.
+        """
+        from matplotlib import pyplot
+
         if self.out:
             for suffix in (".png", ".svg"):
                 with atomic_path(self.out / f"{name}{suffix}") as path:
                     figure.savefig(path, format=suffix[1:], dpi=150, bbox_inches="tight")
             self.figures.append(name)
+        pyplot.close(figure)
         return figure
 
     def table(self) -> Styler:
