@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dfqlib.errors import UserError
 from dfqlib.files import atomic_path
+from dfqlib.progress import track
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def train_teacher(
         size = recipe.size(epoch)
         order = torch.randperm(len(images), generator=generator).to(device)
         total = torch.zeros((), device=device)
-        for step in range(steps):
+        for step in track(range(steps), f"teacher, epoch {epoch + 1} of {recipe.epochs}"):
             chosen = order[step * recipe.batch : (step + 1) * recipe.batch]
             rate = recipe.rate(epoch + step / steps)
             loss = F.cross_entropy(forward(augment(normalise(images[chosen]), size, generator)), labels[chosen])
