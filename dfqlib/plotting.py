@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -75,3 +76,18 @@ def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[f
         axes.plot(positions, values, label=name, markevery=max(1, len(values) // 10))
     if len(curves) > 1:
         axes.legend()
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Layer names without the words that half of them share, such as ``features`` and ``conv``, where they stay unique.
+
+    Words with a number say which layer it is, so they are kept: ``features.stage1.unit2.body.conv1.conv`` becomes
+    ``stage1.unit2.conv1``.
+    """
+    split = [name.split(".") for name in names]
+    words = Counter(word for parts in split for word in set(parts) if not any(letter.isdigit() for letter in word))
+    for word, count in words.most_common():
+        shorter = [[part for part in parts if part != word] for parts in split]
+        if 2 * count >= len(names) and all(shorter) and len({tuple(parts) for parts in shorter}) == len(set(names)):
+            split = shorter
+    return [".".join(parts) for parts in split]

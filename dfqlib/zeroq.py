@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
+from dfqlib.errors import check_range
 from dfqlib.losses import zeroq_statistics_loss
 from dfqlib.models import Teacher
-from dfqlib.quantize import Bits, observing, quantize_model
+from dfqlib.quantize import Bits, observing, quantize_model, trace
 from dfqlib.statistics import BatchNormInputs, sample_mean_std
 from dfqlib.synthesis import synthesise
 
@@ -53,14 +56,14 @@ def distill(
 
 @torch.no_grad()
 def calibrated(
-    teacher: Teacher, weight_bits: Bits, activation_bits: Bits, images: Tensor, observer: str = "minmax"
+    network: nn.Module, weight_bits: Bits, activation_bits: Bits, images: Tensor, observer: str = "minmax"
 ) -> fx.GraphModule:
-    """The quantized teacher with activation ranges from one forward pass of ``images`` (B, 3, H, W), normalised.
+    """A quantized copy of ``network`` with the activation ranges of one pass of ``images`` (B, 3, H, W), normalised.
 
     Each layer sees what the layers before it, quantized already, make of the images. Bits as in
     :func:`dfqlib.quantize.quantize_model`; nothing is trained. Source: ZeroQ, section 3.
     """
-    student = quantize_model(teacher.network, weight_bits, activation_bits, observer)
+    student = quantize_model(network, weight_bits, activation_bits, observer)
     with observing(student):
         student(images)
     return student
@@ -84,3 +87,39 @@ def statistics_gaps(network: nn.Module, images: Tensor, epsilon: float = 1e-6) -
             std_gap = (std / sigma - 1).square().mean().sqrt()
             rows.append((name, mean_gap.item(), std_gap.item()))
     return pd.DataFrame(rows, columns=["layer", "mean_gap", "std_gap"]).set_index("layer")
+
+
+@torch.no_grad()
+def rescaled(network: nn.Module, spread: float, seed: int = 0) -> fx.GraphModule:
+    """A copy of ``network`` that computes the same function with other activation ranges.
+
+    Wherever a batch norm reaches one plain convolution through one ReLU, and nothing else, each channel's gain and bias
+    are multiplied by a factor drawn log-uniformly from 1 / ``spread`` to ``spread``, and the convolution's weights for
+    that channel are divided by it: relu(s x) = s relu(x) for s > 0. What enters the batch norms stays the same, and so
+    do images distilled from them. ``spread`` is 1 or more. UserError if ``network`` cannot be traced.
+    """
+    check_range("spread", spread, 1, 1e4)
+    network = trace(network)
+    modules = dict(network.named_modules())
+    generator = torch.Generator().manual_seed(seed)
+    calls = Counter(node.target for node in network.graph.nodes)
+    for node in network.graph.nodes:
+        if any(calls[n.target] > 1 for n in _only_users(node, 3)[::2]):
+            continue  # shared weights serve other places too
+        chain = [modules.get(n.target) if n.op == "call_module" else None for n in _only_users(node, 3)]
+        match chain:
+            case [nn.BatchNorm2d(affine=True) as norm, nn.ReLU(), nn.Conv2d(groups=1) as conv]:
+                exponents = 2 * torch.rand(norm.num_features, generator=generator) - 1
+                factors = (spread**exponents).to(norm.weight.device)
+                norm.weight.mul_(factors)
+                norm.bias.mul_(factors)
+                conv.weight.div_(factors.view(1, -1, 1, 1))
+    return network
+
+
+def _only_users(node: fx.Node, count: int) -> list[fx.Node]:
+    """``node``, the only node that uses it, the only one that uses that, and so on: ``count`` of them, or fewer."""
+    chain = [node]
+    while len(chain) < count and len(chain[-1].users) == 1:
+        chain.extend(chain[-1].users)
+    return chain

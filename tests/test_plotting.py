@@ -58,3 +58,9 @@ def test_images_stand_in_rows_with_their_labels(count, columns, rows, per_row):
 def test_images_need_no_labels():
     (axes,) = plotting.show_images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).axes
     assert not axes.texts and not axes.axison
+
+
+def test_short_names_keep_what_tells_layers_apart():
+    names = ["features.init.conv", "features.stage1.unit1.body.conv1.conv", "features.stage1.unit2.body.conv1.conv"]
+    assert plotting.short_names([*names, "output"]) == ["init", "stage1.unit1.conv1", "stage1.unit2.conv1", "output"]
+    assert plotting.short_names(["a.conv", "a.bn", "conv"]) == ["a.conv", "a.bn", "conv"]

@@ -12,7 +12,7 @@ from dfqlib.models import Teacher
 from dfqlib.quantize import describe
 from dfqlib.statistics import BatchNormInputs
 from dfqlib.synthesis import synthesise
-from dfqlib.zeroq import calibrated, distill, start_images, statistics_gaps
+from dfqlib.zeroq import calibrated, distill, rescaled, start_images, statistics_gaps
 
 OFFICIAL = Path(__file__).parent / "data" / "losses.npz"
 
@@ -88,12 +88,12 @@ def test_a_seed_gives_the_same_images_again_and_another_seed_others():
 def test_ranges_come_from_the_calibration_images():
     teacher = small_teacher()
     images = torch.randn(4, 3, 8, 8)
-    student = calibrated(teacher, 8, 8, images)
+    student = calibrated(teacher.network, 8, 8, images)
     table = describe(student).set_index("layer")
     expected = teacher.network[0][:3](images).max().item()
     assert table.loc["0.2", "high"] == pytest.approx(expected, rel=1e-2)
     assert (student(images) - teacher.network(images)).abs().max() < 0.1 * teacher.network(images).std()
-    wider = calibrated(teacher, 8, 8, 10 * images)
+    wider = calibrated(teacher.network, 8, 8, 10 * images)
     assert describe(wider).set_index("layer").loc["0.2", "high"] > 5 * expected
 
 
@@ -105,6 +105,20 @@ def test_statistics_gaps_by_hand():
     gaps = statistics_gaps(nn.Sequential(norm), images).loc["0"]
     assert gaps["mean_gap"] == pytest.approx(((1.5**2 + 2**2) / 2) ** 0.5, rel=1e-5)
     assert gaps["std_gap"] == pytest.approx(((0.5**2 + 1) / 2) ** 0.5, rel=1e-3)
+
+
+def test_rescaled_network_computes_the_same_function_with_other_ranges(resnet, official):
+    images = official["images"]
+    network = rescaled(resnet.network, spread=8)
+    torch.testing.assert_close(network(images), resnet.network(images), rtol=1e-3, atol=1e-3)
+    ranges = [describe(calibrated(n, 8, 8, images)).set_index("layer")["high"] for n in (resnet.network, network)]
+    inner = [name for name in ranges[0].index if name.endswith("conv1.activ")]
+    assert len(inner) == 9
+    assert (ranges[1][inner] > 1.2 * ranges[0][inner]).all()
+    with BatchNormInputs(resnet.network) as before, BatchNormInputs(network) as after:
+        resnet.network(images), network(images)
+        for (_, expected, _), (_, found, _) in zip(before.layers, after.layers, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_teacher_without_batch_norm_is_refused():
