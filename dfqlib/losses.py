@@ -11,16 +11,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dfqlib.statistics import batch_mean_var, sample_mean_std
-
-Layers = Sequence[tuple[str, Tensor, nn.Module]]
+from dfqlib.statistics import Layer, batch_mean_var, sample_mean_std
 
 EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
 
 
-def zeroq_statistics_loss(images: Tensor, layers: Layers) -> Tensor:
+def zeroq_statistics_loss(images: Tensor, layers: Sequence[Layer]) -> Tensor:
     """Squared gap of each sample's channel means and standard deviations to the batch-norm statistics.
 
     ``images`` (B, 3, H, W) normalised, compared with mean 0 and standard deviation 1; each batch norm's input
@@ -36,7 +34,7 @@ def zeroq_statistics_loss(images: Tensor, layers: Layers) -> Tensor:
     return total / len(images)
 
 
-def bns_loss(layers: Layers) -> Tensor:
+def bns_loss(layers: Sequence[Layer]) -> Tensor:
     """L_BNS: gap of the batch's means and variances to the batch-norm statistics, mean over channels and layers.
 
     Each input is (B, C, ...); its mean and biased variance over everything but channels are compared with the running
@@ -50,7 +48,7 @@ def bns_loss(layers: Layers) -> Tensor:
 
 
 def generator_loss(
-    teacher_logits: Tensor, labels: Tensor, layers: Layers, ce_weight: float = 1.0, bns_weight: float = 0.1
+    teacher_logits: Tensor, labels: Tensor, layers: Sequence[Layer], ce_weight: float = 1.0, bns_weight: float = 0.1
 ) -> Tensor:
     """L_G = CE(T(x), y) + 0.1 L_BNS: images the teacher names as asked, with the statistics it was trained on.
 

@@ -1,0 +1,249 @@
+"""The fine-tuning loop: one stream of labelled images, any number of quantized students.
+
+The stream decides what the images are: :class:`GeneratorStream` trains a generator against the teacher and hands on
+each batch it was trained on. It never sees a student, so one run of it serves every bit width, and a student learns
+the same whether it is tuned alone or with others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib.errors import UserError, check_choice
+from dfqlib.generators import Generator
+from dfqlib.losses import generator_loss, student_loss
+from dfqlib.progress import track
+from dfqlib.quantize import set_observing
+from dfqlib.statistics import BatchNormInputs
+
+DECAYS = ("step", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, 3, H, W), labels (B,) or (B, classes), the teacher's logits (B, classes); none carries a gradient."""
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor
+
+
+class Stream(Protocol):
+    """Where the batches of a fine-tuning come from."""
+
+    def next_batch(self) -> Batch: ...
+
+
+def decay_factor(decay: str, progress: float) -> float:
+    """What the learning rate is multiplied by at ``progress`` (0 to 1) of its run.
+
+    ``"step"``: 0.1 at a quarter, a half and three quarters, which is epochs 100, 200, 300 of the published 400;
+    ``"cosine"``: half a cosine from 1 to 0; ``"constant"``: 1.
+    """
+    check_choice("decay", decay, DECAYS)
+    if decay == "step":
+        return 0.1 ** sum(progress >= quarter for quarter in (0.25, 0.5, 0.75))
+    return 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1.0
+
+
+class GeneratorStream:
+    """Trains a generator against the teacher and yields the batches it was trained on.
+
+    ``loss`` takes (teacher logits, labels, batch-norm inputs). Labels and noise are drawn from an own random stream
+    seeded with ``seed``. After ``iterations`` batches the generator is left as it is and only asked for images, still
+    with the statistics of the batch in its batch norms, as in training. ``losses`` holds one device scalar per step.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        generator: Generator,
+        iterations: int,
+        batch: int = 200,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.5, 0.999),
+        decay: str = "step",
+        loss: Callable[..., Tensor] = generator_loss,
+        seed: int = 0,
+    ) -> None:
+        check_choice("decay", decay, DECAYS)
+        self.teacher = teacher
+        self.norms = BatchNormInputs(teacher)
+        self.generator = generator.train()
+        self.iterations = iterations
+        self.batch = batch
+        self.lr = lr
+        self.decay = decay
+        self.loss = loss
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
+        self.device = next(generator.parameters()).device
+        self.random = torch.Generator(self.device).manual_seed(seed)
+        self.iteration = 0
+        self.losses: list[Tensor] = []
+
+    def next_batch(self) -> Batch:
+        """Fresh noise and uniform labels, their images, and (while it learns) one step of the generator."""
+        z = torch.randn(self.batch, self.generator.latent, generator=self.random, device=self.device)
+        labels = torch.randint(self.generator.classes, (self.batch,), generator=self.random, device=self.device)
+        if self.iteration < self.iterations:
+            batch = self._learn(z, labels)
+        else:
+            with torch.no_grad():
+                images = self.generator(z, labels)
+                batch = Batch(images, labels, self.teacher(images))
+        self.iteration += 1
+        return batch
+
+    def _learn(self, z: Tensor, labels: Tensor) -> Batch:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * decay_factor(self.decay, self.iteration / self.iterations)
+        images = self.generator(z, labels)
+        with self.norms:
+            logits = self.teacher(images)
+            loss = self.loss(logits, labels, self.norms.layers)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+        return Batch(images.detach(), labels, logits.detach())
+
+
+def distil(network: nn.Module, batch: Batch, loss: Callable[..., Tensor] = student_loss) -> Tensor:
+    """``loss`` of the student's logits, the teacher's and the labels of a batch."""
+    return loss(network(batch.images), batch.teacher_logits, batch.labels)
+
+
+@dataclass
+class Student:
+    """A quantized network and how it learns: its loss on a batch, and SGD with Nesterov momentum.
+
+    The network's mode is left as it is: in eval mode, as published, its batch-norm statistics stay the teacher's.
+    """
+
+    network: nn.Module
+    lr: float = 1e-4
+    decay: str = "step"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    loss: Callable[[nn.Module, Batch], Tensor] = partial(distil)
+
+
+@dataclass
+class History:
+    """What a fine-tuning run recorded: losses per iteration, and test scores (iteration, top-1 in per cent)."""
+
+    generator: list[float] = field(default_factory=list)
+    students: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def last(self, student: str) -> float:
+        """Top-1 after the last iteration."""
+        return self.scores[student][-1][1]
+
+    def best(self, student: str) -> float:
+        """The best top-1 of all evaluations: picked on the test set, so too good; recorded to be named as such."""
+        return max(score for _, score in self.scores[student])
+
+
+def finetune(
+    stream: Stream,
+    students: Mapping[str, Student],
+    iterations: int,
+    observe_iterations: int = 800,
+    train_from: int | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate_every: int = 200,
+    on_evaluation: Callable[[History], None] | None = None,
+    label: str = "fine-tuning",
+) -> History:
+    """Tune every student on the same stream of batches; networks and generator change in place.
+
+    In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn their activation
+    ranges; then the ranges are frozen, and the students train from iteration ``train_from`` (at once, if it is not
+    given) to the end. ``evaluate`` gives a network's test score; it runs every ``evaluate_every`` iterations of
+    training and after the last, and ``on_evaluation`` sees the history then. Raises RuntimeError, naming student and
+    iteration, if a loss is no longer finite.
+    """
+    train_from = observe_iterations if train_from is None else train_from
+    if not 0 < observe_iterations <= train_from < iterations:
+        raise UserError(
+            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing to "
+            "observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
+        )
+    history = History(scores={name: [] for name in students})
+    tuners = {name: _Tuner(student) for name, student in students.items()}
+    for iteration in track(range(iterations), label):
+        batch = stream.next_batch()
+        if iteration < observe_iterations:
+            for tuner in tuners.values():
+                tuner.observe(batch)
+        if iteration < train_from:
+            continue
+        progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
+        for tuner in tuners.values():
+            tuner.step(batch, *progress)
+        done = iteration + 1
+        if done == iterations or (done - train_from) % evaluate_every == 0:
+            _read_losses(history, stream, tuners, train_from)
+            if evaluate is not None:
+                for name, student in students.items():
+                    history.scores[name].append((done, evaluate(student.network)))
+            if on_evaluation is not None:
+                on_evaluation(history)
+    return history
+
+
+class _Tuner:
+    """One student at work: its optimizer, and its losses so far as device scalars, so that no step waits for them."""
+
+    def __init__(self, student: Student) -> None:
+        check_choice("decay", student.decay, DECAYS)
+        self.student = student
+        self.optimizer = torch.optim.SGD(
+            student.network.parameters(),
+            lr=student.lr,
+            momentum=student.momentum,
+            weight_decay=student.weight_decay,
+            nesterov=student.momentum > 0,
+        )
+        self.losses: list[Tensor] = []
+
+    @torch.no_grad()
+    def observe(self, batch: Batch) -> None:
+        set_observing(self.student.network, True)
+        self.student.network(batch.images)
+        set_observing(self.student.network, False)
+
+    def step(self, batch: Batch, progress: float, training_progress: float) -> None:
+        """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
+        student = self.student
+        for group in self.optimizer.param_groups:
+            factor = decay_factor(student.decay, progress if student.decay == "step" else training_progress)
+            group["lr"] = student.lr * factor
+        self.optimizer.zero_grad()
+        loss = student.loss(student.network, batch)
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+
+
+def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
+    """Bring the losses from the device, all at once, and stop where one is not finite."""
+    history.generator = torch.stack(stream.losses).tolist() if getattr(stream, "losses", None) else []
+    history.students = {name: torch.stack(tuner.losses).tolist() for name, tuner in tuners.items()}
+    for name, first, losses in [
+        ("the generator", 0, history.generator),
+        *((f"student {name!r}", train_from, losses) for name, losses in history.students.items()),
+    ]:
+        for step, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise RuntimeError(
+                    f"{name} diverged: its loss is {loss} at iteration {first + step + 1}; lower its lr."
+                )

@@ -1,0 +1,77 @@
+"""GDFQ (Xu et al., ECCV 2020): a generator learns images from the teacher; the quantized student is tuned on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dfqlib.errors import parse_bits
+from dfqlib.finetune import GeneratorStream, Student, distil
+from dfqlib.generators import Generator
+from dfqlib.losses import generator_loss, student_loss
+from dfqlib.models import Teacher
+from dfqlib.quantize import quantize_model
+
+LARGE = 32  # above this size in pixels the generator is conditional, as published for 224
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every number of a run; the defaults are the published ones for CIFAR, counted in iterations (200 an epoch)."""
+
+    iterations: int = 80_000  # of fine-tuning, the observing ones included
+    observe_iterations: int = 800  # students only see images, to learn their activation ranges
+    train_from: int = 800  # students train from here on
+    generator_warmup: int = 0  # iterations of the generator alone, before any student sees an image
+    generator_iterations: int = 80_000  # in all; afterwards the generator is left as it is
+    batch: int = 200
+    generator_lr: float = 1e-3  # Adam, betas (0.5, 0.999)
+    generator_decay: str = "step"
+    student_lr: float = 1e-4  # SGD, Nesterov momentum 0.9, weight decay 1e-4
+    student_decay: str = "step"
+    bns_weight: float = 0.1  # of L_BNS in L_G
+    ce_weight: float = 1.0  # of CE in L_S
+    kl_weight: float = 1.0  # alpha, of tau^2 KL in L_S
+    temperature: float = 20.0  # tau
+    kl_mean_over_classes: bool = True  # the published quirk: KL divided by the number of classes
+
+
+def make_stream(
+    teacher: Teacher, schedule: Schedule, loss: Callable[..., Tensor] | None = None, seed: int = 0
+) -> GeneratorStream:
+    """A fresh generator for the teacher's classes and input size, and the stream of images of its training.
+
+    ``loss`` replaces L_G, for ablations. The generator's first weights and its noise follow from ``seed`` alone.
+    """
+    size = teacher.entry.input_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = Generator(teacher.entry.classes, size=size, conditional=size > LARGE)
+    generator = generator.to(teacher.device, memory_format=torch.channels_last)
+    return GeneratorStream(
+        teacher.network,
+        generator,
+        schedule.generator_iterations,
+        batch=schedule.batch,
+        lr=schedule.generator_lr,
+        decay=schedule.generator_decay,
+        loss=loss or partial(generator_loss, bns_weight=schedule.bns_weight),
+        seed=seed,
+    )
+
+
+def make_student(teacher: Teacher, bits: str, schedule: Schedule, **loss_options: float | bool) -> Student:
+    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` vary the loss."""
+    options = {
+        "ce_weight": schedule.ce_weight,
+        "kl_weight": schedule.kl_weight,
+        "temperature": schedule.temperature,
+        "mean_over_classes": schedule.kl_mean_over_classes,
+    }
+    network = quantize_model(teacher.network, *parse_bits(bits), observer="moving_average")
+    loss = partial(student_loss, **(options | loss_options))
+    return Student(network, schedule.student_lr, schedule.student_decay, loss=partial(distil, loss=loss))

@@ -1,0 +1,195 @@
+"""The fine-tuning loop: students share a stream and do not touch it; ranges freeze; last and best are kept apart."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from dfqlib.errors import UserError
+from dfqlib.finetune import Batch, GeneratorStream, History, Student, decay_factor, distil, finetune
+from dfqlib.generators import Generator
+from dfqlib.losses import student_loss
+from dfqlib.quantize import quantize_model
+from dfqlib.quantizer import FakeQuantize
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    for _ in range(20):
+        network(torch.randn(32, 3, 8, 8) * 2 + 1)  # statistics that differ from a fresh generator's
+    return network.eval().requires_grad_(False)
+
+
+def make_stream(teacher, iterations=6, seed=0, **options):
+    torch.manual_seed(seed)
+    return GeneratorStream(teacher, Generator(4, size=8), iterations, batch=16, decay="constant", seed=seed, **options)
+
+
+def make_student(teacher, bits=4, **options):
+    return Student(quantize_model(teacher, bits, bits), **({"lr": 0.01, "decay": "cosine"} | options))
+
+
+def parameters(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        # A range not learned yet is NaN on both sides.
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_generator_is_bitwise_the_same_with_one_student_and_with_four(teacher):
+    results = []
+    for widths in ([3], [2, 3, 4, 8]):
+        stream = make_stream(teacher)
+        students = {f"w{bits}": make_student(teacher, bits) for bits in widths}
+        finetune(stream, students, iterations=6, observe_iterations=2)
+        results.append((parameters(stream.generator), parameters(students["w3"].network)))
+    assert_equal(results[0][0], results[1][0])
+    assert_equal(results[0][1], results[1][1])
+
+
+def test_a_seed_gives_the_same_run_and_another_seed_another(teacher):
+    runs = []
+    for seed in (0, 0, 1):
+        student = make_student(teacher)
+        history = finetune(make_stream(teacher, seed=seed), {"s": student}, iterations=5, observe_iterations=2)
+        runs.append((history.students["s"], parameters(student.network)))
+    assert runs[0][0] == runs[1][0] != runs[2][0]
+    assert_equal(runs[0][1], runs[1][1])
+
+
+def test_the_generator_learns_and_then_stays_as_it_is(teacher):
+    stream = make_stream(teacher, iterations=30)
+    for _ in range(30):
+        stream.next_batch()
+    losses = torch.stack(stream.losses)
+    assert losses[-5:].mean() < losses[:5].mean()
+    before = {name: value.clone() for name, value in stream.generator.named_parameters()}
+    first, second = stream.next_batch(), stream.next_batch()
+    assert len(stream.losses) == 30
+    assert_equal(before, dict(stream.generator.named_parameters()))
+    assert not torch.equal(first.images, second.images)
+    assert not first.images.requires_grad and not first.teacher_logits.requires_grad
+
+
+def test_teacher_is_untouched(teacher):
+    before = parameters(teacher)
+    finetune(make_stream(teacher), {"s": make_student(teacher)}, iterations=4, observe_iterations=1)
+    assert_equal(before, parameters(teacher))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_ranges_and_statistics_are_frozen_after_the_warm_up_and_weights_before(teacher):
+    student = make_student(teacher)
+    start = parameters(student.network)
+    seen = []
+
+    class Spy:
+        """The stream, with a look at the student before each batch."""
+
+        def __init__(self):
+            self.stream = make_stream(teacher)
+
+        def next_batch(self) -> Batch:
+            seen.append(parameters(student.network))
+            return self.stream.next_batch()
+
+    finetune(Spy(), {"s": student}, iterations=7, observe_iterations=3, train_from=5)
+    seen.append(parameters(student.network))
+    ranges = [name for name in start if name.endswith(".high")]  # after a ReLU the low end is 0 throughout
+    running = [name for name in start if "running" in name]
+    weights = [name for name, _ in student.network.named_parameters()]
+    assert ranges and running and weights
+    for name in ranges:
+        assert not torch.equal(seen[1][name], seen[3][name])  # learned in iterations 0 to 2
+        assert torch.equal(seen[3][name], seen[7][name])
+    for name in running:
+        assert torch.equal(start[name], seen[7][name])
+    for name in weights:
+        assert torch.equal(start[name], seen[5][name])
+        assert not torch.equal(seen[5][name], seen[7][name]), name  # batch-norm affines train too
+    assert not any(m.observing for m in student.network.modules() if isinstance(m, FakeQuantize))
+
+
+def test_a_student_in_training_mode_keeps_its_mode(teacher):
+    student = make_student(teacher)
+    student.network.train()
+    before = parameters(student.network)
+    finetune(make_stream(teacher), {"s": student}, iterations=3, observe_iterations=1)
+    assert student.network.training
+    assert any(not torch.equal(before[n], v) for n, v in parameters(student.network).items() if "running_mean" in n)
+
+
+def test_tuning_brings_the_student_closer_to_the_teacher(teacher):
+    student = make_student(teacher, bits=2, lr=0.01, loss=partial(distil, loss=partial(student_loss, ce_weight=0)))
+    history = finetune(make_stream(teacher, 0), {"s": student}, iterations=45, observe_iterations=5)
+    losses = history.students["s"]
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_last_and_best_scores_and_when_they_are_taken(teacher):
+    scores = iter([10.0, 30.0, 20.0])
+    looks = []
+    history = finetune(
+        make_stream(teacher),
+        {"s": make_student(teacher)},
+        iterations=7,
+        observe_iterations=2,
+        evaluate=lambda _: next(scores),
+        evaluate_every=2,
+        on_evaluation=lambda h: looks.append((len(h.generator), len(h.students["s"]))),
+    )
+    assert history.scores["s"] == [(4, 10.0), (6, 30.0), (7, 20.0)]
+    assert (history.last("s"), history.best("s")) == (20.0, 30.0)
+    assert looks == [(4, 2), (6, 4), (6, 5)]  # the generator stopped after six
+
+
+def test_best_of_one_score_is_the_last():
+    assert History(scores={"s": [(1, 5.0)]}).best("s") == 5.0
+
+
+def test_decays():
+    assert [decay_factor("step", p) for p in (0.0, 0.2499, 0.25, 0.5, 0.75)] == pytest.approx([1, 1, 0.1, 0.01, 0.001])
+    assert [decay_factor("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
+    assert decay_factor("constant", 0.9) == 1
+    with pytest.raises(UserError, match="decay='linear'"):
+        decay_factor("linear", 0.5)
+
+
+@pytest.mark.parametrize("spans", [(0, None), (5, None), (3, 2), (2, 5)])
+def test_spans_that_leave_nothing_are_refused(teacher, spans):
+    with pytest.raises(UserError, match="iterations"):
+        finetune(
+            make_stream(teacher), {"s": make_student(teacher)}, 5, observe_iterations=spans[0], train_from=spans[1]
+        )
+
+
+def test_divergence_names_the_student_and_the_iteration(teacher):
+    students = {"fine": make_student(teacher), "wild": make_student(teacher, lr=1e30)}
+    with pytest.raises(RuntimeError, match="student 'wild' diverged.*lower its lr"):
+        finetune(make_stream(teacher), students, iterations=12, observe_iterations=1)
+
+
+def test_students_of_one_teacher_do_not_share_weights(teacher):
+    first, second = make_student(teacher), make_student(teacher)
+    kept = copy.deepcopy(parameters(second.network))
+    finetune(make_stream(teacher), {"s": first}, iterations=3, observe_iterations=1)
+    assert_equal(kept, parameters(second.network))
