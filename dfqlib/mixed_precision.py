@@ -66,8 +66,8 @@ class _ResumableRun(fx.Interpreter):
 
     def advance_to(self, layer: str) -> None:
         """Run up to, but not including, the first call of ``layer``."""
-        while self.nodes[self.position].target != layer:
-            self._step(self.nodes[self.position])
+        while (node := self.nodes[self.position]).op != "call_module" or node.target != layer:
+            self._step(node)
             self.position += 1
 
     def finish(self) -> Any:

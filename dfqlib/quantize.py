@@ -154,7 +154,7 @@ def _relu_sites(model: fx.GraphModule) -> dict[str, fx.Node]:
 
 def _insert_after(model: fx.GraphModule, relu: fx.Node, quantizer: FakeQuantize) -> None:
     """Put ``quantizer`` between a ReLU and everything that uses its output."""
-    target = "fake_quantize." + quantizer.name.replace(".", "_").replace(":", "_call")
+    target = f"fake_quantize.{relu.name}"
     model.add_submodule(target, quantizer)
     order = {node: i for i, node in enumerate(model.graph.nodes)}
     with model.graph.inserting_after(relu):
@@ -226,8 +226,9 @@ def model_bytes(model: nn.Module) -> int:
 def describe(student: fx.GraphModule) -> pd.DataFrame:
     """What is quantized, and how: a row per layer and activation in the order they run, then the rest and the total.
 
-    Columns: layer (as the bit-width mappings name it), kind, weight_bits, activation_bits (32: float; missing: has
-    none), low, high (of the weight over all channels, or the activation range), bytes, float_bytes (full precision).
+    Columns: layer (as the bit-width mappings name it), kind, weight_bits (32: float), activation_bits (activations in
+    float have no row), low, high (of the weight over all channels, or the activation range), bytes, float_bytes (in
+    full precision).
     """
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(node.target for node in student.graph.nodes if node.op == "call_module"):

@@ -120,6 +120,15 @@ def test_in_place_relu_whose_result_is_not_taken():
     assert len(calibrated(Net(), x, 4, 2)(x).unique()) == 4
 
 
+def test_relus_with_similar_names_keep_their_own_ranges():
+    model = nn.Sequential()
+    model.add_module("a_b", nn.Sequential())
+    model.a_b.add_module("c", nn.ReLU())
+    model.add_module("a", nn.Sequential())
+    model.a.add_module("b_c", nn.ReLU())
+    assert list(fake_quantizers(quantize_model(model, 4, 4))) == ["a_b.c", "a.b_c"]
+
+
 def test_nothing_but_relus_is_quantized():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.LeakyReLU(), nn.Sigmoid(), nn.Linear(16, 2))
     assert not fake_quantizers(quantize_model(model, 4, 4))
