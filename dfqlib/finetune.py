@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -132,7 +131,7 @@ class Student:
     decay: str = "step"
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    loss: Callable[[nn.Module, Batch], Tensor] = partial(distil)
+    loss: Callable[[nn.Module, Batch], Tensor] = distil
 
 
 @dataclass
@@ -174,8 +173,8 @@ def finetune(
     train_from = observe_iterations if train_from is None else train_from
     if not 0 < observe_iterations <= train_from < iterations:
         raise UserError(
-            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing to "
-            "observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
+            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing "
+            "to observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
         )
     history = History(scores={name: [] for name in students})
     tuners = {name: _Tuner(student) for name, student in students.items()}

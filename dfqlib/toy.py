@@ -7,6 +7,8 @@ a class). Source: the unofficial GDFQ seed's toy experiment, after figure 3 of G
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def real_points(count: int = 500, seed: int = 0) -> tuple[Tensor, Tensor]:
 def layers(widths: list[int]) -> nn.Sequential:
     """Linear layers of these widths, with batch norm (eps 0.8) and leaky ReLU between them."""
     modules: list[nn.Module] = []
-    for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+    for before, after in itertools.pairwise(widths[:-1]):
         modules += [nn.Linear(before, after), nn.BatchNorm1d(after, eps=0.8), nn.LeakyReLU(0.2)]
     return nn.Sequential(*modules, nn.Linear(widths[-2], widths[-1]))
 

@@ -184,7 +184,7 @@ def test_spans_that_leave_nothing_are_refused(teacher, spans):
 
 def test_divergence_names_the_student_and_the_iteration(teacher):
     students = {"fine": make_student(teacher), "wild": make_student(teacher, lr=1e30)}
-    with pytest.raises(RuntimeError, match="student 'wild' diverged.*lower its lr"):
+    with pytest.raises(RuntimeError, match=r"student 'wild' diverged.*lower its learning rate"):
         finetune(make_stream(teacher), students, iterations=12, observe_iterations=1)
 
 
