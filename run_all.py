@@ -172,7 +172,7 @@ def show(
     """Write the tables and print those of the papers of this call."""
     from dfqlib import report, tables
 
-    profile = profiles.load()[0][runs[0].parameters["profile"]]
+    profile = profiles.load()[0][runs[0].profile]
     written = report.write(results, profile, {run.identity for run in runs}, failures)
     for paper in {run.paper.key: run.paper for run in runs}.values():
         if paper.key not in written:

@@ -7,6 +7,7 @@ notebook, ``error.txt`` and the kernel's own log.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -105,16 +106,19 @@ def execute_one(run: PlannedRun, results: Path, screen: Screen, index: int) -> O
     partial.chmod(0o755)
     began = time.monotonic()
     progress_file = partial / "progress.json"
-    screen.start(index, len(notebook_cells(run.paper.notebook)), progress_file)
+    cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
+    screen.start(index, cells, progress_file)
     try:
         run_notebook(run, partial, progress_file, on_cell=lambda: screen.cell(index))
         seconds = time.monotonic() - began
         stamp(run, partial, seconds)
         put_in_place(partial, final)
-    except (KernelFailure, KeyboardInterrupt) as error:
+    except (KernelFailure, OSError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         line = "interrupted" if interrupted else str(error)
-        write_text(partial / "error.txt", line + "\n" if interrupted else error.details)
+        # On a full disk the message may find no room; what is there is kept all the same.
+        with contextlib.suppress(OSError):
+            write_text(partial / "error.txt", getattr(error, "details", line + "\n"))
         progress_file.unlink(missing_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         partial.rename(unfinished)
@@ -145,12 +149,15 @@ def run_notebook(run: PlannedRun, partial: Path, progress_file: Path, on_cell: A
                 on_cell_executed=lambda **_: on_cell(),
             )
         except papermill.PapermillExecutionError as error:
-            line = f"{error.ename}: {error.evalue}".splitlines()[0]
-            raise KernelFailure(line, FORMATTING.sub("", str(error))) from None
-        except DeadKernelError:
+            # The kit's own refusals are sentences; other errors need their type to be understood.
+            sentence = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+            raise KernelFailure(sentence.splitlines()[0], FORMATTING.sub("", str(error))) from None
+        except Exception as error:
             log.flush()
             tail = (partial / "kernel.log").read_text(errors="replace")[-4000:]
-            raise KernelFailure("the kernel died (out of memory?)", f"The kernel died.\n{tail}") from None
+            dead = isinstance(error, DeadKernelError)
+            line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
+            raise KernelFailure(line, f"{line}\n{tail}") from error
 
 
 def this_python(progress_file: Path, log: BinaryIO) -> type[AsyncKernelManager]:

@@ -56,6 +56,7 @@ class PlannedRun:
     """One execution of one notebook; ``parameters`` are all of its parameters but ``out``."""
 
     paper: Paper
+    profile: str
     parameters: dict[str, Any]
     depends: dict[str, str]  # what the run's identity is made of: code, teacher, data
 
@@ -85,7 +86,7 @@ class PlannedRun:
 
     def folder(self, results: Path) -> Path:
         """Where the finished run lies."""
-        return results / self.parameters["profile"] / self.paper.key / self.id
+        return results / self.profile / self.paper.key / self.id
 
 
 def plan(selection: Selection) -> list[PlannedRun]:
@@ -105,29 +106,35 @@ def plan(selection: Selection) -> list[PlannedRun]:
     defaults = {paper.key: notebook_parameters(paper.notebook) for paper in chosen}
     settings = check_settings(selection.settings, defaults)
 
-    runs = []
+    runs: dict[str, PlannedRun] = {}
+    teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
-        for dataset, model in settings_of(paper, profile.datasets, selection, defaults[paper.key]):
-            values = defaults[paper.key] | paper.parameters(profile.name, dataset, model)
-            unknown = [name for name in values if name not in defaults[paper.key]]
-            if unknown:
-                raise UserError(
-                    f"profiles: {paper.key}.{profile.name} sets {unknown[0]!r}, which {paper.notebook.name} has not."
-                )
-            rows = widths or (published_widths(paper, dataset, model) if not profile.datasets else [])
-            values |= {"profile": profile.name, "dataset": dataset, "model": model} | ({"bits": rows} if rows else {})
-            values |= {name: value for name, value in settings.items() if name in values}
-            for seed in dict.fromkeys(selection.seeds):
-                parameters = {
-                    name: value for name, value in (values | {"seed": seed}).items() if name in defaults[paper.key]
+        code, own = code_identity(paper.notebook), defaults[paper.key]
+        for dataset, model in settings_of(paper, profile.datasets, selection, own):
+            values = own | scheduled(paper, profile.name, dataset, model, own)
+            bits = widths or (published_widths(paper, dataset, model) if not profile.datasets else own.get("bits"))
+            values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings
+            for seed in selection.seeds:
+                parameters = {name: (values | {"seed": seed})[name] for name in own if name != "out"}
+                depends = {
+                    "code": code,
+                    "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
+                    "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters)),
                 }
-                parameters.pop("out", None)
-                run = PlannedRun(paper, parameters, depends(paper, parameters))
-                if run not in runs:
-                    runs.append(run)
-    check_single("data_folder", settings, {run.parameters.get("dataset") for run in runs})
-    check_single("weights", settings, {run.parameters.get("model") for run in runs})
-    return runs
+                run = PlannedRun(paper, profile.name, parameters, depends)
+                runs[run.identity] = run
+    check_single("data_folder", settings, {run.parameters.get("dataset") for run in runs.values()})
+    check_single("weights", settings, {run.parameters.get("model") for run in runs.values()})
+    return list(runs.values())
+
+
+def scheduled(paper: Paper, profile: str, dataset: str, model: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values that the profile gives; all of them must be parameters of the notebook."""
+    values = paper.parameters(profile, dataset, model)
+    for name in values:
+        if name not in defaults:
+            raise UserError(f"profiles: {paper.key}.{profile} sets {name!r}, which {paper.notebook.name} has not.")
+    return values
 
 
 def settings_of(
@@ -203,9 +210,9 @@ def parse(name: str, text: str, example: Any) -> Any:
     except (ValueError, SyntaxError):
         value = None
     if value is None or (example is not None and not isinstance(value, type(example))):
-        kind = type(example).__name__
         raise UserError(
-            f"--set {name}={text} is not a value for this parameter; allowed: a {kind}, such as {example!r}."
+            f"--set {name}={text} is not of the parameter's type; allowed: {type(example).__name__}, "
+            f"such as {example!r}."
         )
     return value
 
@@ -217,7 +224,6 @@ def check_single(parameter: str, settings: dict[str, Any], uses: set[str | None]
         raise UserError(f"--set {parameter} would serve {', '.join(several)}; choose one with --datasets and --models.")
 
 
-@functools.cache
 def notebook_parameters(notebook: Path) -> dict[str, Any]:
     """Names and defaults of a notebook's ``parameters`` cell."""
     for cell in notebook_cells(notebook):
@@ -238,21 +244,11 @@ def notebook_cells(notebook: Path) -> list[dict[str, Any]]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def depends(paper: Paper, parameters: dict[str, Any]) -> dict[str, str]:
-    """What a run depends on beside its parameters: its code, the teacher's weights, the data set."""
-    return {
-        "code": code_identity(paper.notebook),
-        "teacher": teacher_identity(parameters.get("model", ""), parameters.get("weights", "")),
-        "data": data_identity(parameters.get("dataset", ""), parameters),
-    }
-
-
 def digest(*parts: str) -> str:
     """SHA-256 of some texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-@functools.cache
 def code_identity(notebook: Path) -> str:
     """Hash of the notebook's code cells and of every module of the kit that they import, directly or not."""
     cells = [normalise("".join(cell["source"])) for cell in notebook_cells(notebook)]
@@ -316,9 +312,8 @@ def weights_file(model: str, weights: str = "") -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def data_identity(dataset: str, parameters: dict[str, Any]) -> str:
+def data_identity(dataset: str, folder: Path | None) -> str:
     """Hash of the names and sizes of the files in the data set's folder, or of the embedded images."""
-    folder = data_folder(dataset, parameters)
     if folder:
         return digest(*(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files_below(folder)))
     return digest(*(sha256(file) for file in sorted(ASSETS.glob(f"{dataset}-*.webp")))) if dataset else ""

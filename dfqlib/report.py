@@ -45,12 +45,13 @@ def collect(results: Path, names: Iterable[str], papers: Iterable[Paper], presen
 
 
 def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -> Iterable[dict[str, Any]]:
+    code = code_identity(paper.notebook)
     for folder in sorted((results / profile / paper.key).glob("[!.]*")):
         if folder.name.endswith(".unfinished") or not complete(folder):
             continue
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         run, provenance = metrics["run"], metrics["provenance"]
-        current = run["depends"]["code"] == code_identity(paper.notebook)
+        current = run["depends"]["code"] == code
         own = {name: value for name, value in metrics["parameters"].items() if name not in COMMON}
         kind, colon, details = metrics["schedule"].partition(":")
         context = {

@@ -17,7 +17,15 @@ from rich.text import Text
 from dfqlib import progress
 
 SECONDS_BETWEEN_LINES = 30
-STYLES = {"waits": "dim", "runs": "bold", "done": "green", "found": "green", "failed": "red", "stopped": "yellow"}
+STYLES = {
+    "waits": "dim",
+    "runs": "bold",
+    "done": "green",
+    "found": "green",
+    "failed": "red",
+    "stopped": "yellow",
+    "skipped": "yellow",
+}
 
 
 @dataclass

@@ -1,0 +1,189 @@
+"""Planning and watching runs: what a selection means, what makes a run another one, progress on screen and pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from stub_kit import write_kit
+
+from dfqlib import batch, plan, profiles, progress, published
+from dfqlib.errors import UserError
+from dfqlib.plan import Selection
+from dfqlib.screen import Line, Screen
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFQ_PROFILES", str(write_kit(tmp_path / "kit")))
+    monkeypatch.delenv("DFQ_DATA", raising=False)
+    return tmp_path / "kit"
+
+
+def names(selection: Selection) -> list[str]:
+    return [run.name for run in plan.plan(selection)]
+
+
+def test_profiles_choose_data_models_and_bits(kit):
+    assert names(Selection()) == [
+        "zeroq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0",
+        "gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0",
+    ]
+    assert names(Selection("smoke", papers=["gdfq"])) == ["gdfq cifar10 resnet20_cifar10 w4a4 seed 0"]
+    assert names(Selection("paper", papers=["gdfq"])) == [
+        "gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0",
+        "gdfq cifar100 resnet20_cifar100 w4a4 w3a3 seed 0",
+        "gdfq imagenet resnet18 w4a4 w3a3 seed 0",
+        "gdfq imagenet resnet50 w4a4 seed 0",
+        "gdfq imagenet mobilenetv2_w1 w4a4 seed 0",
+    ]
+
+
+def test_selection_overrides_the_profile(kit):
+    assert names(Selection(papers=["gdfq"], datasets=["cifar100"], seeds=[0, 2], bits=["W5A5"])) == [
+        "gdfq cifar100 resnet20_cifar100 w5a5 seed 0",
+        "gdfq cifar100 resnet20_cifar100 w5a5 seed 2",
+    ]
+    # A model alone says its data set.
+    assert names(Selection("paper", papers=["zeroq"], models=["resnet50"])) == ["zeroq imagenet resnet50 w8a8 seed 0"]
+    (run,) = plan.plan(Selection(papers=["gdfq"], settings={"iterations": "7", "cosine": "false", "device": "cpu"}))
+    assert (run.parameters["iterations"], run.parameters["cosine"], run.parameters["device"]) == (7, False, "cpu")
+
+
+def test_every_published_row_has_its_run(kit):
+    for row in published.rows():
+        if row.method in ("zeroq", "gdfq"):
+            (run,) = plan.plan(Selection("paper", papers=[row.method], models=[row.model], bits=[row.bits]))
+            assert run.parameters["dataset"] == row.dataset and run.parameters["bits"] == [row.bits]
+
+
+def test_schedules_of_data_set_and_model_are_laid_over_the_profile(kit):
+    parameters = {run.parameters["model"]: run.parameters for run in plan.plan(Selection("paper", papers=["zeroq"]))}
+    assert (parameters["resnet18"]["iterations"], parameters["resnet18"]["lr"]) == (200, 0.1)
+    assert (parameters["resnet50"]["iterations"], parameters["resnet50"]["lr"]) == (200, 0.5)
+
+
+def test_departures_from_the_published_schedule_are_named(kit):
+    assert profiles.describe_schedule("gdfq", {"iterations": 100, "seed": 3}) == "as published"
+    assert profiles.describe_schedule("gdfq", {"iterations": 10}) == "reduced: iterations 10 (published 100)"
+
+
+def test_own_data_set_needs_a_folder_and_a_model(kit, tmp_path):
+    (tmp_path / "flowers").mkdir()
+    settings = {"data_folder": str(tmp_path / "flowers")}
+    with pytest.raises(UserError, match="name its model with --models"):
+        plan.plan(Selection(papers=["gdfq"], datasets=["flowers"], settings=settings))
+    (run,) = plan.plan(Selection(papers=["gdfq"], datasets=["flowers"], models=["resnet18"], settings=settings))
+    assert run.parameters["dataset"] == "flowers"
+
+
+def test_identity_follows_what_a_run_depends_on(kit, tmp_path, monkeypatch):
+    def identity(**selection) -> str:
+        return plan.plan(Selection(papers=["gdfq"], **selection))[0].identity
+
+    first = identity()
+    assert identity() == first
+    write_kit(kit, gdfq="1 + 1  # a comment is no change")
+    assert identity() == first
+    others = {identity(seeds=[1]), identity(bits=["w5a5"]), identity(settings={"lr": "0.2"})}
+    weights = tmp_path / "own.safetensors"
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        others.add(identity(settings={"weights": str(weights)}))
+    for count in (1, 2):
+        (tmp_path / "data" / "cifar10").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "cifar10" / f"{count}.png").touch()
+        monkeypatch.setenv("DFQ_DATA", str(tmp_path / "data"))
+        others.add(identity())
+    monkeypatch.delenv("DFQ_DATA")
+    write_kit(kit, gdfq="1 + 2")
+    others.add(identity())
+    assert len(others - {first}) == 8
+
+
+def test_code_identity_follows_imports(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "PACKAGE", tmp_path)
+    (tmp_path / "a.py").write_text('"""Text."""\nfrom dfqlib import b\nfrom dfqlib.c import thing\n')
+    for name in ("b", "c", "d"):
+        (tmp_path / f"{name}.py").write_text("x = 1\n")
+    notebook = tmp_path / "n.ipynb"
+    cell = {"cell_type": "code", "metadata": {}, "source": ["from dfqlib.a import anything\n", "1"]}
+    notebook.write_text(json.dumps({"cells": [cell, {"cell_type": "markdown", "metadata": {}, "source": "why"}]}))
+
+    first = plan.code_identity(notebook)
+    (tmp_path / "a.py").write_text('"""Other text."""\nfrom dfqlib import b\n\nfrom dfqlib.c import thing  # said\n')
+    (tmp_path / "d.py").write_text("x = 2\n")  # imported by nobody
+    assert plan.code_identity(notebook) == first
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.py").write_text("x = 2\n")
+        assert plan.code_identity(notebook) != first
+        (tmp_path / f"{name}.py").write_text("x = 1\n")
+
+
+def test_run_id_is_a_folder_name(kit):
+    (run,) = plan.plan(Selection("paper", papers=["zeroq"], models=["torchvision/resnet18"]))
+    assert run.id.startswith("imagenet-torchvision_resnet18-s0-") and "/" not in run.id
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_finished_run_is_renamed_to_its_place(tmp_path, older):
+    final, partial = tmp_path / "run", tmp_path / ".run.partial"
+    partial.mkdir()
+    (partial / "new").touch()
+    if older:
+        final.mkdir()
+        (final / "old").touch()
+    batch.put_in_place(partial, final)
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "new"]
+
+
+def test_track_reports_nested_loops_to_a_file(tmp_path, monkeypatch):
+    file = tmp_path / "progress.json"
+    monkeypatch.setenv(progress.FILE_VARIABLE, str(file))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_WRITES", 0)
+    assert progress.read(file) == []
+    for _ in progress.track("ab", "outer"):
+        for i in progress.track(range(3), "inner"):
+            assert progress.read(file)[1:] == [{"label": "inner", "done": i, "total": 3}]
+    assert progress.read(file)[0]["done"] == 2
+    for _ in progress.track(iter(range(5)), "left", total=5):
+        break
+    assert list(progress.track([1, 2], "next")) == [1, 2]
+    assert [loop["label"] for loop in progress.read(file)] == ["next"]
+
+
+def test_track_does_not_mind_a_file_it_cannot_write(tmp_path, monkeypatch):
+    monkeypatch.setenv(progress.FILE_VARIABLE, str(tmp_path / "none" / "progress.json"))
+    assert list(progress.track(range(3), "loop")) == [0, 1, 2]
+
+
+def test_track_draws_nothing_on_a_pipe(capsys, monkeypatch):
+    monkeypatch.delenv(progress.FILE_VARIABLE, raising=False)
+    assert list(progress.track(range(3), "loop")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_fraction_counts_cells_and_their_loops(tmp_path):
+    file = tmp_path / "progress.json"
+    line = Line("run", "runs", cell=1, cells=4, file=file)
+    assert line.fraction() == 0.25
+    file.write_text(json.dumps([{"label": "a", "done": 1, "total": 2}, {"label": "b", "done": 5, "total": 10}]))
+    assert line.fraction() == (1 + 0.5 + 0.25) / 4
+    assert line.activity() == "cell 2/4, a 1/2, b 5/10"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_screen_in_a_terminal_and_on_a_pipe(tmp_path, terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    with Screen(console, ["one", "two"]) as screen:
+        screen.start(0, 3, tmp_path / "progress.json")
+        screen.cell(0)
+        screen.end(0, "done", "there")
+        screen.end(1, "failed", "[why]")
+    text = console.file.getvalue()
+    if terminal:
+        assert "done" in text and "[why]" in text
+    else:
+        assert text.splitlines() == ["[1/2] one: starts", "[1/2] one: done 0:00 there", "[2/2] two: failed [why]"]

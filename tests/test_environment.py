@@ -1,0 +1,80 @@
+"""The ways to install agree: pyproject.toml gives ranges, requirements.txt exact versions, environment.yml both."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYTHONS = ["3.11", "3.12", "3.13"]
+
+
+def pins(python: str, system: str) -> dict[str, str]:
+    """Package -> version that requirements.txt installs on some Python and system."""
+    machine = "arm64" if system == "darwin" else "x86_64"
+    where = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": system,
+        "platform_system": system.capitalize(),
+        "platform_machine": machine,
+        "os_name": "posix",
+        "platform_python_implementation": "CPython",
+        "implementation_name": "cpython",
+    }
+    found = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith(("#", " ")):
+            requirement = Requirement(line)
+            assert re.fullmatch(r"==[^*,]+", str(requirement.specifier)), f"no exact pin: {line}"
+            if requirement.marker is None or requirement.marker.evaluate(where):
+                assert requirement.name not in found, f"two pins of {requirement.name} on {python}, {system}"
+                found[requirement.name] = str(requirement.specifier)[2:]
+    return found
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_dependency_has_one_pin_within_its_range(python, system):
+    found = pins(python, system)
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(found[requirement.name]), text
+
+
+def test_torch_range_and_pythons():
+    (torch,) = (Requirement(text) for text in PROJECT["dependencies"] if Requirement(text).name == "torch")
+    assert torch.specifier.contains("2.6.0") and not torch.specifier.contains("2.5.1")
+    assert all(python in SpecifierSet(PROJECT["requires-python"]) for python in PYTHONS)
+
+
+def test_conda_environment_installs_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    packages = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = (item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
+    assert environment["name"] == PROJECT["name"]
+    assert pip == ["-r requirements.txt", "-e ."] and "pip" in packages
+    (python,) = (Requirement(item) for item in packages if item.startswith("python"))
+    assert [p for p in ["3.10", *PYTHONS, "3.14"] if p in python.specifier] == PYTHONS
+
+
+def test_no_file_names_a_host_to_install_from():
+    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "Makefile", ".ci/run"):
+        text = (ROOT / name).read_text()
+        assert "://" not in text and "index-url" not in text.replace("--no-emit-index-url", ""), name
+
+
+def test_the_package_carries_its_data_files():
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    carried = {path for pattern in configuration["package-data"]["dfqlib"] for path in (ROOT / "dfqlib").glob(pattern)}
+    present = {p for p in (ROOT / "dfqlib").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert present - carried == set()
+    folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "dfqlib").rglob("__init__.py")}
+    assert folders == set(configuration["packages"])

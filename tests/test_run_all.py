@@ -1,0 +1,272 @@
+"""run_all.py from end to end, on small notebooks: fresh, resumed, broken, interrupted, two at once, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from stub_kit import write_kit
+
+import run_all
+from dfqlib import plan
+
+ROOT = Path(run_all.__file__).resolve().parent
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch):
+    """A folder with two working notebooks; the teacher counts as present, so that nothing is loaded or downloaded."""
+    monkeypatch.setenv("DFQ_PROFILES", str(write_kit(tmp_path / "kit")))
+    monkeypatch.delenv("DFQ_DATA", raising=False)
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    for name in (
+        "resnet20_cifar10.safetensors",
+        "resnet20_cifar100.safetensors",
+        "cifar10-2k.webp",
+        "cifar100-2k.webp",
+    ):
+        (assets / name).write_bytes(name.encode())
+    monkeypatch.setattr(plan, "ASSETS", assets)
+    return tmp_path / "kit"
+
+
+def call(results: Path, *arguments: str) -> int:
+    return run_all.main(["--results", str(results), *arguments])
+
+
+def run_folders(results: Path, suffix: str = "") -> list[str]:
+    return sorted(f"{p.parent.name}/{p.name}" for p in results.glob(f"quick/*/*{suffix}") if p.name[0] != ".")
+
+
+def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert call(results) == 0
+    printed = capsys.readouterr().out
+    assert "[1/2] zeroq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0: starts" in printed
+    assert "90.11" in printed  # the published value of GDFQ W4A4 beside ours
+    first = run_folders(results)
+    assert [name.partition("/")[0] for name in first] == ["gdfq", "zeroq"]
+    for name in first:
+        files = {path.name for path in (results / "quick" / name).iterdir()}
+        assert files == {"notebook.ipynb", "metrics.json", "curve.png"}
+    metrics = json.loads((results / "quick" / first[0] / "metrics.json").read_text())
+    assert metrics["run"]["id"] == first[0].partition("/")[2]
+    assert set(metrics["run"]["depends"]) == {"code", "teacher", "data"}
+
+    written = (results / "quick" / first[0] / "notebook.ipynb").stat().st_mtime_ns
+    assert call(results) == 0
+    assert capsys.readouterr().out.count(": found") == 2
+    assert (results / "quick" / first[0] / "notebook.ipynb").stat().st_mtime_ns == written
+
+    assert call(results, "--papers", "gdfq", "--seeds", "0", "1") == 0
+    table = pd.read_csv(results / "tables" / "gdfq.csv")
+    ours = table[table["status"] == "run"]
+    assert list(ours["seeds"]) == ["0 1", "0 1"] and list(ours["top1"]) == [60.5, 60.5]
+    assert list(ours["published"]) == [90.11, 75.11]
+
+
+def test_tables_name_every_published_row_run_or_not(kit, tmp_path):
+    results = tmp_path / "results"
+    assert call(results, "--papers", "gdfq", "--bits", "w4a4") == 0
+    table = pd.read_csv(results / "tables" / "gdfq.csv")
+    assert list(table["status"]).count("run") == 1
+    missing = table[table["status"] == "not run"]
+    assert len(missing) == 8 and missing["top1"].isna().all() and missing["reason"].str.len().gt(0).all()
+    imagenet = missing[missing["dataset"] == "imagenet"]["reason"]
+    assert imagenet.str.contains("needs the test images of imagenet").all()
+    text = (results / "README.md").read_text()
+    assert "![gdfq: gdfq-quick-resnet20_cifar10-curve](figures/gdfq-quick-resnet20_cifar10-curve.png)" in text
+    assert (results / "figures" / "gdfq-quick-resnet20_cifar10-curve.png").is_file()
+    for method in ("zeroq", "qimera", "dsg", "hast", "synq", "saft"):
+        assert f"| {method} |" in text
+
+
+def test_broken_notebook_leaves_its_copy_and_the_others_go_on(kit, tmp_path, capsys):
+    results = tmp_path / "results"
+    write_kit(kit, zeroq="print('so far')\n1 / 0")
+    assert call(results, "--seeds", "0", "1") == 1
+    printed = capsys.readouterr().out
+    assert "failed" in printed and "ZeroDivisionError: division by zero" in printed
+    assert printed.count("skipped") == 1  # the broken notebook's second seed
+    (unfinished,) = results.glob("quick/zeroq/*.unfinished")
+    assert "so far" in (unfinished / "notebook.ipynb").read_text()
+    assert "ZeroDivisionError" in (unfinished / "error.txt").read_text()
+    assert len(list(results.glob("quick/gdfq/*/metrics.json"))) == 2
+
+    write_kit(kit)  # mended: its code is another, so it runs; the others are found
+    assert call(results, "--seeds", "0", "1") == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": found") == 2 and printed.count(": done") == 2
+
+
+def test_keep_going_tries_the_other_runs_of_a_broken_notebook(kit, tmp_path, capsys):
+    write_kit(kit, zeroq="assert seed, 'seed 0 is bad'")
+    assert call(tmp_path / "results", "--papers", "zeroq", "--seeds", "0", "1", "--keep-going") == 1
+    printed = capsys.readouterr().out
+    assert printed.count(": failed") == 1 and printed.count(": done") == 1
+
+
+def test_a_kernel_that_dies_is_reported(kit, tmp_path, capsys):
+    write_kit(kit, zeroq="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert call(tmp_path / "results", "--papers", "zeroq") == 1
+    assert "the kernel died" in capsys.readouterr().out
+
+
+def test_a_notebook_that_saves_nothing_is_no_result(kit, tmp_path, capsys):
+    write_kit(kit, zeroq="out = '/nowhere'; import pathlib; pathlib.Path.write_text = pathlib.Path.write_bytes = print")
+    assert call(tmp_path / "results", "--papers", "zeroq") == 1
+    assert "without writing metrics.json" in capsys.readouterr().out
+    assert not list((tmp_path / "results").glob("quick/zeroq/[!.]*/metrics.json"))
+
+
+def test_smoke_stays_out_of_the_tables(kit, tmp_path):
+    results = tmp_path / "results"
+    assert call(results, "--profile", "smoke", "--papers", "gdfq") == 0
+    assert not (results / "tables").exists() and not (results / "README.md").exists()
+    assert (results / "smoke" / "tables" / "gdfq.md").is_file()
+
+
+def test_force_runs_again_and_replaces(kit, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert call(results, "--papers", "gdfq") == 0
+    (folder,) = results.glob("quick/gdfq/*")
+    (folder / "old").touch()
+    assert call(results, "--papers", "gdfq", "--force") == 0
+    assert list(results.glob("quick/gdfq/*")) == [folder] and not (folder / "old").exists()
+
+
+def test_dry_run_and_list_write_nothing(kit, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert call(results, "--dry-run", "--set", "iterations=7", "lr=0.5") == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": to run") == 2 and "iterations=7 lr=0.5" in printed
+    assert call(results, "--list") == 0
+    printed = capsys.readouterr().out
+    assert "python run_all.py --profile paper --papers gdfq --models resnet20_cifar10 --bits w4a4" in printed
+    assert "needs the test images of imagenet" in printed and "no notebook for this paper yet" in printed
+    assert not results.exists()
+
+
+def test_planning_does_not_import_torch(kit):
+    code = (
+        "import sys, run_all; run_all.main(['--dry-run']); run_all.main(['--list']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def start(results: Path, *arguments: str) -> subprocess.Popen:
+    """run_all.py as a process of its own, with the same assets as the test."""
+    code = (
+        "import sys, pathlib, run_all; from dfqlib import plan\n"
+        f"plan.ASSETS = pathlib.Path({str(plan.ASSETS)!r})\n"
+        f"sys.exit(run_all.main({['--results', str(results), *arguments]!r}))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop):
+    results, flag = tmp_path / "results", tmp_path / "started"
+    write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
+    process = start(results)
+    wait_for(flag.exists)
+    process.send_signal(stop)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "stopped" in printed
+    assert len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) == 1
+    (unfinished,) = results.glob("quick/gdfq/[!.]*")
+    assert unfinished.name.endswith(".unfinished") and (unfinished / "notebook.ipynb").is_file()
+    assert (unfinished / "error.txt").read_text() == "interrupted\n"
+    assert (results / "tables" / "zeroq.csv").is_file()
+
+
+def test_two_at_once_lose_nothing(kit, tmp_path):
+    results = tmp_path / "results"
+    processes = [start(results, "--papers", "gdfq") for _ in range(2)]
+    assert [process.communicate(timeout=120) and process.returncode for process in processes] == [0, 0]
+    (folder,) = results.glob("quick/gdfq/[!.]*")
+    assert json.loads((folder / "metrics.json").read_text())["run"]["id"] == folder.name
+    assert not list(results.glob("quick/gdfq/.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--profile", "quik"], "profile='quik' is unknown (did you mean 'quick'?)"),
+        (["--papers", "gdqf"], "papers='gdqf' is unknown (did you mean 'gdfq'?)"),
+        (["--datasets", "cifar11"], "datasets='cifar11' is unknown (did you mean 'cifar10'?)"),
+        (["--models", "resnet21_cifar10"], "models='resnet21_cifar10' is unknown (did you mean 'resnet20_cifar10'?)"),
+        (["--datasets", "cifar100", "--models", "resnet18"], "models='resnet18' has none for cifar100"),
+        (["--bits", "w9a4"], "bits='w9a4' is not supported"),
+        (["--bits", "w4a1"], "bits='w4a1' is not supported"),
+        (["--bits", "4"], "bits='4' is not supported"),
+        (["--seeds", "-1"], "seeds='-1' is not a seed; allowed: whole numbers from 0"),
+        (["--seeds", "one"], "seeds='one' is not a seed"),
+        (["--set", "iteration=3"], "--set='iteration' is unknown (did you mean 'iterations'?)"),
+        (
+            ["--set", "iterations=many"],
+            "--set iterations=many is not of the parameter's type; allowed: int, such as 10",
+        ),
+        (["--set", "cosine=maybe"], "--set cosine='maybe' is unknown; allowed: true, false"),
+        (["--set", "iterations"], "--set iterations is not NAME=VALUE"),
+        (["--set", "seed=3"], "--set seed=3 has an option of its own: use --seeds"),
+        (["--sett", "x=1"], "unrecognized arguments: --sett x=1"),
+        (["--datasets", "imagenet"], "needs the test images of imagenet"),
+        (
+            ["--datasets", "cifar10", "cifar100", "--set", "data_folder=x"],
+            "--set data_folder would serve cifar10, cifar100",
+        ),
+        (["--set", "data_folder=/does/not/exist"], "is not a folder"),
+    ],
+)
+def test_wrong_input_is_one_sentence_before_any_work(kit, tmp_path, capsys, arguments, sentence):
+    assert call(tmp_path / "results", *arguments) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and printed.err.count("\n") == 1
+    assert not list((tmp_path / "results").glob("*"))
+
+
+def test_data_folder_and_weights_are_checked_before_any_work(kit, tmp_path, capsys):
+    empty, wrong, weights = tmp_path / "empty", tmp_path / "wrong", tmp_path / "weights.safetensors"
+    empty.mkdir()
+    (wrong / "kittens").mkdir(parents=True)
+    (wrong / "kittens" / "1.png").touch()
+    weights.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    for setting, sentence in [
+        (f"data_folder={empty}", "is empty"),
+        (f"data_folder={wrong}", "does not hold the 10 classes of cifar10"),
+        (f"weights={weights}", "truncated"),
+        (f"weights={tmp_path / 'none.safetensors'}", "is not a file"),
+    ]:
+        assert call(tmp_path / "results", "--papers", "gdfq", "--set", setting) == 2
+        printed = capsys.readouterr()
+        assert sentence in printed.err and printed.err.count("\n") == 1
+    assert not list((tmp_path / "results").glob("*"))
+
+
+def test_results_folder_that_cannot_be_written(kit, tmp_path, capsys):
+    (tmp_path / "results").write_text("a file")
+    assert call(tmp_path / "results") == 2
+    printed = capsys.readouterr()
+    assert "cannot be written" in printed.err and printed.err.count("\n") == 1
+
+
+def test_notebooks_table_that_cannot_be_read(kit, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DFQ_PROFILES", str(tmp_path / "none.toml"))
+    assert call(tmp_path / "results") == 2
+    assert "DFQ_PROFILES=" in capsys.readouterr().err
