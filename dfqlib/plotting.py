@@ -19,6 +19,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 COLOUR_MAP = "cividis"  # lightness rises steadily
 IMAGES_PER_ROW = 16
+MOST_MARKERS = 60
 
 
 def style() -> None:
@@ -70,10 +71,10 @@ def show_images(images: Tensor, labels: Sequence[object] | None = None, title: s
 
 
 def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[float] | None = None) -> None:
-    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with about ten markers however long it is."""
+    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with all markers or, if it is long, about ten."""
     for name, values in curves.items():
         positions = np.arange(len(values)) if x is None else x
-        axes.plot(positions, values, label=name, markevery=max(1, len(values) // 10))
+        axes.plot(positions, values, label=name, markevery=1 if len(values) <= MOST_MARKERS else len(values) // 10)
     if len(curves) > 1:
         axes.legend()
 
