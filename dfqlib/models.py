@@ -211,11 +211,14 @@ def top1(
     """Percentage of ``image_set`` that ``network`` classifies right, in eval mode; its mode is put back afterwards.
 
     ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` is 500 for small images
-    and 50 for larger ones unless given.
+    (100 on a CPU) and 50 for larger ones unless given.
     """
     prepare = normalise.normalise if isinstance(normalise, Teacher) else normalise
     device = next(network.parameters()).device
-    batch = batch or (500 if image_set.images.shape[-1] <= 64 else 50)
+    if not batch:
+        # On a CPU the activations of 100 small images stay in its cache: a fifth faster than 500.
+        small = 100 if device.type == "cpu" else 500
+        batch = small if image_set.images.shape[-1] <= 64 else 50
     correct = torch.zeros((), dtype=torch.int64, device=device)
     training = network.training
     network.eval()
