@@ -38,10 +38,7 @@ def collect(results: Path, names: Iterable[str], papers: Iterable[Paper], presen
     latest = frame.groupby(GROUP, sort=False, dropna=False)["version"].transform("last")
     frame = frame[frame["version"] == latest]
     frame = frame.drop_duplicates([*tables.SETTING, "profile", "seed"], keep="last")
-    order = {paper.key: i for i, paper in enumerate(profiles.load()[1].values())}
-    return frame.sort_values("order", kind="stable").sort_values(
-        "paper", key=lambda column: column.map(order), kind="stable"
-    )
+    return frame.sort_values([*GROUP, "order", "seed"], kind="stable")
 
 
 def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -> Iterable[dict[str, Any]]:

@@ -1,0 +1,103 @@
+"""The notebooks run from top to bottom under the smoke profile, and their committed outputs are right and complete.
+
+nbval runs a copy of each notebook whose parameters cell is followed by the smoke values, in a fresh kernel. Every cell
+must run; the output of cells tagged ``nbval-check-output``, which are those that depend neither on the profile nor on
+the machine, must equal the committed one after the replacements of ``nbval.cfg``. All other outputs come from the quick
+profile and are only checked to be there.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import nbformat
+import papermill.parameterize
+import pytest
+
+from dfqlib import plan, profiles
+from dfqlib.profiles import COMMON
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPERS = profiles.load()[1]
+each = pytest.mark.parametrize("key", PAPERS)
+
+
+def read(key: str) -> nbformat.NotebookNode:
+    return nbformat.read(PAPERS[key].notebook, as_version=4)
+
+
+def test_every_notebook_is_in_the_table():
+    assert {paper.notebook for paper in PAPERS.values()} == set((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@each
+def test_runs_under_smoke(key, tmp_path):
+    (run,) = plan.plan(plan.Selection("smoke", papers=[key]))
+    out = tmp_path / "out"
+    out.mkdir()
+    notebook = papermill.parameterize.parameterize_notebook(
+        read(key), run.parameters | {"out": str(out)}, kernel_name="python3", language="python"
+    )
+    nbformat.write(notebook, tmp_path / f"{key}.ipynb")
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120"]
+    command += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval.cfg"), "-p", "no:cacheprovider", "-q"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    result = subprocess.run(
+        [*command, f"{key}.ipynb"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["paper"] == key and metrics["profile"] == "smoke" and metrics["rows"] and metrics["figures"]
+    for name in metrics["figures"]:
+        assert (out / f"{name}.png").stat().st_size and (out / f"{name}.svg").stat().st_size
+
+
+@each
+def test_committed_outputs_are_there_and_from_the_quick_profile(key):
+    notebook = read(key)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "injected-parameters" not in {tag for cell in code for tag in cell.metadata.get("tags", [])}
+    assert all(cell.execution_count for cell in code if cell.source.strip())
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert [output for output in outputs if "image/png" in output.get("data", {})], "no figure"
+    assert "text/html" in code[-1].outputs[-1].data, "does not end with its results table"
+    text = json.dumps([output.get("text", "") for output in outputs])
+    assert not re.search(r"/(home|root|Users|tmp)/", text), "an output names a folder of the machine it ran on"
+    assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in code)
+
+
+@each
+def test_defaults_are_the_quick_profile(key):
+    """A notebook opened by hand computes what run_all.py computes; each reduced parameter has its published value."""
+    defaults, paper = plan.notebook_parameters(PAPERS[key].notebook), PAPERS[key]
+    quick = paper.parameters("quick")
+    assert quick == {name: value for name, value in defaults.items() if name in quick}
+    assert {name for name in defaults if name not in COMMON} >= set(quick), "unknown parameters"
+    published = paper.parameters("paper")
+    for name in set(quick) | set(paper.parameters("smoke")):
+        assert name in COMMON or name in published, f"{name} has no published value in the table"
+
+
+@each
+def test_form(key):
+    """Parameters first and each with its comment; cells short enough to read at once; a story between them."""
+    notebook = read(key)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].metadata["tags"] == ["parameters"]
+    comments = {
+        token.start[0] for token in tokenize.generate_tokens(io.StringIO(code[0].source).readline) if token.type == 60
+    }
+    comments = comments or {i for i, line in enumerate(code[0].source.splitlines(), 1) if "#" in line}
+    for node in ast.parse(code[0].source).body:
+        assert node.lineno in comments, f"{ast.unparse(node)} has no comment"
+    assert all(len(cell.source.splitlines()) <= 25 for cell in code)
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
