@@ -73,9 +73,8 @@ def calibrated(
 def statistics_gaps(network: nn.Module, images: Tensor, epsilon: float = 1e-6) -> pd.DataFrame:
     """How far ``images`` (B, 3, H, W) are from the batch-norm statistics: one row per layer, in execution order.
 
-    ``mean_gap`` and ``std_gap`` are root mean squares over samples and channels of (mean - mu) / sigma and of
-    (std - sigma) / sigma, where mu and sigma are the layer's own; 0 is a perfect match, 1 is off by one sigma. Every
-    channel weighs the same, unlike in the loss, which sums plain squares.
+    ``mean_gap`` and ``std_gap`` are root mean squares, over samples and channels, of mean - mu and of std - sigma,
+    divided by that of sigma, where mu and sigma are the layer's own: 0 is a perfect match, 1 is off by one sigma.
     """
     rows = []
     with BatchNormInputs(network) as taps:
@@ -83,9 +82,8 @@ def statistics_gaps(network: nn.Module, images: Tensor, epsilon: float = 1e-6) -
         for name, inputs, norm in taps.layers:
             mean, std = sample_mean_std(inputs, epsilon)
             sigma = (norm.running_var + epsilon).sqrt()
-            mean_gap = ((mean - norm.running_mean) / sigma).square().mean().sqrt()
-            std_gap = (std / sigma - 1).square().mean().sqrt()
-            rows.append((name, mean_gap.item(), std_gap.item()))
+            squares = [(mean - norm.running_mean).square().mean(), (std - sigma).square().mean()]
+            rows.append((name, *((square / sigma.square().mean()).sqrt().item() for square in squares)))
     return pd.DataFrame(rows, columns=["layer", "mean_gap", "std_gap"]).set_index("layer")
 
 

@@ -98,13 +98,13 @@ def test_ranges_come_from_the_calibration_images():
 
 
 def test_statistics_gaps_by_hand():
-    norm = nn.BatchNorm2d(1).eval()
-    norm.running_mean.fill_(1.0)
-    norm.running_var.fill_(4.0)
-    images = torch.tensor([[[[1.0, 7.0, 4.0]]], [[[5.0, 5.0, 5.0]]]])  # means 4, 5; standard deviations 3, 0
-    gaps = statistics_gaps(nn.Sequential(norm), images).loc["0"]
-    assert gaps["mean_gap"] == pytest.approx(((1.5**2 + 2**2) / 2) ** 0.5, rel=1e-5)
-    assert gaps["std_gap"] == pytest.approx(((0.5**2 + 1) / 2) ** 0.5, rel=1e-3)
+    norm = nn.BatchNorm2d(2).eval()
+    norm.running_mean.copy_(torch.tensor([1.0, 0.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 12.0]))  # mean square of sigma: 8
+    one, other = [1.0, 7.0, 4.0], [-1.0, 1.0, 0.0]  # means 4 and 0, standard deviations 3 and 1
+    gaps = statistics_gaps(nn.Sequential(norm), torch.tensor([[[one], [other]], [[other], [other]]])).loc["0"]
+    assert gaps["mean_gap"] == pytest.approx(((9 + 0 + 1 + 0) / 4 / 8) ** 0.5, rel=1e-5)
+    assert gaps["std_gap"] == pytest.approx(((1 + 1 + 2 * (12**0.5 - 1) ** 2) / 4 / 8) ** 0.5, rel=1e-5)
 
 
 def test_rescaled_network_computes_the_same_function_with_other_ranges(resnet, official):
