@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib.errors import UserError, check_choice
-from dfqlib.generators import Generator
+from dfqlib.generators import draw_one_label
 from dfqlib.losses import generator_loss, student_loss
 from dfqlib.progress import track
-from dfqlib.quantize import set_observing
+from dfqlib.quantize import observing
 from dfqlib.statistics import BatchNormInputs
 
 DECAYS = ("step", "cosine", "constant")
@@ -55,7 +55,8 @@ def decay_factor(decay: str, progress: float) -> float:
 class GeneratorStream:
     """Trains a generator against the teacher and yields the batches it was trained on.
 
-    ``loss`` takes (teacher logits, labels, batch-norm inputs). Labels and noise are drawn from an own random stream
+    ``loss`` takes (teacher logits, labels, batch-norm inputs). ``draw(generator, batch, random)`` gives what the
+    generator is called with, and the labels its images are to have; it draws from a random stream of the stream's own,
     seeded with ``seed``. After ``iterations`` batches the generator is left as it is and only asked for images, still
     with the statistics of the batch in its batch norms, as in training. ``losses`` holds one device scalar per step.
     """
@@ -63,13 +64,14 @@ class GeneratorStream:
     def __init__(
         self,
         teacher: nn.Module,
-        generator: Generator,
+        generator: nn.Module,
         iterations: int,
         batch: int = 200,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.5, 0.999),
         decay: str = "step",
         loss: Callable[..., Tensor] = generator_loss,
+        draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
         seed: int = 0,
     ) -> None:
         check_choice("decay", decay, DECAYS)
@@ -81,29 +83,28 @@ class GeneratorStream:
         self.lr = lr
         self.decay = decay
         self.loss = loss
+        self.draw = draw
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
-        self.device = next(generator.parameters()).device
-        self.random = torch.Generator(self.device).manual_seed(seed)
+        self.random = torch.Generator(next(generator.parameters()).device).manual_seed(seed)
         self.iteration = 0
         self.losses: list[Tensor] = []
 
     def next_batch(self) -> Batch:
-        """Fresh noise and uniform labels, their images, and (while it learns) one step of the generator."""
-        z = torch.randn(self.batch, self.generator.latent, generator=self.random, device=self.device)
-        labels = torch.randint(self.generator.classes, (self.batch,), generator=self.random, device=self.device)
+        """Fresh noise and labels, their images, and (while it learns) one step of the generator."""
+        inputs, labels = self.draw(self.generator, self.batch, self.random)
         if self.iteration < self.iterations:
-            batch = self._learn(z, labels)
+            batch = self._learn(inputs, labels)
         else:
             with torch.no_grad():
-                images = self.generator(z, labels)
+                images = self.generator(*inputs)
                 batch = Batch(images, labels, self.teacher(images))
         self.iteration += 1
         return batch
 
-    def _learn(self, z: Tensor, labels: Tensor) -> Batch:
+    def _learn(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Batch:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * decay_factor(self.decay, self.iteration / self.iterations)
-        images = self.generator(z, labels)
+        images = self.generator(*inputs)
         with self.norms:
             logits = self.teacher(images)
             loss = self.loss(logits, labels, self.norms.layers)
@@ -166,9 +167,9 @@ def finetune(
 
     In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn their activation
     ranges; then the ranges are frozen, and the students train from iteration ``train_from`` (at once, if it is not
-    given) to the end. ``evaluate`` gives a network's test score; it runs every ``evaluate_every`` iterations of
-    training and after the last, and ``on_evaluation`` sees the history then. Raises RuntimeError, naming student and
-    iteration, if a loss is no longer finite.
+    given) to the end. ``evaluate`` gives a network's test score; it runs before the first iteration of training, after
+    every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then. Raises RuntimeError, naming
+    student and iteration, if a loss is no longer finite.
     """
     train_from = observe_iterations if train_from is None else train_from
     if not 0 < observe_iterations <= train_from < iterations:
@@ -183,13 +184,12 @@ def finetune(
         if iteration < observe_iterations:
             for tuner in tuners.values():
                 tuner.observe(batch)
-        if iteration < train_from:
-            continue
-        progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
-        for tuner in tuners.values():
-            tuner.step(batch, *progress)
+        if iteration >= train_from:
+            progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
+            for tuner in tuners.values():
+                tuner.step(batch, *progress)
         done = iteration + 1
-        if done == iterations or (done - train_from) % evaluate_every == 0:
+        if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
             _read_losses(history, stream, tuners, train_from)
             if evaluate is not None:
                 for name, student in students.items():
@@ -216,9 +216,8 @@ class _Tuner:
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
-        set_observing(self.student.network, True)
-        self.student.network(batch.images)
-        set_observing(self.student.network, False)
+        with observing(self.student.network):
+            self.student.network(batch.images)
 
     def step(self, batch: Batch, progress: float, training_progress: float) -> None:
         """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
@@ -235,8 +234,8 @@ class _Tuner:
 
 def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
     """Bring the losses from the device, all at once, and stop where one is not finite."""
-    history.generator = torch.stack(stream.losses).tolist() if getattr(stream, "losses", None) else []
-    history.students = {name: torch.stack(tuner.losses).tolist() for name, tuner in tuners.items()}
+    history.generator = _numbers(getattr(stream, "losses", []))
+    history.students = {name: _numbers(tuner.losses) for name, tuner in tuners.items()}
     for name, first, losses in [
         ("the generator", 0, history.generator),
         *((f"student {name!r}", train_from, losses) for name, losses in history.students.items()),
@@ -246,3 +245,7 @@ def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner],
                 raise RuntimeError(
                     f"{name} diverged: its loss is {loss} at iteration {first + step + 1}; lower its lr."
                 )
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    return torch.stack(scalars).tolist() if scalars else []

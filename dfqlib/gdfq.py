@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfqlib.errors import parse_bits
 from dfqlib.finetune import GeneratorStream, Student, distil
-from dfqlib.generators import Generator
+from dfqlib.generators import Generator, draw_one_label
 from dfqlib.losses import generator_loss, student_loss
 from dfqlib.models import Teacher
 from dfqlib.quantize import quantize_model
@@ -41,16 +41,23 @@ class Schedule:
 
 
 def make_stream(
-    teacher: Teacher, schedule: Schedule, loss: Callable[..., Tensor] | None = None, seed: int = 0
+    teacher: Teacher,
+    schedule: Schedule,
+    loss: Callable[..., Tensor] | None = None,
+    seed: int = 0,
+    build: Callable[[], nn.Module] | None = None,
+    draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
 ) -> GeneratorStream:
     """A fresh generator for the teacher's classes and input size, and the stream of images of its training.
 
-    ``loss`` replaces L_G, for ablations. The generator's first weights and its noise follow from ``seed`` alone.
+    ``loss`` replaces L_G, for ablations; ``build`` makes another generator and ``draw`` its input, for methods that
+    differ in these. The generator's first weights and its noise follow from ``seed`` alone.
     """
     size = teacher.entry.input_size
+    build = build or partial(Generator, teacher.entry.classes, size=size, conditional=size > LARGE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        generator = Generator(teacher.entry.classes, size=size, conditional=size > LARGE)
+        generator = build()
     generator = generator.to(teacher.device, memory_format=torch.channels_last)
     return GeneratorStream(
         teacher.network,
@@ -60,6 +67,7 @@ def make_stream(
         lr=schedule.generator_lr,
         decay=schedule.generator_decay,
         loss=loss or partial(generator_loss, bns_weight=schedule.bns_weight),
+        draw=draw,
         seed=seed,
     )
 
@@ -75,3 +83,22 @@ def make_student(teacher: Teacher, bits: str, schedule: Schedule, **loss_options
     network = quantize_model(teacher.network, *parse_bits(bits), observer="moving_average")
     loss = partial(student_loss, **(options | loss_options))
     return Student(network, schedule.student_lr, schedule.student_decay, loss=partial(distil, loss=loss))
+
+
+@torch.no_grad()
+def labelled_images(generator: Generator, labels: Tensor, seed: int = 0) -> Tensor:
+    """Images (N, 3, H, W) of these labels (N,), from the same noise at each call, with the batch's own statistics.
+
+    As in training, the batch norms see this batch alone, so give labels by the dozen for images as students see them.
+    """
+    device = next(generator.parameters()).device
+    z = torch.randn(len(labels), generator.latent, generator=torch.Generator().manual_seed(seed))
+    return generator(z.to(device), labels.to(device))
+
+
+@torch.no_grad()
+def layer_gaps(network: nn.Module, images: Tensor) -> list[float]:
+    """The terms of L_BNS for ``images`` (B, 3, H, W): one per batch norm, in execution order; their mean is L_BNS."""
+    with BatchNormInputs(network) as norms:
+        network(images)
+        return [bns_loss([layer]).item() for layer in norms.layers]

@@ -43,7 +43,10 @@ def add_neighbours(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 class ConditionalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose gain and bias are looked up by the sample's label, starting at 1 and 0."""
+    """Batch norm whose gain and bias belong to the sample's label, starting at 1 and 0.
+
+    Labels are integers (B,), or weights (B, classes), which mix the gains and the biases of several classes.
+    """
 
     def __init__(self, classes: int, channels: int, eps: float) -> None:
         super().__init__(channels, eps=eps, affine=False)
@@ -51,7 +54,10 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
         self.shift = nn.Parameter(torch.zeros(classes, channels))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        gain, shift = self.gain[labels], self.shift[labels]
+        if labels.is_floating_point():
+            gain, shift = labels @ self.gain, labels @ self.shift
+        else:
+            gain, shift = self.gain[labels], self.shift[labels]
         return torch.addcmul(shift[:, :, None, None], super().forward(x), gain[:, :, None, None])
 
 
@@ -66,7 +72,8 @@ class GeneratorBody(nn.Module):
     """From a latent vector (B, features) and labels (B,) to images (B, 3, size, size), normalised like real ones.
 
     The last batch norm has no affine part, so each colour channel of a batch has mean 0 and variance 1, which is what
-    a normalised data set has. With ``classes`` the three inner batch norms are conditional on the label.
+    a normalised data set has. With ``classes`` the three inner batch norms are conditional on the label, which may then
+    be weights (B, classes).
     Source: GDFQ, section 4.1 and official settings.
     """
 
@@ -115,3 +122,13 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         latent = z if self.embedding is None else self.embedding(labels) * z
         return self.body(latent, labels)
+
+
+def draw_one_label(generator: nn.Module, count: int, random: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """GDFQ's input: noise (count, latent), N(0, 1), and uniform labels (count,); and the labels again, as the target.
+
+    ``generator`` says what it takes by its ``latent`` and ``classes``; all is drawn from ``random``, on its device.
+    """
+    z = torch.randn(count, generator.latent, generator=random, device=random.device)
+    labels = torch.randint(generator.classes, (count,), generator=random, device=random.device)
+    return (z, labels), labels

@@ -95,6 +95,16 @@ def test_conditional_batch_norm_applies_gain_and_shift_of_the_label():
     torch.testing.assert_close(changed[3, 1], 3 * standardised[3, 1] + 4)
 
 
+def test_conditional_batch_norm_mixes_gains_and_shifts_by_weight():
+    norm = ConditionalBatchNorm2d(classes=3, channels=1, eps=1e-5)
+    norm.gain.data[:, 0], norm.shift.data[:, 0] = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.0, 1.0, -1.0])
+    x = torch.randn(2, 1, 5, 5)
+    standardised = norm(x, torch.tensor([0, 0]))
+    mixed = norm(x, torch.tensor([[0.0, 0.75, 0.25], [1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(mixed[0], 2.75 * standardised[0] + 0.5)
+    torch.testing.assert_close(mixed[1], standardised[1])
+
+
 def test_a_size_the_body_cannot_reach_is_refused():
     with pytest.raises(UserError, match="size=30"):
         Generator(classes=10, size=30)
