@@ -1,0 +1,223 @@
+"""Qimera's generator equals the official one; superposition, embeddings and measures as the paper writes them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorchcv.model_provider import get_model
+from torch import nn
+
+from dfqlib.errors import UserError
+from dfqlib.finetune import finetune
+from dfqlib.gdfq import Schedule, make_student
+from dfqlib.generators import Generator
+from dfqlib.models import Teacher
+from dfqlib.qimera import (
+    QimeraGenerator,
+    Setting,
+    Superposition,
+    boundary_distance,
+    class_embeddings,
+    classifier,
+    make_stream,
+    mix_in_gdfq,
+    path_between,
+    penultimate,
+    principal_plane,
+    published_setting,
+    soft_targets,
+    standardise,
+    top_two_margin,
+)
+
+DATA = Path(__file__).parent / "data" / "generator_qimera.npz"
+OFFICIAL_NAMES = {
+    "embedding": "label_emb",
+    "mapping": "fc_reducer",
+    "body.linear": "l1.0",
+    "body.norm0": "conv_blocks0.0",
+    "body.conv1": "conv_blocks1.0",
+    "body.norm1": "conv_blocks1.1",
+    "body.conv2": "conv_blocks2.0",
+    "body.norm2": "conv_blocks2.1",
+    "body.conv3": "conv_blocks2.3",
+    "body.norm3": "conv_blocks2.5",
+}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return Teacher.from_module(get_model("resnet20_cifar10"), 10, (0.5,) * 3, (0.25,) * 3)
+
+
+def official_generator(arrays, prefix):
+    state = {key.removeprefix(f"{prefix}/state/"): value for key, value in arrays.items() if "/state/" in key}
+    state = {key: torch.from_numpy(value) for key, value in state.items() if "/" not in key}
+    mapped = len(state["fc_reducer.bias"]) if "fc_reducer.bias" in state else 64
+    generator = QimeraGenerator(
+        torch.zeros_like(state["label_emb.weight"]), mapped=mapped, published="fc_reducer.bias" not in state
+    )
+    own = {}
+    for name, value in generator.state_dict().items():
+        module, _, parameter = name.rpartition(".")
+        official = f"{OFFICIAL_NAMES[module]}.{parameter}"
+        own[name] = value if parameter == "num_batches_tracked" else state.pop(official)
+    assert not state
+    generator.load_state_dict(own)
+    return generator
+
+
+@pytest.mark.parametrize("prefix", ["plain_no_mapping", "plain_mapping"])
+def test_generator_equals_the_official_one(prefix):
+    arrays = dict(np.load(DATA))
+    generator = official_generator(arrays, prefix)
+    z, labels = (torch.from_numpy(arrays[f"{prefix}/{name}"]).unsqueeze(1) for name in ("z", "labels"))
+    images = generator(z, labels, torch.ones(labels.shape))
+    torch.testing.assert_close(images, torch.from_numpy(arrays[f"{prefix}/images"]), rtol=1e-4, atol=1e-5)
+
+
+def test_each_vector_is_standardised_on_its_own_unless_as_published():
+    x = torch.randn(5, 3, 8) * 4 + 2
+    own = standardise(x)
+    torch.testing.assert_close(own[1, 2], F.batch_norm(x[1, 2].view(8, 1), None, None, training=True).flatten())
+    torch.testing.assert_close(own, torch.stack([standardise(sample[None])[0] for sample in x]))
+    # As published: (B, K, D) transposed to (D, K, B) before a BatchNorm1d of K channels.
+    quirk = nn.BatchNorm1d(3, affine=False, track_running_stats=False)(x.transpose(0, 2)).transpose(0, 2)
+    torch.testing.assert_close(standardise(x, over_batch=True), quirk)
+    assert not torch.allclose(own, quirk, atol=0.1)
+
+
+def test_the_latent_is_the_weighted_sum_of_the_mapped_embeddings():
+    torch.manual_seed(0)
+    generator = QimeraGenerator(torch.randn(4, 8), size=8, mapped=6)
+    z, labels, weights = torch.randn(3, 2, 8), torch.tensor([[0, 1], [3, 3], [2, 0]]), torch.rand(3, 2)
+    weights /= weights.sum(1, keepdim=True)
+    seen = []
+    generator.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    generator(z, labels, weights)
+    each = generator.mapping(standardise(generator.embedding(labels) + z))
+    torch.testing.assert_close(seen[0][0], weights[:, :1] * each[:, 0] + weights[:, 1:] * each[:, 1])
+    torch.testing.assert_close(seen[0][1][1], torch.tensor([0.0, 0.0, 0.0, 1.0]))
+
+
+def test_conditional_gain_and_bias_are_superposed_and_as_published_averaged():
+    inputs = torch.randn(2, 2, 8), torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    given = {}
+    for published in (False, True):
+        generator = QimeraGenerator(torch.randn(3, 8), size=8, mapped=8, conditional=True, published=published)
+        generator.body.norm1.register_forward_pre_hook(lambda _, seen, key=published: given.update({key: seen[1]}))
+        generator(*inputs)
+        assert generator.body.norm1.gain.shape == (3, 128)
+    torch.testing.assert_close(given[False], torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(given[True], given[False] / 2)
+
+
+def test_repeated_labels_add_up_in_the_targets():
+    targets = soft_targets(torch.tensor([[1, 1, 0]]), torch.tensor([[0.2, 0.3, 0.5]]), 3)
+    torch.testing.assert_close(targets, torch.tensor([[0.5, 0.5, 0.0]]))
+
+
+def test_superposition_draws_k_labels_in_a_share_p_of_the_batches():
+    generator, random = QimeraGenerator(torch.zeros(5, 8), size=4), torch.Generator()
+    draw = Superposition(0.4, 3, seed=0)
+    slots = []
+    for _ in range(400):
+        (z, labels, weights), targets = draw(generator, 4, random)
+        assert z.shape == (*labels.shape, 8) and weights.shape == labels.shape and targets.shape == (4, 5)
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+        slots.append(labels.shape[1])
+    assert set(slots) == {1, 3}
+    assert slots.count(3) / 400 == pytest.approx(0.4, abs=0.07)
+    for p, k in ((0.0, 1), (1.0, 3)):
+        assert Superposition(p, 3)(generator, 2, random)[0][1].shape == (2, k)
+
+
+def test_embeddings_start_at_the_teachers_last_layer_or_random(teacher):
+    weight = teacher.network.output.weight
+    assert torch.equal(class_embeddings(teacher, "teacher"), weight)
+    assert class_embeddings(teacher, "random").shape == weight.shape
+    stream = make_stream(teacher, Schedule(batch=2), Setting(embedding="teacher"))
+    before = stream.generator.embedding.weight.clone()
+    assert torch.equal(before, weight)
+    stream.next_batch()
+    assert not torch.equal(before, stream.generator.embedding.weight)  # they train,
+    assert torch.equal(weight, stream.teacher.output.weight) and not weight.requires_grad  # the teacher does not
+
+
+def test_the_classifier_may_be_a_convolution():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 5, 1, bias=False), nn.Flatten())
+    assert classifier(network) is network[2]
+    features, logits = penultimate(network, torch.randn(4, 3, 6, 6), batch=3)
+    assert features.shape == (4, 8)
+    torch.testing.assert_close(features @ network[2].weight.flatten(1).T, logits)
+    assert boundary_distance(network, features).shape == (4,)
+    assert classifier(get_model("mobilenetv2_w1")).weight.shape[:2] == (1000, 1280)
+    with pytest.raises(UserError, match="Sequential does not end in"):
+        classifier(nn.Sequential(nn.Conv2d(3, 8, 3)))
+
+
+def test_margin_and_distance_to_the_boundary_by_hand():
+    torch.testing.assert_close(top_two_margin(torch.tensor([[1.0, 1.0, -9.0]])), torch.tensor([0.0]))
+    head = nn.Linear(2, 3)
+    head.weight.data, head.bias.data = torch.tensor([[3.0, 0.0], [0.0, 4.0], [-9.0, -9.0]]), torch.tensor([1.0, 0, 0])
+    features = torch.tensor([[2.0, 0.5]])  # logits 7, 2: gap 5, and |w_0 - w_1| = 5
+    torch.testing.assert_close(boundary_distance(head, features), torch.tensor([1.0]))
+    on_boundary = features + torch.tensor([[-3.0, 4.0]]) / 5
+    torch.testing.assert_close(head(on_boundary)[:, 0], head(on_boundary)[:, 1])
+
+
+def test_plane_holds_the_directions_of_greatest_spread():
+    torch.manual_seed(0)
+    points = torch.randn(500, 3) * torch.tensor([0.1, 5.0, 1.0]) + 7
+    flat = principal_plane(points)(points)
+    torch.testing.assert_close(flat[:, 0], points[:, 1] - points[:, 1].mean(), atol=0.3, rtol=0)
+    torch.testing.assert_close(flat[:, 1], points[:, 2] - points[:, 2].mean(), atol=0.3, rtol=0)
+
+
+def test_paths_run_from_one_class_to_the_other():
+    z, labels, weights = path_between(torch.tensor([[0, 3], [1, 2]]), 5, 8, torch.Generator().manual_seed(0))
+    assert z.shape == (10, 2, 8) and torch.equal(z[0], z[4]) and not torch.equal(z[4], z[5])
+    torch.testing.assert_close(weights[5:, 1], torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+    targets = soft_targets(labels, weights, 4)
+    assert targets.argmax(1)[[0, 4, 5, 9]].tolist() == [0, 3, 1, 2]
+    generator = Generator(4, latent=8, size=8)
+    ends = [0, 4, 5, 9]
+    mixed = mix_in_gdfq(generator, z[ends, 0], labels[ends], weights[ends])
+    torch.testing.assert_close(mixed, generator(z[ends, 0], torch.tensor([0, 3, 1, 2])))
+    conditional = Generator(4, latent=8, size=8, conditional=True)
+    torch.testing.assert_close(
+        mix_in_gdfq(conditional, z[ends, 0], labels[ends], weights[ends]),
+        conditional(z[ends, 0], torch.tensor([0, 3, 1, 2])),
+    )
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_short_run_on_resnet20(teacher, published):
+    schedule = Schedule(iterations=4, observe_iterations=2, train_from=2, generator_iterations=4, batch=4)
+    runs = []
+    for _ in range(2):
+        stream = make_stream(teacher, schedule, Setting(p=0.5, k=3), published, seed=1)
+        students = {bits: make_student(teacher, bits, schedule) for bits in ("w3a3", "w4a4")}
+        runs.append(finetune(stream, students, schedule.iterations, schedule.observe_iterations, schedule.train_from))
+    assert len(runs[0].generator) == 4 and runs[0].generator == runs[1].generator
+    assert runs[0].students == runs[1].students
+    assert isinstance(stream.generator.mapping, nn.Identity if published else nn.Linear)
+
+
+def test_published_settings_by_model_and_bits():
+    assert published_setting("resnet20_cifar100", "w4a4") == Setting(0.4, 10, "teacher")
+    assert published_setting("resnet20_cifar100", "w5a5").k == 50
+    assert published_setting("resnet20_cifar100", "w3a3").k == 10
+    assert published_setting("resnet50", "w4a4") == Setting(0.7, 500, "teacher")
+    assert published_setting("own", "w4a4") == Setting(0.4, 2, "random")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({"p": 1.5}, "p=1.5"), ({"k": 0}, "k=0"), ({"embedding": "zero"}, "embedding='zero'")]
+)
+def test_wrong_settings_are_refused(options, told):
+    with pytest.raises(UserError, match=told):
+        Setting(**options)
