@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import math
 import os
 import urllib.error
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -219,7 +219,7 @@ def _read_folder(dataset: str, split: str, folder: Path, told: str, size: int | 
 def _read_torchvision(known: Dataset, split: str, folder: Path, told: str) -> ImageSet:
     """CIFAR's own batches; torchvision compares each file with its published MD5 before it reads it."""
     try:
-        read = getattr(torchvision.datasets, known.torchvision_class)(folder, train=split == "train")
+        read = _torchvision_class(known)(folder, train=split == "train")
     except RuntimeError:
         raise UserError(
             f"{told} holds an incomplete or damaged {known.torchvision_folder}; download it again."
@@ -229,9 +229,14 @@ def _read_torchvision(known: Dataset, split: str, folder: Path, told: str) -> Im
     return ImageSet(known.name, images, torch.tensor(read.targets), known.classes, source)
 
 
+def _torchvision_class(known: Dataset) -> type:
+    """Imported when it is needed, since torchvision takes seconds."""
+    return getattr(importlib.import_module("torchvision.datasets"), known.torchvision_class)
+
+
 def _download(known: Dataset, split: str, folder: Path) -> ImageSet:
     """The full data set through torchvision, into ``folder`` unless it is there already."""
-    dataset_class = getattr(torchvision.datasets, known.torchvision_class)
+    dataset_class = _torchvision_class(known)
     if not (folder / known.torchvision_folder).is_dir():
         require_network(dataset_class.url, f"dataset={known.name!r}")
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -16,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorchcv.model_provider
 import torch
-import torchvision
 from pytorchcv.models.common import model_store
 from pytorchcv.models.resnet_cifar import CIFARResNet
 from safetensors import SafetensorError
@@ -38,8 +37,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ModelEntry:
     """A model's architecture (``factory``) and the input its weights expect.
 
-    ``factory`` is ``library:name``. ``resize`` is the shorter side before the centre crop to ``input_size`` (pixels);
-    ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1].
+    ``factory`` is ``module:function``. ``resize`` is the shorter side before the centre crop to ``input_size``, both in
+    pixels; ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1].
     """
 
     name: str
@@ -73,27 +72,27 @@ def _imagenet(name: str, factory: str, input_size: int = 224, resize: int = 256)
 MODELS: dict[str, ModelEntry] = {
     entry.name: entry
     for entry in (
-        _cifar("resnet20_cifar10", "cifar10", "pytorchcv:resnet20_cifar10"),
-        _cifar("resnet20_cifar100", "cifar100", "pytorchcv:resnet20_cifar100"),
-        _cifar("resnet34_cifar100", "cifar100", "dfqlib:resnet34_cifar"),
-        _imagenet("resnet18", "pytorchcv:resnet18"),
-        _imagenet("resnet50", "pytorchcv:resnet50"),
-        _imagenet("inceptionv3", "pytorchcv:inceptionv3", 299, 342),
-        _imagenet("mobilenetv2_w1", "pytorchcv:mobilenetv2_w1"),
-        _imagenet("shufflenet_g1_w1", "pytorchcv:shufflenet_g1_w1"),
-        _imagenet("sqnxt23_w2", "pytorchcv:sqnxt23_w2"),
-        _imagenet("torchvision/resnet18", "torchvision:resnet18"),
+        _cifar("resnet20_cifar10", "cifar10", "pytorchcv.models.resnet_cifar:resnet20_cifar10"),
+        _cifar("resnet20_cifar100", "cifar100", "pytorchcv.models.resnet_cifar:resnet20_cifar100"),
+        _cifar("resnet34_cifar100", "cifar100", "dfqlib.models:resnet34_cifar100"),
+        _imagenet("resnet18", "pytorchcv.models.resnet:resnet18"),
+        _imagenet("resnet50", "pytorchcv.models.resnet:resnet50"),
+        _imagenet("inceptionv3", "pytorchcv.models.inceptionv3:inceptionv3", 299, 342),
+        _imagenet("mobilenetv2_w1", "pytorchcv.models.mobilenetv2:mobilenetv2_w1"),
+        _imagenet("shufflenet_g1_w1", "pytorchcv.models.shufflenet:shufflenet_g1_w1"),
+        _imagenet("sqnxt23_w2", "pytorchcv.models.squeezenext:sqnxt23_w2"),
+        _imagenet("torchvision/resnet18", "torchvision.models:resnet18"),
     )
 }
 
 
-def resnet34_cifar(classes: int = 100) -> nn.Module:
+def resnet34_cifar100() -> nn.Module:
     """ResNet-34 with a 3x3 stem and no pooling before the first stage, for 32 x 32 images; 21.3 M parameters.
 
     The few-shot setting of SaFT names a ResNet-34 on CIFAR-100; pytorchcv has its blocks but not this network.
     """
     channels = [[64] * 3, [128] * 4, [256] * 6, [512] * 3]
-    network = CIFARResNet(channels=channels, init_block_channels=64, bottleneck=False, num_classes=classes)
+    network = CIFARResNet(channels=channels, init_block_channels=64, bottleneck=False, num_classes=100)
     # Four stages leave 4 x 4 positions where pytorchcv's pool of 8 x 8 expects three stages.
     network.features.final_pool = nn.AdaptiveAvgPool2d(1)
     return network
@@ -101,13 +100,9 @@ def resnet34_cifar(classes: int = 100) -> nn.Module:
 
 def build(name: str) -> nn.Module:
     """The untrained network of a ``MODELS`` entry, in training mode, with its library's random initialisation."""
-    entry = MODELS[check_choice("model", name, MODELS)]
-    library, _, architecture = entry.factory.partition(":")
-    if library == "dfqlib":
-        return resnet34_cifar(entry.classes)
-    if library == "torchvision":
-        return torchvision.models.get_model(architecture, weights=None)
-    return pytorchcv.model_provider.get_model(architecture, pretrained=False)
+    module, _, function = MODELS[check_choice("model", name, MODELS)].factory.partition(":")
+    # Imported when it is needed: torchvision, and with it the whole of pytorchcv, takes seconds.
+    return getattr(importlib.import_module(module), function)()
 
 
 class Teacher:
@@ -190,7 +185,7 @@ def load_teacher(
         state = {key: value for key, value in read_weights(path).items() if key in network.state_dict()}
         _load_state(network, state, f"download {path.name}", name)
         card = None
-        where = f"{entry.factory.partition(':')[0]}'s pretrained weights ({path.name})"
+        where = f"{entry.factory.partition('.')[0]}'s pretrained weights ({path.name})"
     return Teacher(_place(network, device), entry, f"{name} with weights from {where}", sha256(path), card)
 
 
@@ -208,35 +203,36 @@ def save_teacher(network: nn.Module, path: str | Path, card: Mapping[str, Any]) 
 def top1(
     network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
 ) -> float:
-    """Percentage of ``image_set`` that ``network`` classifies right, in eval mode; its mode is put back afterwards.
+    """Percentage of ``image_set`` that ``network`` classifies right; parameters are those of :func:`predict`."""
+    logits = predict(network, image_set, normalise, batch)
+    if logits.shape[1] != len(image_set.classes):
+        raise UserError(
+            f"the network has {logits.shape[1]} classes but the images of {image_set.name} have "
+            f"{len(image_set.classes)}."
+        )
+    return 100 * (logits.argmax(1) == image_set.labels).sum().item() / len(image_set)
 
-    ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` is 500 for small images
-    (100 on a CPU) and 50 for larger ones unless given.
+
+def predict(
+    network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
+) -> Tensor:
+    """Logits (N, classes) on the CPU, computed in eval mode; the network's mode is put back afterwards.
+
+    ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` is 250 for small images
+    and 50 for larger ones unless given.
     """
     prepare = normalise.normalise if isinstance(normalise, Teacher) else normalise
     device = next(network.parameters()).device
-    if not batch:
-        # On a CPU the activations of 100 small images stay in its cache: a fifth faster than 500.
-        small = 100 if device.type == "cpu" else 500
-        batch = small if image_set.images.shape[-1] <= 64 else 50
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    batch = batch or (250 if image_set.images.shape[-1] <= 64 else 50)
     training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            pairs = zip(image_set.images.split(batch), image_set.labels.split(batch), strict=True)
-            for pixels, labels in pairs:
-                logits = network(_channels_last(prepare(pixels).to(device)))
-                if logits.shape[1] != len(image_set.classes):
-                    raise UserError(
-                        f"the network has {logits.shape[1]} classes but the images of {image_set.name} have "
-                        f"{len(image_set.classes)}."
-                    )
-                correct += (logits.argmax(1) == labels.to(device)).sum()
+            logits = [network(_channels_last(prepare(x).to(device))) for x in image_set.images.split(batch)]
+            return torch.cat(logits).cpu()
     finally:
         if training:
             network.train()
-    return 100 * correct.item() / len(image_set)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -271,14 +267,14 @@ def _find_weights(name: str) -> Path | None:
 
 def _download_weights(entry: ModelEntry, download: bool) -> Path:
     """The library's pretrained weights file, fetched unless an earlier call left it in the library's own folder."""
-    library, _, architecture = entry.factory.partition(":")
+    library, architecture = entry.factory.partition(".")[0], entry.factory.partition(":")[2]
     if library == "dfqlib":
         raise UserError(
             f"model={entry.name!r} has no published weights; train it with notebooks/00_teachers.ipynb, "
             "or give weights=."
         )
     if library == "torchvision":
-        weights = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1
+        weights = importlib.import_module("torchvision.models").get_model_weights(architecture).IMAGENET1K_V1
         url, path = weights.url, Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     else:
         error, digest, release = model_store.get_model_name_suffix_data(architecture)
