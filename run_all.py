@@ -98,22 +98,25 @@ def selection(options: argparse.Namespace) -> plan.Selection:
 
 def list_rows(console: Console, chosen: plan.Selection) -> None:
     """Every published row (of the papers, data sets, models and bits asked for), and whether it can run here."""
-    from dfqlib.report import command, paper_of
+    from dfqlib.report import paper_of
 
-    table = Table("paper", "data set", "model", "bits", "scheme", "top-1", "runs here", "how, or why not", box=None)
+    table = Table("paper", "data set", "model", "bits", "scheme", "top-1", "runs here", "needs", box=None)
     for row in published.rows():
         paper = paper_of(row)
         asked = [(chosen.papers, paper and paper.key), (chosen.datasets, row.dataset), (chosen.models, row.model)]
         if any(wanted and value not in wanted for wanted, value in [*asked, (chosen.bits, row.bits)]):
             continue
         lacking = preflight.missing(row.dataset, row.model) if paper else "no notebook for this paper yet"
-        how = lacking or command(row, paper)
-        if not lacking and preflight.downloads(row.model):
-            how += " (downloads its teacher)"
+        needs = lacking.removeprefix("needs ") or (
+            "a download of its teacher" if preflight.downloads(row.model) else ""
+        )
         top1 = "" if row.top1 is None else f"{row.top1:.2f}"
         here = "[red]no[/]" if lacking else "[green]yes[/]"
-        table.add_row(row.method, row.dataset, row.model, row.bits, row.scheme, top1, here, how)
+        table.add_row(row.method, row.dataset, row.model, row.bits, row.scheme, top1, here, needs)
     console.print(table)
+    console.print(
+        "\nA row runs as python run_all.py --profile paper --papers PAPER --models MODEL --bits BITS", soft_wrap=True
+    )
 
 
 def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force: bool) -> int:

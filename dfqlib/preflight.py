@@ -17,11 +17,11 @@ def missing(dataset: str, model: str, parameters: dict[str, Any] | None = None) 
     """What is not on this machine and cannot be downloaded, as one clause; empty if nothing. Reads no file."""
     parameters = parameters or {}
     if dataset and not plan.data_folder(dataset, parameters) and not any(plan.ASSETS.glob(f"{dataset}-2k.*")):
-        return f"needs the test images of {dataset}: set DFQ_DATA to a folder that holds {dataset}/, or data_folder"
+        return f"needs the test images of {dataset} (in $DFQ_DATA/{dataset}, or --set data_folder=FOLDER)"
     if trains(parameters):
         return ""
     if model == "resnet34_cifar100" and not plan.weights_file(model, parameters.get("weights", "")):
-        return f"needs weights of {model}: train them with notebooks/00_teachers.ipynb, or set weights"
+        return f"needs weights of {model} (notebooks/00_teachers.ipynb trains them; --set weights=FILE)"
     return ""
 
 

@@ -42,10 +42,10 @@ def collect(results: Path, names: Iterable[str], papers: Iterable[Paper], presen
 
 
 def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -> Iterable[dict[str, Any]]:
-    code = code_identity(paper.notebook)
-    for folder in sorted((results / profile / paper.key).glob("[!.]*")):
-        if folder.name.endswith(".unfinished") or not complete(folder):
-            continue
+    folders = sorted((results / profile / paper.key).glob("[!.]*"))
+    folders = [folder for folder in folders if complete(folder) and not folder.name.endswith(".unfinished")]
+    code = code_identity(paper.notebook) if folders else ""
+    for folder in folders:
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         run, provenance = metrics["run"], metrics["provenance"]
         current = run["depends"]["code"] == code

@@ -149,8 +149,8 @@ def test_dry_run_and_list_write_nothing(kit, tmp_path, capsys):
     assert printed.count(": to run") == 2 and "iterations=7 lr=0.5" in printed
     assert call(results, "--list") == 0
     printed = capsys.readouterr().out
-    assert "python run_all.py --profile paper --papers gdfq --models resnet20_cifar10 --bits w4a4" in printed
-    assert "needs the test images of imagenet" in printed and "no notebook for this paper yet" in printed
+    assert "the test images of imagenet (in $DFQ_DATA/imagenet" in printed and "no notebook for this paper" in printed
+    assert printed.count(" yes ") == 5 and printed.count(" no ") == 65 + printed.count("no notebook")
     assert not results.exists()
 
 
