@@ -88,30 +88,29 @@ def statistics_gaps(network: nn.Module, images: Tensor, epsilon: float = 1e-6) -
 
 
 @torch.no_grad()
-def rescaled(network: nn.Module, spread: float, seed: int = 0) -> fx.GraphModule:
-    """A copy of ``network`` that computes the same function with other activation ranges.
+def with_outliers(network: nn.Module, factor: float) -> fx.GraphModule:
+    """A copy of ``network`` that computes the same function with one outlier among the channels of its activations.
 
-    Wherever a batch norm reaches one plain convolution through one ReLU, and nothing else, each channel's gain and bias
-    are multiplied by a factor drawn log-uniformly from 1 / ``spread`` to ``spread``, and the convolution's weights for
-    that channel are divided by it: relu(s x) = s relu(x) for s > 0. What enters the batch norms stays the same, and so
-    do images distilled from them. ``spread`` is 1 or more. UserError if ``network`` cannot be traced.
+    Wherever a batch norm reaches one plain convolution through one ReLU, and nothing else, the channel that reaches
+    highest (bias + 3 |gain|) is stretched: its gain and bias are multiplied by ``factor``, 1 or more, and the
+    convolution's weights for it divided, as relu(s x) = s relu(x) for s > 0. What enters the batch norms stays the
+    same, and so do images distilled from them. UserError if ``network`` cannot be traced.
     """
-    check_range("spread", spread, 1, 1e4)
+    check_range("factor", factor, 1, 1e4)
     network = trace(network)
     modules = dict(network.named_modules())
-    generator = torch.Generator().manual_seed(seed)
     calls = Counter(node.target for node in network.graph.nodes)
     for node in network.graph.nodes:
-        if any(calls[n.target] > 1 for n in _only_users(node, 3)[::2]):
-            continue  # shared weights serve other places too
-        chain = [modules.get(n.target) if n.op == "call_module" else None for n in _only_users(node, 3)]
-        match chain:
-            case [nn.BatchNorm2d(affine=True) as norm, nn.ReLU(), nn.Conv2d(groups=1) as conv]:
-                exponents = 2 * torch.rand(norm.num_features, generator=generator) - 1
-                factors = (spread**exponents).to(norm.weight.device)
-                norm.weight.mul_(factors)
-                norm.bias.mul_(factors)
-                conv.weight.div_(factors.view(1, -1, 1, 1))
+        chain = _only_users(node, 3)
+        match [modules.get(n.target) if n.op == "call_module" else None for n in chain]:
+            # Weights that serve other places too stay as they are.
+            case [nn.BatchNorm2d(affine=True) as norm, nn.ReLU(), nn.Conv2d(groups=1) as conv] if (
+                calls[chain[0].target] == calls[chain[2].target] == 1
+            ):
+                widest = (norm.bias + 3 * norm.weight.abs()).argmax()
+                norm.weight[widest] *= factor
+                norm.bias[widest] *= factor
+                conv.weight[:, widest] /= factor
     return network
 
 
