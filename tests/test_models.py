@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dfqlib import models, preflight
+from dfqlib import models
 from dfqlib.data import ASSETS, ImageSet, load_test
 from dfqlib.errors import UserError
 from dfqlib.files import sha256
@@ -222,13 +222,6 @@ def test_impossible_downloads_are_told_in_one_sentence(tmp_path, monkeypatch):
     for name in ("resnet18", "torchvision/resnet18"):
         with pytest.raises(UserError, match=f"model='{name}'.* could not be downloaded"):
             load_teacher(name)
-
-
-def test_training_a_teacher_needs_no_weights_of_it(monkeypatch):
-    monkeypatch.delenv("DFQ_DATA", raising=False)
-    run = {"dataset": "cifar100", "model": "resnet34_cifar100", "weights": ""}
-    assert "train them with notebooks/00_teachers.ipynb" in preflight.obstacle(run | {"shots": 10})
-    assert preflight.obstacle(run | {"shots": 0}) == ""
 
 
 EMBEDDED = sorted(path.stem for path in ASSETS.glob("*.safetensors"))
