@@ -125,7 +125,8 @@ def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force:
 
     for run in runs:
         there = complete(run.folder(results)) and not force
-        lacking = preflight.missing(run.parameters.get("dataset", ""), run.parameters.get("model", ""), run.parameters)
+        model = run.parameters.get("model", "") if run.paper.methods else ""
+        lacking = preflight.missing(run.parameters.get("dataset", ""), model, run.parameters)
         state = "found" if there else "cannot run: " + lacking if lacking else "to run"
         values = " ".join(f"{name}={value}" for name, value in run.parameters.items())
         console.print(f"{run.name}: {state}\n    {run.folder(results)}\n    {values}", markup=False, soft_wrap=True)
@@ -142,7 +143,7 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
     able = []
     for planned in runs:
         known = not options.force and batch.complete(planned.folder(results))
-        why = "" if known else preflight.obstacle(planned.parameters)
+        why = "" if known else preflight.obstacle(planned)
         if why and (options.datasets or options.models or options.set):
             raise UserError(why)
         if why:
@@ -182,6 +183,9 @@ def show(
             continue
         rows, missing = written[paper.key]
         shown = tables.present(rows)
+        for column in ("method", "best", "seconds", "published drop", "ranges", "data"):  # the files have them all
+            if tables.width(shown) > console.width:
+                shown = shown.drop(columns=column, errors="ignore")
         table = Table(*shown.columns, title=paper.title, title_justify="left", caption_justify="left", box=None)
         table.caption = tables.caption(rows)
         for line in shown.itertuples(index=False):

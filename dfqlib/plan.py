@@ -21,7 +21,7 @@ from typing import Any
 from dfqlib import published
 from dfqlib.errors import UserError, check_choice
 from dfqlib.files import sha256
-from dfqlib.profiles import Paper, load
+from dfqlib.profiles import Paper, Profile, load
 
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "assets"
@@ -110,7 +110,7 @@ def plan(selection: Selection) -> list[PlannedRun]:
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
         code, own = code_identity(paper.notebook), defaults[paper.key]
-        for dataset, model in settings_of(paper, profile.datasets, selection, own):
+        for dataset, model in settings_of(paper, profile, selection, own):
             values = own | scheduled(paper, profile.name, dataset, model, own)
             bits = widths or (published_widths(paper, dataset, model) if not profile.datasets else own.get("bits"))
             values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings
@@ -123,6 +123,10 @@ def plan(selection: Selection) -> list[PlannedRun]:
                 }
                 run = PlannedRun(paper, profile.name, parameters, depends)
                 runs[run.identity] = run
+    if not runs:
+        raise UserError(
+            f"the options leave nothing to run: {', '.join(defaults)} has none of these data sets and models."
+        )
     check_single("data_folder", settings, {run.parameters.get("dataset") for run in runs.values()})
     check_single("weights", settings, {run.parameters.get("model") for run in runs.values()})
     return list(runs.values())
@@ -138,29 +142,30 @@ def scheduled(paper: Paper, profile: str, dataset: str, model: str, defaults: di
 
 
 def settings_of(
-    paper: Paper, profile_datasets: list[str], selection: Selection, defaults: dict[str, Any]
+    paper: Paper, profile: Profile, selection: Selection, defaults: dict[str, Any]
 ) -> list[tuple[str, str]]:
     """(data set, model) of each run of ``paper``: those asked for, else the profile's, else all that are published."""
     if "dataset" not in defaults:
         return [("", "")]
-    datasets = selection.datasets or list(dict.fromkeys(d for m in selection.models for d in published.datasets_of(m)))
-    if not datasets and not profile_datasets:
-        return list(dict.fromkeys((row.dataset, row.model) for row in published.rows() if row.method in paper.methods))
+    rows = [row for row in published.rows() if row.method in paper.methods]
+    implied = [dataset for model in selection.models for dataset in published.datasets_of(model)]
+    every = paper.datasets or [row.dataset for row in rows]
     pairs = []
-    for dataset in datasets or profile_datasets:
-        if dataset not in {row.dataset for row in published.rows()}:
-            # A data set of one's own says nothing about models: it needs to be told.
-            if not selection.models:
-                raise UserError(f"datasets={dataset!r} is no data set of the papers; name its model with --models.")
-            pairs += [(dataset, model) for model in selection.models]
+    for dataset in dict.fromkeys(selection.datasets or implied or profile.datasets or every):
+        if paper.datasets and dataset not in paper.datasets:
             continue
         models = published.models_of(dataset)
-        asked = [model for model in selection.models if model in models]
+        if not models and not selection.models:
+            # A data set of one's own says nothing about models: it needs to be told.
+            raise UserError(f"datasets={dataset!r} is no data set of the papers; name its model with --models.")
+        asked = [model for model in selection.models if model in models or not models]
         if selection.datasets and selection.models and not asked:
             raise UserError(
                 f"models={' '.join(selection.models)!r} has none for {dataset}; allowed: {', '.join(models)}."
             )
-        pairs += [(dataset, model) for model in asked or models[:1]]
+        # A profile without data sets means the published rows, hence every model of theirs.
+        reported = [row.model for row in rows if row.dataset == dataset and not profile.datasets]
+        pairs += [(dataset, model) for model in dict.fromkeys(asked or reported or models[:1])]
     return pairs
 
 

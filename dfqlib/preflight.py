@@ -35,12 +35,14 @@ def downloads(model: str) -> bool:
     return bool(model) and model != "resnet34_cifar100" and plan.weights_file(model) is None
 
 
-def obstacle(parameters: dict[str, Any]) -> str:
-    """Why a run with these parameters cannot start, as one sentence; empty if it can. May download a teacher."""
-    dataset, model = parameters.get("dataset", ""), parameters.get("model", "")
+def obstacle(run: plan.PlannedRun) -> str:
+    """Why a run cannot start, as one sentence; empty if it can. May download a teacher."""
+    parameters = run.parameters
+    # A notebook that quantizes nothing trains teachers, so it needs none.
+    dataset, model = parameters.get("dataset", ""), parameters.get("model", "") if run.paper.methods else ""
     reason = missing(dataset, model, parameters)
     if reason:
-        return f"dataset={dataset!r}, model={model!r}: {reason}."
+        return f"{run.name}: {reason}."
     try:
         folder, weights = plan.data_folder(dataset, parameters), parameters.get("weights", "")
         if folder:

@@ -146,6 +146,11 @@ def styled(shown: pd.DataFrame, caption: str) -> Styler:
     )
 
 
+def width(shown: pd.DataFrame) -> int:
+    """Characters that a line of the table takes in a terminal, with two between columns."""
+    return sum(max([len(name), *shown[name].astype(str).str.len()]) + 2 for name in shown)
+
+
 def markdown(shown: pd.DataFrame) -> str:
     """A GitHub table; numbers to the right."""
     if shown.empty:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from stub_kit import write_kit
 
-from dfqlib import batch, plan, profiles, progress, published
+from dfqlib import batch, plan, preflight, profiles, progress, published
 from dfqlib.errors import UserError
 from dfqlib.plan import Selection
 from dfqlib.screen import Line, Screen
@@ -46,10 +46,27 @@ def test_selection_overrides_the_profile(kit):
         "gdfq cifar100 resnet20_cifar100 w5a5 seed 0",
         "gdfq cifar100 resnet20_cifar100 w5a5 seed 2",
     ]
+    assert names(Selection("paper", papers=["gdfq"], datasets=["imagenet"], bits=["w4a4"])) == [
+        "gdfq imagenet resnet18 w4a4 seed 0",
+        "gdfq imagenet resnet50 w4a4 seed 0",
+        "gdfq imagenet mobilenetv2_w1 w4a4 seed 0",
+    ]
     # A model alone says its data set.
     assert names(Selection("paper", papers=["zeroq"], models=["resnet50"])) == ["zeroq imagenet resnet50 w8a8 seed 0"]
     (run,) = plan.plan(Selection(papers=["gdfq"], settings={"iterations": "7", "cosine": "false", "device": "cpu"}))
     assert (run.parameters["iterations"], run.parameters["cosine"], run.parameters["device"]) == (7, False, "cpu")
+
+
+def test_teachers_run_on_the_data_sets_they_can_be_trained_on(monkeypatch):
+    monkeypatch.delenv("DFQ_PROFILES", raising=False)
+    assert names(Selection("paper", papers=["teachers"])) == [
+        "teachers cifar10 resnet20_cifar10 seed 0",
+        "teachers cifar100 resnet20_cifar100 seed 0",
+    ]
+    (run,) = plan.plan(Selection("paper", papers=["teachers"], models=["resnet34_cifar100"]))
+    assert preflight.obstacle(run) == ""  # it trains the weights that others lack
+    with pytest.raises(UserError, match="nothing to run"):
+        plan.plan(Selection(papers=["teachers"], datasets=["imagenet"]))
 
 
 def test_every_published_row_has_its_run(kit):
