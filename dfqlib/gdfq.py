@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dfqlib.errors import parse_bits
 from dfqlib.finetune import GeneratorStream, Student, distil
 from dfqlib.generators import Generator, draw_one_label
-from dfqlib.losses import generator_loss, student_loss
+from dfqlib.losses import bns_loss, generator_loss, student_loss
 from dfqlib.models import Teacher
 from dfqlib.quantize import quantize_model
+from dfqlib.statistics import BatchNormInputs
 
 LARGE = 32  # above this size in pixels the generator is conditional, as published for 224
 
