@@ -121,10 +121,8 @@ def list_rows(console: Console, chosen: plan.Selection) -> None:
 
 def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force: bool) -> int:
     """Show what would run."""
-    from dfqlib.batch import complete
-
     for run in runs:
-        there = complete(run.folder(results)) and not force
+        there = plan.complete(run.folder(results)) and not force
         model = run.parameters.get("model", "") if run.paper.methods else ""
         lacking = preflight.missing(run.parameters.get("dataset", ""), model, run.parameters)
         state = "found" if there else "cannot run: " + lacking if lacking else "to run"
@@ -142,7 +140,7 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
     failures: dict[tuple[str, str, str], str] = {}
     able = []
     for planned in runs:
-        known = not options.force and batch.complete(planned.folder(results))
+        known = not options.force and plan.complete(planned.folder(results))
         why = "" if known else preflight.obstacle(planned)
         if why and (options.datasets or options.models or options.set):
             raise UserError(why)

@@ -25,12 +25,10 @@ from jupyter_client.manager import AsyncKernelManager
 
 from dfqlib.errors import UserError
 from dfqlib.files import write_json, write_text
-from dfqlib.plan import PACKAGE, PlannedRun, notebook_cells
+from dfqlib.plan import METRICS, NOTEBOOK, PACKAGE, PlannedRun, complete, notebook_cells
 from dfqlib.progress import FILE_VARIABLE
 from dfqlib.screen import Screen
 
-NOTEBOOK = "notebook.ipynb"
-METRICS = "metrics.json"
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
 
 
@@ -60,11 +58,6 @@ def check_folder(results: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"results={str(results)!r} cannot be written ({error.strerror or error}).") from None
-
-
-def complete(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / NOTEBOOK).is_file() and (folder / METRICS).is_file()
 
 
 def execute(

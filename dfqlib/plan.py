@@ -25,6 +25,8 @@ from dfqlib.profiles import Paper, Profile, load
 
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "assets"
+NOTEBOOK = "notebook.ipynb"
+METRICS = "metrics.json"
 #: Modules that show results but do not make them: a change in them does not make a finished run another one.
 SHOWING = {"dfqlib.progress", "dfqlib.profiles", "dfqlib.published", "dfqlib.tables"}
 #: Parameters that have an option of their own.
@@ -87,6 +89,11 @@ class PlannedRun:
     def folder(self, results: Path) -> Path:
         """Where the finished run lies."""
         return results / self.profile / self.paper.key / self.id
+
+
+def complete(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (folder / NOTEBOOK).is_file() and (folder / METRICS).is_file()
 
 
 def plan(selection: Selection) -> list[PlannedRun]:

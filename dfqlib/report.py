@@ -15,9 +15,8 @@ from typing import Any
 import pandas as pd
 
 from dfqlib import preflight, profiles, published, tables
-from dfqlib.batch import METRICS, complete
 from dfqlib.files import atomic_path, write_text
-from dfqlib.plan import code_identity, digest
+from dfqlib.plan import METRICS, code_identity, complete, digest
 from dfqlib.profiles import COMMON, Paper, Profile
 from dfqlib.published import Published
 
