@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dfqlib.errors import parse_bits
-from dfqlib.finetune import GeneratorStream, Student, distil
+from dfqlib.errors import check_choice, check_range, parse_bits
+from dfqlib.finetune import DECAYS, GeneratorStream, Student, distil
 from dfqlib.generators import Generator, draw_one_label
 from dfqlib.losses import bns_loss, generator_loss, student_loss
 from dfqlib.models import Teacher
@@ -39,6 +39,15 @@ class Schedule:
     kl_weight: float = 1.0  # alpha, of tau^2 KL in L_S
     temperature: float = 20.0  # tau
     kl_mean_over_classes: bool = True  # the published quirk: KL divided by the number of classes
+
+    def __post_init__(self) -> None:
+        check_range("batch", self.batch, 2, 2**20)  # a batch norm cannot learn from one image
+        for name in ("generator_warmup", "generator_iterations", "bns_weight", "ce_weight", "kl_weight"):
+            check_range(name, getattr(self, name), 0, 10**9)
+        for name in ("generator_lr", "student_lr", "temperature"):
+            check_range(name, getattr(self, name), 1e-12, 10**3)
+        for name in ("generator_decay", "student_decay"):
+            check_choice(name, getattr(self, name), DECAYS)
 
 
 def make_stream(

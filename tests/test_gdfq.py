@@ -4,8 +4,9 @@ import pytest
 import torch
 from pytorchcv.model_provider import get_model
 
+from dfqlib.errors import UserError
 from dfqlib.finetune import finetune
-from dfqlib.gdfq import Schedule, make_stream, make_student
+from dfqlib.gdfq import Schedule, labelled_images, layer_gaps, make_stream, make_student
 from dfqlib.models import Teacher
 from dfqlib.quantize import observing
 
@@ -74,3 +75,20 @@ def test_large_images_get_the_conditional_generator():
     stream = make_stream(large, Schedule(batch=2))
     assert stream.generator.embedding is None
     assert stream.generator(torch.randn(2, 100), torch.tensor([0, 9])).shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 1}, {"student_lr": 0}, {"kl_weight": -1}, {"student_decay": "linear"}, {"generator_lr": "fast"}]
+)
+def test_wrong_numbers_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Schedule(**wrong)
+
+
+def test_labelled_images_come_from_the_same_noise(teacher):
+    generator = make_stream(teacher, Schedule(batch=2)).generator
+    labels = torch.arange(10).repeat(2)
+    images = labelled_images(generator, labels)
+    assert torch.equal(images, labelled_images(generator, labels)) and not images.requires_grad
+    gaps = layer_gaps(teacher.network, images)
+    assert len(gaps) == 21 and min(gaps) >= 0
