@@ -74,7 +74,7 @@ class GeneratorBody(nn.Module):
     The last batch norm has no affine part, so each colour channel of a batch has mean 0 and variance 1, which is what
     a normalised data set has. With ``classes`` the three inner batch norms are conditional on the label, which may then
     be weights (B, classes).
-    Source: GDFQ, section 4.1 and official settings.
+    Source: GDFQ, knowledge matching generator; sizes and constants from the official settings.
     """
 
     def __init__(self, features: int, size: int = 32, classes: int | None = None) -> None:
@@ -109,7 +109,7 @@ class Generator(nn.Module):
     """GDFQ's generator: noise z (B, latent) and labels (B,) to images (B, 3, size, size).
 
     ``conditional=False`` (32 x 32): the label's embedding multiplies the noise. ``conditional=True`` (224 x 224): the
-    label enters through the conditional batch norms instead. Source: GDFQ, section 4.1.
+    label enters through the conditional batch norms instead. Source: GDFQ, knowledge matching generator.
     """
 
     def __init__(self, classes: int, latent: int = 100, size: int = 32, conditional: bool = False) -> None:

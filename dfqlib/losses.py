@@ -23,7 +23,7 @@ def zeroq_statistics_loss(images: Tensor, layers: Sequence[Layer]) -> Tensor:
 
     ``images`` (B, 3, H, W) normalised, compared with mean 0 and standard deviation 1; each batch norm's input
     (B, C, h, w) with its running mean and variance. Sums over channels and layers, mean over the batch.
-    Source: ZeroQ, section 3.1, equation 3.
+    Source: ZeroQ, generation of distilled data.
     """
     mean, std = sample_mean_std(images)
     total = mean.square().sum() + (1 - std).square().sum()
@@ -38,7 +38,7 @@ def bns_loss(layers: Sequence[Layer]) -> Tensor:
     """L_BNS: gap of the batch's means and variances to the batch-norm statistics, mean over channels and layers.
 
     Each input is (B, C, ...); its mean and biased variance over everything but channels are compared with the running
-    mean and the running variance by mean squared error. Source: GDFQ, section 3.2, equation 4.
+    mean and the running variance by mean squared error. Source: GDFQ, knowledge matching generator.
     """
     gaps = []
     for _, inputs, norm in layers:
@@ -53,7 +53,7 @@ def generator_loss(
     """L_G = CE(T(x), y) + 0.1 L_BNS: images the teacher names as asked, with the statistics it was trained on.
 
     ``teacher_logits`` (B, classes); ``labels`` (B,) integers or (B, classes) probabilities. A weight of 0 drops its
-    term. Source: GDFQ, section 3.2, equation 5.
+    term. Source: GDFQ, knowledge matching generator.
     """
     terms = []
     if ce_weight:
@@ -69,7 +69,7 @@ def distillation_kl(
     """tau^2 KL(softmax(T / tau) || softmax(S / tau)) in nats, mean over the batch; logits are (B, classes).
 
     ``mean_over_classes=True`` is the published quirk: ``KLDivLoss`` with reduction "mean" divides by the number of
-    classes as well, so the term is that much smaller than written. Source: GDFQ, section 3.3, equation 6.
+    classes as well, so the term is that much smaller than written. Source: GDFQ, fine-tuning with fake data.
     """
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     student = F.log_softmax(student_logits / temperature, dim=1)
@@ -89,7 +89,7 @@ def student_loss(
     """L_S = CE(S(x), y) + alpha tau^2 KL(T || S): the student agrees with the label and with the teacher.
 
     Logits are (B, classes), labels (B,) integers or (B, classes) probabilities; ``kl_weight`` is the paper's alpha.
-    A weight of 0 drops its term. Source: GDFQ, section 3.3, equation 7.
+    A weight of 0 drops its term. Source: GDFQ, fine-tuning with fake data.
     """
     terms = []
     if ce_weight:
