@@ -168,8 +168,8 @@ def finetune(
     In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn their activation
     ranges; then the ranges are frozen, and the students train from iteration ``train_from`` (at once, if it is not
     given) to the end. ``evaluate`` gives a network's test score; it runs before the first iteration of training, after
-    every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then. Raises RuntimeError, naming
-    student and iteration, if a loss is no longer finite.
+    every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then. Raises RuntimeError,
+    naming student and iteration, if a loss is no longer finite.
     """
     train_from = observe_iterations if train_from is None else train_from
     if not 0 < observe_iterations <= train_from < iterations:
