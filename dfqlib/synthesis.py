@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dfqlib.errors import check_range
 from dfqlib.progress import track
 
 
@@ -24,9 +25,13 @@ def synthesise(
 
     ``images`` is (B, 3, H, W), normalised, and stays as given; ``loss_function`` maps it to a scalar. The learning rate
     is divided by 10 when more than ``patience`` iterations in a row brought no gain, down to ``min_learning_rate``.
-    Returns the images after the last iteration and the loss before each one. RuntimeError, naming the iteration, as
-    soon as a loss that is not finite is read.
+    Returns the images after the last iteration and the loss before each one. UserError for a setting out of range;
+    RuntimeError, naming the iteration, as soon as a loss that is not finite is read.
     """
+    check_range("learning_rate", learning_rate, 1e-12, 1e6)
+    check_range("iterations", iterations, 1, 10**9)
+    check_range("patience", patience, 0, 10**9)
+    check_range("min_learning_rate", min_learning_rate, 0, learning_rate)
     images = images.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=learning_rate)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=patience, min_lr=min_learning_rate)

@@ -22,6 +22,7 @@ def start_images(batch: int, size: int, seed: int = 0) -> Tensor:
     That is nearly grey, within 0.024 of the normalised mean. Drawn on the CPU, so a seed gives the same images on every
     device. Source: the authors' code; the paper (section 3.1) says random data.
     """
+    check_range("batch", batch, 1, 10**6)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 255, (batch, 3, size, size), generator=generator).sub(127.5).div(5418.75)
 
@@ -38,7 +39,8 @@ def distill(
     """Images (batch, 3, H, W), normalised, whose channel statistics match those the teacher's batch norms remember.
 
     Returns them with the loss before each iteration (:func:`dfqlib.losses.zeroq_statistics_loss`). The defaults are the
-    paper's (section 3.1). UserError if the teacher has no batch-norm statistics; RuntimeError if the loss diverges.
+    paper's (section 3.1). UserError if a setting is out of range or the teacher has no batch-norm statistics;
+    RuntimeError if the loss diverges.
     """
     images = start_images(batch, teacher.entry.input_size, seed).to(teacher.device)
     # As the teacher's weights: on a CPU the loop takes two thirds of the time.

@@ -127,6 +127,15 @@ def test_a_teacher_without_batch_norm_is_refused():
         distill(teacher, batch=2, iterations=1)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("batch", 0), ("iterations", 0), ("learning_rate", -0.1), ("patience", -1), ("min_learning_rate", 2.0)],
+)
+def test_a_setting_out_of_range_is_refused(setting, value):
+    with pytest.raises(UserError, match=f"^{setting}={value}"):
+        distill(small_teacher(), **{setting: value})
+
+
 def test_synthesis_finds_the_minimum_and_leaves_the_given_images():
     given = torch.zeros(2, 3, 4, 4)
     images, history = synthesise(given, quadratic, **settings(iterations=200))
