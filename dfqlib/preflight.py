@@ -18,16 +18,9 @@ def missing(dataset: str, model: str, parameters: dict[str, Any] | None = None) 
     parameters = parameters or {}
     if dataset and not plan.data_folder(dataset, parameters) and not any(plan.ASSETS.glob(f"{dataset}-2k.*")):
         return f"needs the test images of {dataset} (in $DFQ_DATA/{dataset}, or --set data_folder=FOLDER)"
-    if trains(parameters):
-        return ""
     if model == "resnet34_cifar100" and not plan.weights_file(model, parameters.get("weights", "")):
         return f"needs weights of {model} (notebooks/00_teachers.ipynb trains them; --set weights=FILE)"
     return ""
-
-
-def trains(parameters: dict[str, Any]) -> bool:
-    """Whether the run makes its teacher and loads none: 00_teachers.ipynb on the whole training set."""
-    return parameters.get("shots") == 0
 
 
 def downloads(model: str) -> bool:
@@ -47,8 +40,6 @@ def obstacle(run: plan.PlannedRun) -> str:
         folder, weights = plan.data_folder(dataset, parameters), parameters.get("weights", "")
         if folder:
             _read_images(dataset, str(folder))
-        if trains(parameters):
-            return ""
         if model and (weights or plan.weights_file(model) is None or plan.weights_file(model).parent != plan.ASSETS):
             _read_teacher(model, weights)
     except UserError as error:
