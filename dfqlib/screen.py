@@ -55,9 +55,9 @@ class Line:
         return progress.read(self.file) if self.file and self.state == "runs" else []
 
     def activity(self) -> str:
-        """What the run does now, or how it ended."""
+        """What the run does now, or why it has no result."""
         if self.state != "runs":
-            return self.note
+            return "" if self.state in ("done", "found") else self.note
         loops = (f"{loop['label']} {loop['done']}/{loop['total'] or '?'}" for loop in self.loops())
         return ", ".join([f"cell {min(self.cell + 1, self.cells)}/{self.cells}", *loops])
 
