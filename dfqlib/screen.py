@@ -101,8 +101,11 @@ class Screen:
         self._print(index, "starts")
 
     def cell(self, index: int) -> None:
-        """One more cell of run ``index`` is finished."""
-        self.lines[index].cell += 1
+        """One more cell of run ``index`` is finished, and with it its loops."""
+        line = self.lines[index]
+        line.cell += 1
+        if line.file:
+            line.file.unlink(missing_ok=True)
 
     def end(self, index: int, state: str, note: str) -> None:
         """Run ``index`` ended as ``state``, one of STYLES; ``note`` says more."""
