@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 if a notebook failed; 2 for input that a user can correct; 130 after an interrupt."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, stop)
     try:
         return call(parser().parse_args(arguments))
     except UserError as error:
@@ -65,6 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("run_all.py: interrupted", file=sys.stderr)
         return 130
+
+
+def stop(*_: object) -> None:
+    """What a termination does: the same as Ctrl-C, also in the background, where shells let Ctrl-C be ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
 
 
 def call(options: argparse.Namespace) -> int:
