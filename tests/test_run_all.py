@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -161,14 +162,15 @@ def test_planning_does_not_import_torch(kit):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def start(results: Path, *arguments: str) -> subprocess.Popen:
-    """run_all.py as a process of its own, with the same assets as the test."""
+def start(results: Path, *arguments: str, background: bool = False) -> subprocess.Popen:
+    """run_all.py as a process of its own, with the same assets as the test; in the background it ignores Ctrl-C."""
     code = (
         "import sys, pathlib, run_all; from dfqlib import plan\n"
         f"plan.ASSETS = pathlib.Path({str(plan.ASSETS)!r})\n"
         f"sys.exit(run_all.main({['--results', str(results), *arguments]!r}))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if background else None
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ignore)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -178,11 +180,13 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "background"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)]
+)
+def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop, background):
     results, flag = tmp_path / "results", tmp_path / "started"
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
-    process = start(results)
+    process = start(results, background=background)
     wait_for(flag.exists)
     process.send_signal(stop)
     printed, errors = process.communicate(timeout=60)
