@@ -22,14 +22,16 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
-        padded = F.pad(x, (1, 1, 1, 1))
-        phases = [
-            F.conv2d(padded[:, :, row : row + h + 1, column : column + w + 1], kernel, self.bias)
-            for row, tall in enumerate(add_neighbours(self.weight, dim=2))
-            for column, kernel in enumerate(add_neighbours(tall, dim=3))
-        ]
-        interleaved = torch.stack(phases).view(2, 2, b, -1, h, w).permute(2, 4, 0, 5, 1, 3)
-        return interleaved.reshape(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+        rows = []
+        for row, tall in enumerate(add_neighbours(self.weight, dim=2)):
+            # One padding for each phase, not slices of one: the gradient of a slice fills and copies a whole tensor.
+            phases = [
+                F.conv2d(F.pad(x, (1 - column, column, 1 - row, row)), kernel, self.bias).permute(0, 2, 3, 1)
+                for column, kernel in enumerate(add_neighbours(tall, dim=3))
+            ]
+            # With channels last, even and odd columns side by side are already in the order of the pixels.
+            rows.append(torch.cat(phases, dim=3).reshape(b, h, 2 * w, -1))
+        return torch.stack(rows, dim=2).view(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
 
 def add_neighbours(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
