@@ -168,7 +168,8 @@ def test_best_of_one_score_is_the_last():
 
 def test_decays():
     assert [decay_factor("step", p) for p in (0.0, 0.2499, 0.25, 0.5, 0.75)] == pytest.approx([1, 1, 0.1, 0.01, 0.001])
-    assert [decay_factor("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
+    assert [decay_factor("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.5, 0])
+    assert max(decay_factor("cosine", p / 100) for p in range(100)) == pytest.approx(decay_factor("cosine", 0.1))
     assert decay_factor("constant", 0.9) == 1
     with pytest.raises(UserError, match="decay='linear'"):
         decay_factor("linear", 0.5)
