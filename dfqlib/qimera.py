@@ -194,8 +194,12 @@ def make_stream(
 
 
 @torch.no_grad()
-def penultimate(network: nn.Module, images: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
-    """What enters the classifier, (N, features), and the logits (N, classes), of normalised ``images``."""
+def penultimate(network: nn.Module, images: Tensor, batch: int | None = None) -> tuple[Tensor, Tensor]:
+    """What enters the classifier, (N, features), and the logits (N, classes), of normalised ``images``.
+
+    ``batch`` is 250 for small images and 50 for larger ones unless given.
+    """
+    batch = batch or (250 if images.shape[-1] <= 64 else 50)
     features: list[Tensor] = []
     hook = classifier(network).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1)))
     try:
