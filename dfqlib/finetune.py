@@ -44,8 +44,8 @@ def decay_factor(decay: str, progress: float) -> float:
     """What the learning rate is multiplied by at ``progress`` (0 to 1) of its run.
 
     ``"step"``: 0.1 at a quarter, a half and three quarters, which is epochs 100, 200, 300 of the published 400;
-    ``"cosine"``: half a cosine from 1 to 0, under a linear rise from 0.1 over the first tenth, without which students of
-    many bits first get worse; ``"constant"``: 1.
+    ``"cosine"``: half a cosine from 1 to 0, under a linear rise from 0.1 over the first tenth, without which the loss
+    of students of many bits first rises; ``"constant"``: 1.
     """
     check_choice("decay", decay, DECAYS)
     if decay == "step":
