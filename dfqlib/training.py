@@ -25,38 +25,51 @@ class Recipe:
     """Everything that decides a teacher's training, as its card records it.
 
     The rate rises over ``warmup`` epochs, stays at its peak, and falls linearly to 0 over the last ``decay`` of all
-    epochs. A checkpoint from before the fall can therefore be continued with more ``epochs``. The constant part runs
-    on images of ``sizes[0]`` pixels, the fall on the later sizes in equal parts: most of what a network of this kind
-    learns costs a fraction of the full resolution.
+    epochs. The images' ``sizes`` follow each other in equal parts of the epochs: most of what a network of this kind
+    learns costs a fraction of the full resolution. Until ``full`` of the epochs are over, images of less than the
+    mean loss are left out with probability ``prune``.
     """
 
-    epochs: int = 40
+    epochs: int = 60
     batch: int = 128
-    filter_lr: float = 0.06  # turn of each filter bank per step, in radians
+    filter_lr: float = 0.05  # turn of each filter bank per step, in radians
     lr: float = 0.1  # SGD rate of batch-norm affines and of the classifier
     momentum: float = 0.9
     weight_decay: float = 5e-4  # of the classifier's weight alone; filter banks keep their norm
     warmup: float = 0.5
-    decay: float = 0.5
+    decay: float = 0.85
     sizes: tuple[int, ...] = (20, 24, 32)
+    prune: float = 0.5
+    full: float = 0.875
     seed: int = 0
-
-    @property
-    def decay_start(self) -> int:
-        """The first epoch in which the rate falls."""
-        return self.epochs - round(self.epochs * self.decay)
 
     def rate(self, epoch: float) -> float:
         """The rate at a moment in training, in (fractional) epochs, as a fraction of its peak."""
-        falling = (self.epochs - epoch) / max(self.epochs - self.decay_start, 1)
+        falling = (self.epochs - epoch) / max(self.epochs * self.decay, 1)
         return max(0.0, min(1.0, (epoch + 0.01) / self.warmup if self.warmup else 1.0, falling))
 
     def size(self, epoch: int) -> int:
         """Height and width of the training images in an epoch, in pixels."""
-        if epoch < self.decay_start or len(self.sizes) == 1:
-            return self.sizes[0]
-        later = self.sizes[1:]
-        return later[(epoch - self.decay_start) * len(later) // (self.epochs - self.decay_start)]
+        return self.sizes[epoch * len(self.sizes) // self.epochs]
+
+    def pruned(self, epoch: int) -> float:
+        """Probability with which an epoch leaves out an image of less than the mean loss."""
+        return self.prune if epoch < self.full * self.epochs else 0.0
+
+
+def choose_images(losses: Tensor, prune: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The images of an epoch in random order, and the weight of each of their losses: two (M,) tensors, M <= N.
+
+    losses: (N,) the loss of every image when it was last seen. Those under the mean are left out with probability
+    ``prune``; the ones that stay count 1 / (1 - prune) times, which keeps the expected gradient that of all images.
+
+    Qin et al., "InfoBatch: lossless training speed up by unbiased dynamic data pruning", ICLR 2024, section 3.
+    """
+    easy = losses < losses.mean()
+    kept = ~easy | (torch.rand(len(losses), generator=generator) >= prune)
+    order = torch.randperm(len(losses), generator=generator)
+    order = order[kept[order]]
+    return order, torch.where(easy[order], 1 / (1 - prune), 1.0)
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -148,19 +161,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The state in ``path``, or None if there is none yet.
 
-    Raises ``UserError`` if it was made by a recipe that differs in more than a length this training can take over.
+    Raises ``UserError`` if it was made by another recipe.
     """
     if not path.exists():
         return None
     state = torch.load(path, weights_only=True, map_location="cpu")
     made_by = {**state["recipe"], "sizes": tuple(state["recipe"]["sizes"])}
     wanted = asdict(recipe)
-    differing = [key for key in wanted if key != "epochs" and made_by[key] != wanted[key]]
-    lengthened = made_by["epochs"] != wanted["epochs"]
-    if lengthened and state["epoch"] > min(Recipe(**made_by).decay_start, recipe.decay_start):
-        differing.append("epochs")
+    differing = [key for key in wanted if made_by.get(key) != wanted[key]]
     if differing:
-        changes = ", ".join(f"{key}={wanted[key]!r} (it has {made_by[key]!r})" for key in differing)
+        changes = ", ".join(f"{key}={wanted[key]!r} (it has {made_by.get(key)!r})" for key in differing)
         raise UserError(f"checkpoint={str(path)!r} belongs to another recipe: {changes}; name another file.")
     return state
 
@@ -187,6 +197,7 @@ def train_teacher(
     network = accept_any_size(network).to(memory_format=torch.channels_last)
     steppers = optimizers(network, recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
+    losses = torch.zeros(len(images))
     history: list[dict[str, float]] = []
     state = load_checkpoint(checkpoint, recipe)
     if state is not None:
@@ -194,28 +205,35 @@ def train_teacher(
         for optimizer, saved in zip(steppers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         generator.set_state(state["generator"])
-        history = state["history"]
+        losses, history = state["losses"], state["history"]
     forward = torch.compile(network, dynamic=False) if compiled else network
-    images, labels = images.to(device), labels.to(device)
-    steps = len(images) // recipe.batch
+    images, labels, losses = images.to(device), labels.to(device), losses.to(device)
     for epoch in range(len(history), recipe.epochs):
         network.train()
         size = recipe.size(epoch)
-        order = torch.randperm(len(images), generator=generator).to(device)
-        total = torch.zeros((), device=device)
+        order, weights = (t.to(device) for t in choose_images(losses.cpu(), recipe.pruned(epoch), generator))
+        steps = max(len(order) // recipe.batch, 1)
         for step in track(range(steps), f"teacher, epoch {epoch + 1} of {recipe.epochs}"):
-            chosen = order[step * recipe.batch : (step + 1) * recipe.batch]
+            batch = slice(step * recipe.batch, (step + 1) * recipe.batch)
+            chosen = order[batch]
             rate = recipe.rate(epoch + step / steps)
-            loss = F.cross_entropy(forward(augment(normalise(images[chosen]), size, generator)), labels[chosen])
+            logits = forward(augment(normalise(images[chosen]), size, generator))
+            loss = F.cross_entropy(logits, labels[chosen], reduction="none")
             for optimizer in steppers:
                 set_rate(optimizer, rate)
                 optimizer.zero_grad()
-            loss.backward()
+            (loss * weights[batch]).mean().backward()
             for optimizer in steppers:
                 optimizer.step()
-            total += loss.detach()
+            losses[chosen] = loss.detach()
         network.eval()
-        entry = {"epoch": epoch + 1, "size": size, "loss": float(total / steps), "top1": evaluate(network)}
+        entry = {
+            "epoch": epoch + 1,
+            "size": size,
+            "images": steps * recipe.batch,
+            "loss": float(losses.mean()),
+            "top1": evaluate(network),
+        }
         history.append(entry)
         save_checkpoint(
             checkpoint,
@@ -225,6 +243,7 @@ def train_teacher(
                 "network": network.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in steppers],
                 "generator": generator.get_state(),
+                "losses": losses.cpu(),
                 "history": history,
             },
         )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.training import FilterMuon, Recipe, augment, orthogonalise, train_teacher
+from dfqlib.training import FilterMuon, Recipe, augment, choose_images, orthogonalise, train_teacher
 
 RECIPE = Recipe(epochs=4, batch=8, warmup=1.0, sizes=(6, 8), seed=3)
 
@@ -53,9 +53,24 @@ def test_rate_rises_holds_and_falls_to_zero():
     assert recipe.rate(10) == 0
 
 
-def test_sizes_grow_as_the_rate_falls():
-    assert [Recipe(epochs=8, sizes=(20, 24, 32)).size(epoch) for epoch in range(8)] == [20] * 4 + [24] * 2 + [32] * 2
+def test_sizes_follow_each_other_in_equal_parts():
+    assert [Recipe(epochs=6, sizes=(20, 24, 32)).size(epoch) for epoch in range(6)] == [20] * 2 + [24] * 2 + [32] * 2
     assert Recipe(epochs=3, sizes=(32,)).size(2) == 32
+
+
+def test_the_last_epochs_leave_no_image_out():
+    assert [Recipe(epochs=4, prune=0.3, full=0.75).pruned(epoch) for epoch in range(4)] == [0.3] * 3 + [0.0]
+
+
+def test_images_of_low_loss_are_left_out_and_the_rest_make_up_for_them():
+    losses = torch.cat([torch.full((6000,), 0.1), torch.full((2000,), 2.0)])
+    order, weights = choose_images(losses, 0.5, torch.Generator().manual_seed(0))
+    hard = order >= 6000
+    assert hard.sum() == 2000 and len(set(order.tolist())) == len(order)
+    assert (~hard).sum().item() == pytest.approx(3000, abs=150)
+    assert (weights[hard] == 1).all() and (weights[~hard] == 2).all()
+    everything, ones = choose_images(losses, 0.0, torch.Generator().manual_seed(0))
+    assert sorted(everything.tolist()) == list(range(8000)) and (ones == 1).all()
 
 
 def test_orthogonalise_brings_singular_values_near_one():
@@ -109,17 +124,6 @@ def test_a_stopped_training_continues_to_the_same_weights(tmp_path):
     continued, history = train(tmp_path / "stopped.ckpt")
     assert history == whole_history
     for a, b in zip(whole.state_dict().values(), continued.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_training_can_be_lengthened_before_its_rate_falls(tmp_path):
-    longer = Recipe(epochs=8, batch=8, warmup=1.0, sizes=(6, 8), seed=3)
-    whole, _ = train(tmp_path / "whole.ckpt", longer)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "short.ckpt", stop_after=2)
-    lengthened, history = train(tmp_path / "short.ckpt", longer)
-    assert len(history) == 8
-    for a, b in zip(whole.state_dict().values(), lengthened.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
