@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from dfqlib.progress import track
 class Recipe:
     """Everything that decides a teacher's training, as its card records it.
 
-    The rate rises over ``warmup`` epochs, stays at its peak, and falls linearly to 0 over the last ``decay`` of all
-    epochs. The images' ``sizes`` follow each other in equal parts of the epochs: most of what a network of this kind
+    The rate rises over ``warmup`` epochs to its peak and falls along ``knots``: (fraction of the epochs, fraction of
+    the peak), linear in between. It falls fast when the images grow for the first time: the peak is for coarse
+    features, and at it the loss soon stands still. The images' ``sizes`` follow each other in equal parts of the epochs: most of what a network of this kind
     learns costs a fraction of the full resolution. Until ``full`` of the epochs are over, images of less than the
     mean loss are left out with probability ``prune``.
     """
@@ -37,7 +39,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4  # of the classifier's weight alone; filter banks keep their norm
     warmup: float = 0.5
-    decay: float = 0.85
+    knots: tuple[tuple[float, float], ...] = ((0.15, 1.0), (0.3, 14 / 17), (1 / 3, 0.4), (1.0, 0.0))
     sizes: tuple[int, ...] = (20, 24, 32)
     prune: float = 0.5
     full: float = 0.875
@@ -45,8 +47,8 @@ class Recipe:
 
     def rate(self, epoch: float) -> float:
         """The rate at a moment in training, in (fractional) epochs, as a fraction of its peak."""
-        falling = (self.epochs - epoch) / max(self.epochs * self.decay, 1)
-        return max(0.0, min(1.0, (epoch + 0.01) / self.warmup if self.warmup else 1.0, falling))
+        rising = (epoch + 0.01) / self.warmup if self.warmup else 1.0
+        return float(min(rising, np.interp(epoch / self.epochs, *zip(*self.knots, strict=True))))
 
     def size(self, epoch: int) -> int:
         """Height and width of the training images in an epoch, in pixels."""
@@ -166,7 +168,7 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any] | None:
     if not path.exists():
         return None
     state = torch.load(path, weights_only=True, map_location="cpu")
-    made_by = {**state["recipe"], "sizes": tuple(state["recipe"]["sizes"])}
+    made_by = state["recipe"]
     wanted = asdict(recipe)
     differing = [key for key in wanted if made_by.get(key) != wanted[key]]
     if differing:

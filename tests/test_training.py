@@ -45,11 +45,12 @@ def train(checkpoint, recipe=RECIPE, stop_after=None):
     return net, history
 
 
-def test_rate_rises_holds_and_falls_to_zero():
-    recipe = Recipe(epochs=10, warmup=1.0, decay=0.5)
+def test_rate_rises_and_falls_along_the_knots():
+    recipe = Recipe(epochs=10, warmup=1.0, knots=((0.4, 1.0), (0.6, 0.5), (1.0, 0.0)))
     assert recipe.rate(0.5) == pytest.approx(0.51)
-    assert recipe.rate(1) == recipe.rate(5) == 1
-    assert recipe.rate(7.5) == pytest.approx(0.5)
+    assert recipe.rate(1) == recipe.rate(4) == 1
+    assert recipe.rate(5) == pytest.approx(0.75)
+    assert recipe.rate(8) == pytest.approx(0.25)
     assert recipe.rate(10) == 0
 
 
