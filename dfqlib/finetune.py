@@ -58,10 +58,11 @@ def decay_factor(decay: str, progress: float) -> float:
 class GeneratorStream:
     """Trains a generator against the teacher and yields the batches it was trained on.
 
-    ``loss`` takes (teacher logits, labels, batch-norm inputs). ``draw(generator, batch, random)`` gives what the
-    generator is called with, and the labels its images are to have; it draws from a random stream of the stream's own,
-    seeded with ``seed``. After ``iterations`` batches the generator is left as it is and only asked for images, still
-    with the statistics of the batch in its batch norms, as in training. ``losses`` holds one device scalar per step.
+    ``loss`` takes (teacher logits, labels, batch-norm inputs); ``image_loss`` takes the images and is added to it.
+    ``draw(generator, batch, random)`` gives what the generator is called with, and the labels its images are to have;
+    it draws from a random stream of the stream's own, seeded with ``seed``. After ``iterations`` batches the generator
+    is left as it is and only asked for images, still with the statistics of the batch in its batch norms, as in
+    training. ``losses`` holds one device scalar per step.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class GeneratorStream:
         loss: Callable[..., Tensor] = generator_loss,
         draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
         seed: int = 0,
+        image_loss: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_choice("decay", decay, DECAYS)
         self.teacher = teacher
@@ -86,6 +88,7 @@ class GeneratorStream:
         self.lr = lr
         self.decay = decay
         self.loss = loss
+        self.image_loss = image_loss
         self.draw = draw
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
         self.random = torch.Generator(next(generator.parameters()).device).manual_seed(seed)
@@ -111,6 +114,8 @@ class GeneratorStream:
         with self.norms:
             logits = self.teacher(images)
             loss = self.loss(logits, labels, self.norms.layers)
+        if self.image_loss is not None:
+            loss = loss + self.image_loss(images)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

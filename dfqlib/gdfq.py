@@ -57,11 +57,13 @@ def make_stream(
     seed: int = 0,
     build: Callable[[], nn.Module] | None = None,
     draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
+    image_loss: Callable[[Tensor], Tensor] | None = None,
 ) -> GeneratorStream:
     """A fresh generator for the teacher's classes and input size, and the stream of images of its training.
 
-    ``loss`` replaces L_G, for ablations; ``build`` makes another generator and ``draw`` its input, for methods that
-    differ in these. The generator's first weights and its noise follow from ``seed`` alone.
+    ``loss`` replaces L_G and ``image_loss``, of the images, is added to it; ``build`` makes another generator and
+    ``draw`` its input, for methods that differ in these. The generator's first weights and its noise follow from
+    ``seed`` alone.
     """
     size = teacher.entry.input_size
     build = build or partial(Generator, teacher.entry.classes, size=size, conditional=size > LARGE)
@@ -79,6 +81,7 @@ def make_stream(
         loss=loss or partial(generator_loss, bns_weight=schedule.bns_weight),
         draw=draw,
         seed=seed,
+        image_loss=image_loss,
     )
 
 

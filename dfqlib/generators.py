@@ -81,15 +81,15 @@ class GeneratorBody(nn.Module):
 
     def __init__(self, features: int, size: int = 32, classes: int | None = None) -> None:
         super().__init__()
-        if size < 4 or size % 4:
-            raise UserError(f"size={size} cannot be reached by two x2 upsamplings; allowed: multiples of 4.")
+        if size < 4:
+            raise UserError(f"size={size} is too small for two x2 upsamplings; allowed: 4 or more.")
 
         def norm(channels: int, eps: float) -> nn.Module:
             if classes is None:
                 return PlainBatchNorm2d(channels, eps=eps)
             return ConditionalBatchNorm2d(classes, channels, eps)
 
-        self.side = size // 4
+        self.size, self.side = size, -(-size // 4)
         self.linear = nn.Linear(features, 128 * self.side**2)
         self.norm0 = norm(128, 1e-5)
         self.conv1 = UpsampleConv2d(128, 128)
@@ -104,7 +104,8 @@ class GeneratorBody(nn.Module):
         x = self.norm0(x, labels)
         x = F.leaky_relu(self.norm1(self.conv1(x), labels), 0.2)
         x = F.leaky_relu(self.norm2(self.conv2(x), labels), 0.2)
-        return self.norm3(torch.tanh(self.conv3(x)))
+        # Two x2 upsamplings make multiples of 4; for 299 pixels one row and one column of 300 are left out.
+        return self.norm3(torch.tanh(self.conv3(x)[..., : self.size, : self.size]))
 
 
 class Generator(nn.Module):

@@ -1,4 +1,4 @@
-"""The losses of ZeroQ and GDFQ, one short function each.
+"""The losses of the papers, one short function each.
 
 ``layers`` is what :class:`dfqlib.statistics.BatchNormInputs` collected in the forward pass of the teacher: for every
 batch norm, in execution order, its name, the tensor that entered it, and the module with the statistics of the
@@ -7,13 +7,13 @@ training data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfqlib.statistics import Layer, batch_mean_var, sample_mean_std
+from dfqlib.statistics import Layer, batch_mean_var, sample_mean_std, weighted_mean_var
 
 EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
 
@@ -48,18 +48,23 @@ def bns_loss(layers: Sequence[Layer]) -> Tensor:
 
 
 def generator_loss(
-    teacher_logits: Tensor, labels: Tensor, layers: Sequence[Layer], ce_weight: float = 1.0, bns_weight: float = 0.1
+    teacher_logits: Tensor,
+    labels: Tensor,
+    layers: Sequence[Layer],
+    ce_weight: float = 1.0,
+    bns_weight: float = 0.1,
+    statistics_loss: Callable[[Sequence[Layer]], Tensor] = bns_loss,
 ) -> Tensor:
     """L_G = CE(T(x), y) + 0.1 L_BNS: images the teacher names as asked, with the statistics it was trained on.
 
     ``teacher_logits`` (B, classes); ``labels`` (B,) integers or (B, classes) probabilities. A weight of 0 drops its
-    term. Source: GDFQ, knowledge matching generator.
+    term; ``statistics_loss`` takes the place of L_BNS. Source: GDFQ, knowledge matching generator.
     """
     terms = []
     if ce_weight:
         terms.append(ce_weight * F.cross_entropy(teacher_logits, labels))
     if bns_weight:
-        terms.append(bns_weight * bns_loss(layers))
+        terms.append(bns_weight * statistics_loss(layers))
     return torch.stack(terms).sum()
 
 
@@ -97,3 +102,89 @@ def student_loss(
     if kl_weight:
         terms.append(kl_weight * distillation_kl(teacher_logits, student_logits, temperature, mean_over_classes))
     return torch.stack(terms).sum()
+
+
+def slack(gap: Tensor, margin: Tensor | float) -> Tensor:
+    """max(|gap| - margin, 0): how far a gap exceeds what is allowed. Source: DSG, slack distribution alignment."""
+    return (gap.abs() - margin).clamp(min=0)
+
+
+def sample_weights(layers: int, samples: int, published: bool = False) -> Tensor:
+    """How often the loss of each sample counts in each layer, (layers, samples): twice where i mod L = l, else once.
+
+    So every sample has a layer of its own, which it is to fit best. ``published=True`` is the quirk of DSG's
+    post-training code: only the first 20 samples have a layer, whatever the number of layers, and as the gap itself is
+    doubled their loss counts four times. Source: DSG, layerwise sample enhancement.
+    """
+    own, each = torch.arange(layers).unsqueeze(1), torch.arange(samples)
+    if published:
+        return 1.0 + 3.0 * ((own == each) & (each < 20))
+    return 1.0 + (own == each % layers)
+
+
+def dsg_statistics_loss(
+    images: Tensor, layers: Sequence[Layer], margins: tuple[Tensor, Tensor], weights: Tensor
+) -> Tensor:
+    """ZeroQ's loss with slack: gaps of each sample's means and standard deviations, as far as they exceed the margins.
+
+    ``images`` (B, 3, H, W) normalised, compared with mean 0 and standard deviation 1 without a margin; each batch
+    norm's input (B, C, h, w) with its running mean and variance. ``margins``: of means and of standard deviations, one
+    value a layer each, (L,); ``weights`` (L, B), see :func:`sample_weights`. Zeros and ones switch these off. Sums over
+    channels and layers, mean over the batch. Source: DSG, slack distribution alignment and layerwise enhancement.
+    """
+    mean, std = sample_mean_std(images)
+    total = mean.square().sum() + (1 - std).square().sum()
+    for (_, inputs, norm), of_mean, of_std, weight in zip(layers, *margins, weights, strict=True):
+        mean, std = sample_mean_std(inputs)
+        gaps = slack(mean - norm.running_mean, of_mean).square()
+        gaps = gaps + slack(std - (norm.running_var + EPSILON).sqrt(), of_std).square()
+        total = total + (weight * gaps.sum(1)).sum()
+    return total / len(images)
+
+
+def slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
+    """L_BNS with slack: gaps of the batch's means and variances, as far as they exceed the margins.
+
+    ``margins``: of means and of variances, (L,) each. A batch has no gap of one sample to enhance, so a sample that
+    counts twice by ``weights`` (L, B) enters that layer's mean and variance twice, and with it the gradient. Zeros and
+    ones give L_BNS. Source: DSG, slack distribution alignment and layerwise enhancement, for a generator.
+    """
+    terms = []
+    for (_, inputs, norm), of_mean, of_variance, weight in zip(layers, *margins, weights, strict=True):
+        mean, variance = weighted_mean_var(inputs, weight)
+        gaps = slack(mean - norm.running_mean, of_mean).square()
+        terms.append((gaps + slack(variance - norm.running_var, of_variance).square()).mean())
+    return torch.stack(terms).mean()
+
+
+def published_slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Tensor], enhance: bool = True) -> Tensor:
+    """The slack L_BNS as the published code of DSG's fine-tuning has it, with its quirks; ``margins`` (L,) each.
+
+    | |gap| - margin | leaves no slack at all: a gap of just the margin is sought. In layer l channel l, not sample l,
+    counts twice (its gap times the root of 2). Squares are summed over channels, not averaged, so the term is some
+    C times larger than GDFQ's. Source: the official code.
+    """
+    terms = []
+    for index, ((_, inputs, norm), of_mean, of_variance) in enumerate(zip(layers, *margins, strict=True)):
+        mean, variance = batch_mean_var(inputs)
+        gaps = ((mean - norm.running_mean).abs() - of_mean).square()
+        gaps = gaps + ((variance - norm.running_var).abs() - of_variance).square()
+        own = gaps[index : index + 1].sum() if enhance else 0.0  # empty where a layer has fewer channels
+        terms.append(gaps.sum() + own)
+    return torch.stack(terms).mean()
+
+
+def image_prior_loss(images: Tensor, shift: int) -> Tensor:
+    """Total variation plus mean length of ``images`` (B, 3, H, W), after rolling both axes by ``shift`` pixels.
+
+    Total variation: the Euclidean norms, over the whole batch, of the differences to the neighbours right, below and on
+    both diagonals. Source: DSG's post-training code, after DeepInversion.
+    """
+    images = images.roll((shift, shift), (2, 3))
+    differences = (
+        images[..., :-1] - images[..., 1:],
+        images[..., :-1, :] - images[..., 1:, :],
+        images[..., 1:, :-1] - images[..., :-1, 1:],
+        images[..., :-1, :-1] - images[..., 1:, 1:],
+    )
+    return torch.stack([difference.norm() for difference in differences]).sum() + images.flatten(1).norm(dim=1).mean()

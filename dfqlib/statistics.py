@@ -107,3 +107,17 @@ def sample_mean_std(x: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x of shape {tuple(x.shape)} has no spread over space; allowed: (B, C, h, w), h * w >= 2.")
     mean, variance = _MeanVariance.apply(x, tuple(range(2, x.dim())), 1)
     return mean.flatten(1), (variance + epsilon).sqrt().flatten(1)
+
+
+def pooled_mean_var(mean: Tensor, variance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of N groups together, from their own (N, C) each and their weights (N,)."""
+    shares = (weights / weights.sum()).unsqueeze(1)
+    together = (shares * mean).sum(0)
+    return together, (shares * (variance + (mean - together).square())).sum(0)
+
+
+def weighted_mean_var(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`batch_mean_var`, with sample i of ``x`` (B, C, ...) counting ``weights[i]`` times, (B,)."""
+    x = x if x.dim() > 2 else x.unsqueeze(2)
+    mean, variance = _MeanVariance.apply(x, tuple(range(2, x.dim())), 0)
+    return pooled_mean_var(mean.flatten(1), variance.flatten(1), weights)

@@ -1,0 +1,345 @@
+"""DSG's losses equal the official code's and hand-worked values; margins, correlation and synthesis do as they say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorchcv.model_provider import get_model
+from torch import nn
+
+from dfqlib import gdfq
+from dfqlib.correlation import eigenpairs, mean_similarity, similarity, spatial_correlation_loss
+from dfqlib.dsg import (
+    RANGE_RULES,
+    NoiseGaps,
+    Parts,
+    deviations,
+    make_stream,
+    noise_gaps,
+    spread,
+    start_images,
+    synthesise_diverse,
+)
+from dfqlib.errors import UserError
+from dfqlib.finetune import finetune
+from dfqlib.losses import (
+    bns_loss,
+    dsg_statistics_loss,
+    image_prior_loss,
+    published_slack_bns_loss,
+    sample_weights,
+    slack,
+    slack_bns_loss,
+    zeroq_statistics_loss,
+)
+from dfqlib.models import Teacher
+from dfqlib.quantizer import OBSERVERS
+from dfqlib.statistics import BatchNormInputs, batch_mean_var, weighted_mean_var
+
+DATA = Path(__file__).parent / "data" / "losses.npz"
+
+
+@pytest.fixture(scope="module")
+def official():
+    return {name: torch.from_numpy(array) for name, array in np.load(DATA).items()}
+
+
+@pytest.fixture(scope="module")
+def forward(official):
+    """The network, and its batch-norm inputs for the official images."""
+    network = get_model("resnet20_cifar10").eval()
+    state = {name.removeprefix("state/"): value for name, value in official.items() if name.startswith("state/")}
+    network.load_state_dict(state, strict=False)
+    with BatchNormInputs(network) as norms, torch.no_grad():
+        network(official["images"])
+        return network, list(norms.layers)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)]
+    network = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    network(torch.randn(64, 3, 8, 8))
+    return Teacher.from_module(network, 5, (0.5,) * 3, (0.25,) * 3, input_size=8)
+
+
+def norm_of(mean, variance):
+    norm = nn.BatchNorm2d(len(mean)).eval()
+    norm.running_mean.copy_(torch.tensor(mean))
+    norm.running_var.copy_(torch.tensor(variance))
+    return norm
+
+
+def test_statistics_loss_equals_the_official_one(official, forward):
+    network, layers = forward
+    # The recorded number pairs inputs in the order of execution with statistics in the order of registration, which
+    # differ where a residual unit registers its shortcut last and runs it first.
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    recorded = [(name, inputs, norm) for (name, inputs, _), norm in zip(layers, norms, strict=True)]
+    margins = official["dsg_margin_mean"], official["dsg_margin_std"]
+    weights = sample_weights(len(layers), len(official["images"]), published=True)
+    loss = dsg_statistics_loss(official["images"], recorded, margins, weights)
+    torch.testing.assert_close(loss, official["dsg_ptq_statistics_loss"], rtol=1e-4, atol=1e-5)
+
+
+def test_without_its_parts_it_is_zeroq_and_gdfq(official, forward):
+    layers, images = forward[1], official["images"]
+    nothing, ones = (torch.zeros(21), torch.zeros(21)), torch.ones(21, len(images))
+    plain = dsg_statistics_loss(images, layers, nothing, ones)
+    torch.testing.assert_close(plain, zeroq_statistics_loss(images, layers))
+    torch.testing.assert_close(slack_bns_loss(layers, nothing, ones), bns_loss(layers), rtol=1e-4, atol=1e-4)
+
+
+def test_slack_by_hand():
+    gaps = torch.tensor([-3.0, -1.0, 0.5, 2.0])
+    assert slack(gaps, 1.5).tolist() == [1.5, 0, 0, 0.5]
+
+
+def test_every_sample_has_a_layer_of_its_own():
+    assert sample_weights(2, 5).tolist() == [[2, 1, 2, 1, 2], [1, 2, 1, 2, 1]]
+    published = sample_weights(25, 45, published=True)
+    assert torch.equal(published[:20, :20], 1 + 3 * torch.eye(20))
+    assert (published[20:] == 1).all() and (published[:, 20:] == 1).all()
+
+
+def test_statistics_loss_by_hand():
+    # Two samples of one channel; the images are 0 with a standard deviation of about 0, so they cost 3 channels each.
+    inputs = torch.tensor([[1.0, 5.0], [2.0, 2.0]]).view(2, 1, 1, 2)  # means 3 and 2, deviations 8^0.5 and 0
+    layer = ("norm", inputs, norm_of([0.0], [1.0]))
+    margins = torch.tensor([1.0]), torch.tensor([0.5])
+    weights = torch.tensor([[2.0, 1.0]])
+    first = 2**2 + (8**0.5 - 1 - 0.5) ** 2
+    second = 1**2 + (1 - 0.5) ** 2
+    images = torch.zeros(2, 3, 4, 4)
+    by_hand = (2 * first + second) / 2 + 3 * (1 - 1e-3) ** 2
+    loss = dsg_statistics_loss(images, [layer], margins, weights)
+    torch.testing.assert_close(loss, torch.tensor(by_hand), rtol=1e-3, atol=1e-3)
+
+
+def test_slack_bns_by_hand():
+    inputs = torch.tensor([[1.0, 5.0], [2.0, 2.0]]).view(2, 1, 1, 2).repeat(1, 2, 1, 1)
+    layer = ("norm", inputs, norm_of([0.0, 2.0], [1.0, 1.0]))
+    margins = torch.tensor([1.0]), torch.tensor([0.25])
+    # The first sample counts twice: mean (1 + 5 + 1 + 5 + 2 + 2) / 6, mean square (2 * 26 + 8) / 6.
+    mean, square = 16 / 6, 60 / 6
+    variance = square - mean**2
+    by_hand = ((mean - 1) ** 2 + 0 + 2 * (variance - 1 - 0.25) ** 2) / 2
+    loss = slack_bns_loss([layer], margins, torch.tensor([[2.0, 1.0]]))
+    torch.testing.assert_close(loss, torch.tensor(by_hand))
+    # As published: mean 2.5, variance 2.25, no weights; |gap| - margin under the square, also where it is negative.
+    gaps = [1.5**2 + 1**2, (0.5 - 1) ** 2 + 1**2]
+    published = published_slack_bns_loss([layer], margins)
+    torch.testing.assert_close(published, torch.tensor(2 * gaps[0] + gaps[1]))
+    plain = published_slack_bns_loss([layer, layer], (torch.ones(2), torch.full((2,), 0.25)), enhance=False)
+    torch.testing.assert_close(plain, torch.tensor(gaps[0] + gaps[1]))
+    # In a second layer it is the second channel that counts twice; a third layer has no third channel.
+    three = published_slack_bns_loss([layer] * 3, (torch.ones(3), torch.full((3,), 0.25)))
+    torch.testing.assert_close(three, torch.tensor(sum(gaps) * 4 / 3))
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 3), (5, 4)])
+def test_weighted_statistics_are_those_of_repeated_samples(shape):
+    x = torch.randn(shape, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])
+    repeated = torch.cat([x, x[1:2], x[3:4]])
+    for ours, plain in zip(weighted_mean_var(x, weights), batch_mean_var(repeated), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        direction = torch.randn(4)
+        gradients = [torch.autograd.grad((v * direction).sum(), x, retain_graph=True)[0] for v in (ours, plain)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_image_prior_by_hand():
+    images = torch.zeros(1, 1, 2, 2)
+    images[0, 0, 0, 0] = 3.0  # one difference right, one below and one diagonal of 3 each; the other diagonal is 0
+    torch.testing.assert_close(image_prior_loss(images, 0), torch.tensor(3 * 3.0 + 3.0))
+    torch.testing.assert_close(image_prior_loss(images, 2), image_prior_loss(images, 0))
+    edge = torch.zeros(1, 1, 4, 4)
+    edge[..., :2] = 1.0  # rolling a half-plane by 1 gives it a second edge
+    assert image_prior_loss(edge, 1) > image_prior_loss(edge, 0)
+
+
+def test_similarity_by_hand():
+    samples = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    half = 0.5**0.5
+    torch.testing.assert_close(similarity(samples), torch.tensor([[1, 0, half], [0, 1, half], [half, half, 1]]))
+    assert mean_similarity(samples) == pytest.approx(2 * half / 3, rel=1e-5)
+
+
+def test_eigenpairs_are_ordered_signed_and_have_the_right_gradient():
+    torch.manual_seed(0)
+    matrix = similarity(torch.randn(6, 4)).double() + torch.diag(torch.arange(6.0)).double()
+    values, vectors = eigenpairs(matrix)
+    assert (values.diff() > 0).all()
+    assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, matrix)
+    matrix.requires_grad_()
+    direction = torch.randn(6, 6, dtype=torch.double)
+
+    def function(symmetric):
+        values, vectors = eigenpairs(symmetric)
+        return (values.sin() + (vectors * direction).sum(0)).sum()
+
+    gradient = torch.autograd.grad(function(matrix), matrix)[0]
+    change = torch.randn(6, 6, dtype=torch.double)
+    change = (change + change.T) / 2
+    with torch.no_grad():
+        difference = (function(matrix + 1e-6 * change) - function(matrix - 1e-6 * change)) / 2e-6
+    torch.testing.assert_close((gradient * change).sum(), difference, rtol=1e-4, atol=1e-5)
+
+
+def test_correlation_is_finite_where_samples_are_the_same():
+    noise = torch.randn(5, 3, 4, 4)
+    for images in (torch.ones(5, 3, 4, 4), torch.randn(1, 3, 4, 4).repeat(5, 1, 1, 1), torch.zeros(5, 3, 4, 4)):
+        images.requires_grad_()
+        loss = spatial_correlation_loss(images, noise)
+        loss.backward()
+        assert loss.isfinite() and images.grad.isfinite().all()
+
+
+def test_correlation_by_hand():
+    # Similarities 0.6 and -0.6: eigenvalues 0.4 and 1.6 each, the eigenvectors in opposite order.
+    images = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    noise = torch.tensor([[1.0, 0.0], [-0.6, 0.8]])
+    torch.testing.assert_close(spatial_correlation_loss(images, noise), torch.tensor(0.0), atol=1e-6, rtol=0)
+    # Against themselves: equal eigenvalues, of which the larger one counts, and equal eigenvectors.
+    torch.testing.assert_close(spatial_correlation_loss(images, images), torch.tensor(1.0))
+    # Similarity 0.28 has the same eigenvectors: eigenvalues 0.72 and 1.28 against 0.4 and 1.6.
+    nearer = torch.tensor([[1.0, 0.0], [0.28, 0.96]])
+    torch.testing.assert_close(spatial_correlation_loss(nearer, images), torch.tensor(1.0 + 1e-4 * 0.32**2))
+
+
+def test_noise_gaps_are_those_of_one_batch(teacher):
+    gaps = noise_gaps(teacher, 200, seed=3)
+    noise = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    with BatchNormInputs(teacher.network) as norms, torch.no_grad():
+        teacher.network(noise)
+        for place, (name, inputs, norm) in enumerate(norms.layers):
+            mean, variance = batch_mean_var(inputs)
+            assert gaps.layers[place] == name
+            torch.testing.assert_close(gaps.mean[place], (mean - norm.running_mean).abs(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(gaps.variance[place], (variance - norm.running_var).abs(), rtol=1e-3, atol=1e-4)
+            std = (variance.sqrt() - norm.running_var.sqrt()).abs()
+            torch.testing.assert_close(gaps.std[place], std, rtol=1e-3, atol=1e-4)
+
+
+def test_margins_are_the_quantile_of_each_layer():
+    gaps = NoiseGaps(["a", "b"], *([torch.arange(11.0), torch.tensor([s, 2 * s, 3 * s])] for s in (1.0, 10.0, 100.0)))
+    assert gaps.margins(0.9).mean.tolist() == pytest.approx([9.0, 2.8])
+    assert gaps.margins(0.5).spread.tolist() == [5, 20]
+    assert gaps.margins(0.5, "variance").spread.tolist() == [5, 200]
+    assert gaps.margins(1.0).mean.tolist() == [10, 3]
+    assert gaps.no_margins().spread.tolist() == [0, 0]
+    for wrong, told in (({"epsilon": 1.5}, "epsilon=1.5"), ({"spread": "range"}, "spread='range'")):
+        with pytest.raises(UserError, match=told):
+            gaps.margins(**wrong)
+
+
+def run(teacher, gaps, **options):
+    return synthesise_diverse(teacher, gaps, **{"batch": 6, "iterations": 8, **options})
+
+
+def test_synthesis_lowers_its_loss_and_leaves_the_teacher(teacher):
+    before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
+    gaps = noise_gaps(teacher, 32)
+    images, labels, losses = run(teacher, gaps, iterations=40, learning_rate=0.1, prior_weight=0.1)
+    assert images.shape == (6, 3, 8, 8) and labels.shape == (6,) and len(losses) == 40
+    assert losses[-1] < losses[0] and not images.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in teacher.network.state_dict().items())
+    again = run(teacher, gaps, iterations=40, learning_rate=0.1, prior_weight=0.1)
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+    assert not torch.equal(images, run(teacher, gaps, iterations=40, learning_rate=0.1, seed=1)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": Parts(slack=False)},
+        {"parts": Parts(enhancement=False)},
+        {"parts": Parts(correlation=False)},
+        {"parts": Parts(published=True)},
+        {"label_weight": 0.0},
+        {"prior_weight": 0.0},
+        {"epsilon": 0.1},
+    ],
+    ids=str,
+)
+def test_every_part_changes_the_images(teacher, change):
+    gaps = noise_gaps(teacher, 32)
+    assert not torch.equal(run(teacher, gaps)[0], run(teacher, gaps, **change)[0])
+
+
+def test_published_start_is_uniform():
+    assert start_images(4, 8, published=True).min() >= 0 > start_images(4, 8).min()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"batch": 1}, "batch=1"),
+        ({"epsilon": -0.1}, "epsilon=-0.1"),
+        ({"label_weight": -1}, "label_weight=-1"),
+        ({"prior_weight": "much"}, "prior_weight='much'"),
+        ({"iterations": 0}, "iterations=0"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(teacher, setting, told):
+    with pytest.raises(UserError, match=told):
+        run(teacher, noise_gaps(teacher, 8), **setting)
+
+
+def test_a_teacher_without_batch_norm_is_refused():
+    plain = Teacher.from_module(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(UserError, match="no batch norm with running statistics"):
+        noise_gaps(plain, 4)
+    with pytest.raises(UserError, match="noise_images=0"):
+        noise_gaps(plain, 0)
+
+
+def test_without_its_parts_tuning_is_gdfqs(teacher):
+    schedule = gdfq.Schedule(batch=6, generator_iterations=3)
+    gaps = noise_gaps(teacher, 16)
+    none = make_stream(teacher, schedule, gaps, parts=Parts(False, False, False), seed=2)
+    plain = gdfq.make_stream(teacher, schedule, seed=2)
+    for _ in range(3):
+        torch.testing.assert_close(none.next_batch().images, plain.next_batch().images, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.stack(none.losses), torch.stack(plain.losses), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("parts", [Parts(), Parts(published=True)], ids=["paper", "published"])
+def test_a_short_tuning_run_is_the_same_again(teacher, parts):
+    schedule = gdfq.Schedule(iterations=4, observe_iterations=2, train_from=2, generator_iterations=4, batch=6)
+    gaps, runs = noise_gaps(teacher, 16), []
+    for _ in range(2):
+        stream = make_stream(teacher, schedule, gaps, parts=parts, seed=1)
+        students = {"w4a4": gdfq.make_student(teacher, "w4a4", schedule)}
+        runs.append(finetune(stream, students, schedule.iterations, schedule.observe_iterations, schedule.train_from))
+    assert runs[0].generator == runs[1].generator and runs[0].students == runs[1].students
+    other = make_stream(teacher, schedule, gaps, parts=Parts(published=not parts.published), seed=1)
+    other.next_batch()
+    assert other.losses[0].item() != runs[0].generator[0]
+
+
+def test_correlation_is_part_of_the_generators_loss(teacher):
+    schedule, gaps = gdfq.Schedule(batch=6), noise_gaps(teacher, 16)
+    with_it, without = (make_stream(teacher, schedule, gaps, parts=Parts(correlation=on)) for on in (True, False))
+    images = with_it.next_batch().images
+    without.next_batch()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    expected = without.losses[0] + spatial_correlation_loss(images, noise) / 2
+    torch.testing.assert_close(with_it.losses[0], expected)
+
+
+def test_deviations_and_spread_by_hand():
+    network = nn.Sequential(norm_of([1.0, 0.0], [4.0, 1.0]))
+    images = torch.tensor([[[[1.0, 5.0]], [[0.0, 0.0]]], [[[7.0, 7.0]], [[2.0, 0.0]]]])
+    found = deviations(network, images)
+    torch.testing.assert_close(found["0"], torch.tensor([[1.0, 0.0], [3.0, 1.0]]), rtol=1e-4, atol=1e-4)
+    assert spread(found)["0"] == pytest.approx(((2 + 0.5) / 2) ** 0.5, rel=1e-4)
+    assert spread(deviations(network, images[:1].repeat(3, 1, 1, 1)))["0"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_four_range_rules_are_observers():
+    assert set(RANGE_RULES.values()) <= set(OBSERVERS) and list(RANGE_RULES) == ["ema", "percentile", "mse", "minmax"]
