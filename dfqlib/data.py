@@ -192,8 +192,29 @@ def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
     return ImageSet(name, images, labels, known.classes, source)
 
 
+def check_folder(dataset: str, folder: str | Path) -> None:
+    """Raise the :class:`UserError` that :func:`load_test` would for ``folder``, having read one of its images only."""
+    told = f"folder={str(folder)!r}"
+    known, place = DATASETS.get(dataset), _find_split(dataset, "test", Path(folder).expanduser(), told)
+    if not _is_torchvision(known, place):
+        _, files, _ = _list_tree(known, place, told)
+        _read_image(files[0], None)
+
+
 def _read_folder(dataset: str, split: str, folder: Path, told: str, size: int | None) -> ImageSet:
     """The split in ``folder``, a torchvision layout or an ImageFolder tree; ``told`` names the folder in errors."""
+    known, place = DATASETS.get(dataset), _find_split(dataset, split, folder, told)
+    if _is_torchvision(known, place):
+        return _read_torchvision(known, split, place, told)
+    return _read_tree(dataset, split, place, told, size)
+
+
+def _is_torchvision(known: Dataset | None, folder: Path) -> bool:
+    return bool(known and known.torchvision_folder and (folder / known.torchvision_folder).is_dir())
+
+
+def _find_split(dataset: str, split: str, folder: Path, told: str) -> Path:
+    """Where in ``folder`` the class folders of the split are, or the folder of torchvision's layout."""
     if not folder.is_dir():
         raise UserError(f"{told} is not a folder.")
     known = DATASETS.get(dataset)
@@ -202,8 +223,8 @@ def _read_folder(dataset: str, split: str, folder: Path, told: str, size: int | 
     if known and known.torchvision_folder:
         if folder.name == known.torchvision_folder:
             folder = folder.parent
-        if (folder / known.torchvision_folder).is_dir():
-            return _read_torchvision(known, split, folder, told)
+        if _is_torchvision(known, folder):
+            return folder
     inside = {entry.name for entry in folder.iterdir()}
     if not inside:
         raise UserError(f"{told} is empty.")
@@ -213,7 +234,7 @@ def _read_folder(dataset: str, split: str, folder: Path, told: str, size: int | 
         raise UserError(
             f"{told} has no {' or '.join(f'{name}/' for name in SPLIT_FOLDERS[split])} beside {splits[0]}/."
         )
-    return _read_tree(dataset, split, folder / here[0] if here else folder, told, size)
+    return folder / here[0] if here else folder
 
 
 def _read_torchvision(known: Dataset, split: str, folder: Path, told: str) -> ImageSet:
@@ -247,17 +268,9 @@ def _download(known: Dataset, split: str, folder: Path) -> ImageSet:
 
 
 def _read_tree(dataset: str, split: str, folder: Path, told: str, size: int | None) -> ImageSet:
-    """An ImageFolder tree: class folders in alphabetical order, each with its images."""
+    """The images of an ImageFolder tree, in the order of :func:`_list_tree`."""
     known = DATASETS.get(dataset)
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    _check_classes(known, names, folder, told)
-    files, labels = [], []
-    for label, name in enumerate(names):
-        members = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not members:
-            raise UserError(f"{told}: class folder {name!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        files += members
-        labels += [label] * len(members)
+    names, files, labels = _list_tree(known, folder, told)
     cropped = known is None or not known.torchvision_class
     pixels = (size or (known.size if known else None)) if cropped else None
     with ThreadPoolExecutor() as pool:
@@ -273,6 +286,20 @@ def _read_tree(dataset: str, split: str, folder: Path, told: str, size: int | No
     full = known is not None and len(files) == known.counts[split]
     name = dataset if full or known is None else f"{dataset}-{len(files)}"
     return ImageSet(name, images, torch.tensor(labels), tuple(names), f"{len(files):,} {split} images in {folder}")
+
+
+def _list_tree(known: Dataset | None, folder: Path, told: str) -> tuple[list[str], list[Path], list[int]]:
+    """Class names (class folders in alphabetical order), and the image files of all of them with their labels."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    _check_classes(known, names, folder, told)
+    files, labels = [], []
+    for label, name in enumerate(names):
+        members = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not members:
+            raise UserError(f"{told}: class folder {name!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        files += members
+        labels += [label] * len(members)
+    return names, files, labels
 
 
 def _check_classes(known: Dataset | None, names: Sequence[str], folder: Path, told: str) -> None:

@@ -22,7 +22,7 @@ LARGE = 32  # above this size in pixels the generator is conditional, as publish
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every number of a run; the defaults are the published ones for CIFAR, counted in iterations (200 an epoch)."""
+    """Every number of a run; the defaults are the paper's for CIFAR, counted in iterations (200 an epoch)."""
 
     iterations: int = 80_000  # of fine-tuning, the observing ones included
     observe_iterations: int = 800  # students only see images, to learn their activation ranges
@@ -38,7 +38,7 @@ class Schedule:
     ce_weight: float = 1.0  # of CE in L_S
     kl_weight: float = 1.0  # alpha, of tau^2 KL in L_S
     temperature: float = 20.0  # tau
-    kl_mean_over_classes: bool = True  # the published quirk: KL divided by the number of classes
+    kl_mean_over_classes: bool = False  # True is the published quirk: KL divided by the number of classes
 
     def __post_init__(self) -> None:
         check_range("batch", self.batch, 2, 2**20)  # a batch norm cannot learn from one image

@@ -9,7 +9,7 @@ from typing import Any
 from dfqlib import plan
 from dfqlib.errors import UserError
 
-#: A folder with more files than this (ImageNet) is not read twice: the notebook's own check stands for it.
+#: Of a folder with more files than this (ImageNet), only the layout, the classes and one image are checked.
 READ_AHEAD = 20_000
 
 
@@ -49,10 +49,10 @@ def obstacle(run: plan.PlannedRun) -> str:
 
 @functools.cache
 def _read_images(dataset: str, folder: str) -> None:
-    from dfqlib.data import load_test  # here, since it imports torch
+    from dfqlib.data import check_folder, load_test  # here, since they import torch
 
-    if len(list(islice(plan.Path(folder).rglob("*"), READ_AHEAD))) < READ_AHEAD:
-        load_test(dataset, folder)
+    few = len(list(islice(plan.Path(folder).rglob("*"), READ_AHEAD))) < READ_AHEAD
+    (load_test if few else check_folder)(dataset, folder)
 
 
 @functools.cache

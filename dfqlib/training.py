@@ -27,9 +27,9 @@ class Recipe:
 
     The rate rises over ``warmup`` epochs to its peak and falls along ``knots``: (fraction of the epochs, fraction of
     the peak), linear in between. It falls fast when the images grow for the first time: the peak is for coarse
-    features, and at it the loss soon stands still. The images' ``sizes`` follow each other in equal parts of the epochs: most of what a network of this kind
-    learns costs a fraction of the full resolution. Until ``full`` of the epochs are over, images of less than the
-    mean loss are left out with probability ``prune``.
+    features, and at it the loss soon stands still. The images' ``sizes`` follow each other in equal parts of the
+    epochs: most of what a network of this kind learns costs a fraction of the full resolution. Until ``full`` of the
+    epochs are over, images of less than the mean loss are left out with probability ``prune``.
     """
 
     epochs: int = 60

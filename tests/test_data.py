@@ -15,6 +15,7 @@ from dfqlib.data import (
     DATASETS,
     ImageSet,
     balanced_subset,
+    check_folder,
     few_shot,
     load_test,
     load_train,
@@ -240,6 +241,20 @@ def test_wrong_images(tmp_path):
     tree(tmp_path / "mixed" / "pets" / "new", ("dog",), size=(40, 40))
     refuse("has 40 x 40 pixels; allowed: 32 x 32 like the others", dataset="pets", folder=tmp_path / "mixed" / "pets")
     refuse("size=64 does not fit cifar10", size=64)
+
+
+def test_a_folder_is_checked_by_its_layout_classes_and_one_image(tmp_path, monkeypatch):
+    check_folder("pets", tree(tmp_path / "pets", ("cat", "dog")))
+    (tmp_path / "pets" / "dog" / "0.png").write_bytes(b"not an image")
+    check_folder("pets", tmp_path / "pets")  # reads the cats' first only
+    (tmp_path / "pets" / "cat" / "0.png").write_bytes(b"not an image")
+    refuse("cat/0.png cannot be read", check_folder, dataset="pets", folder=tmp_path / "pets")
+    refuse(
+        "missing airplane", check_folder, dataset="cifar10", folder=tree(tmp_path / "other", (*CIFAR10[1:], "zebra"))
+    )
+    refuse("is not a folder", check_folder, dataset="cifar10", folder=tmp_path / "none")
+    torchvision_layout(tmp_path / "cifar10", monkeypatch)
+    check_folder("cifar10", tmp_path / "cifar10")
 
 
 def test_data_that_is_nowhere(tmp_path, monkeypatch):
