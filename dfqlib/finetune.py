@@ -1,8 +1,8 @@
 """The fine-tuning loop: one stream of labelled images, any number of quantized students.
 
 The stream decides what the images are: :class:`GeneratorStream` trains a generator against the teacher and hands on
-each batch it was trained on. It never sees a student, so one run of it serves every bit width, and a student learns
-the same whether it is tuned alone or with others.
+each batch it was trained on; :class:`ImageStream` goes through a fixed set of images. A stream never sees a student, so
+one run of it serves every bit width, and a student learns the same whether it is tuned alone or with others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dfqlib.progress import track
 from dfqlib.quantize import observing
 from dfqlib.statistics import BatchNormInputs
 
-DECAYS = ("step", "cosine", "constant")
+DECAYS = ("step", "late_step", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ def decay_factor(decay: str, progress: float) -> float:
     """What the learning rate is multiplied by at ``progress`` (0 to 1) of its run.
 
     ``"step"``: 0.1 at a quarter, a half and three quarters, which is epochs 100, 200, 300 of the published 400;
+    ``"late_step"``: 0.1 at two fifths and at four fifths, which is epochs 20 and 40 of SaFT's 50;
     ``"cosine"``: half a cosine from 1 to 0, under a linear rise from 0.1 over the first tenth, without which the loss
     of students of many bits first rises; ``"constant"``: 1.
     """
     check_choice("decay", decay, DECAYS)
     if decay == "step":
         return 0.1 ** sum(progress >= quarter for quarter in (0.25, 0.5, 0.75))
+    if decay == "late_step":
+        return 0.1 ** sum(progress >= fifth for fifth in (0.4, 0.8))
     if decay == "cosine":
         return min(1, 0.1 + 9 * progress) * 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0
@@ -121,6 +124,50 @@ class GeneratorStream:
         self.optimizer.step()
         self.losses.append(loss.detach())
         return Batch(images.detach(), labels, logits.detach())
+
+
+class ImageStream:
+    """Yields random batches of a fixed set of images (N, 3, H, W), normalised, with their labels (N,), round by round.
+
+    Every round shows each image once, in another order, drawn on the CPU from a stream seeded with ``seed``; the last
+    batch of a round is filled up from the next one. ``vary`` changes a batch of images before it is seen, for instance
+    :class:`dfqlib.crops.RandomCrops`; labels stay.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        batch: int = 64,
+        vary: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.teacher, self.images, self.labels, self.batch, self.vary = teacher, images, labels, batch, vary
+        self.random = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long)
+
+    @torch.no_grad()
+    def next_batch(self) -> Batch:
+        """The next images of the round."""
+        while len(self.order) < self.batch:
+            self.order = torch.cat([self.order, torch.randperm(len(self.labels), generator=self.random)])
+        chosen, self.order = self.order[: self.batch].to(self.labels.device), self.order[self.batch :]
+        images = self.images[chosen] if self.vary is None else self.vary(self.images[chosen])
+        if images.device.type != "mps":  # as the networks' weights; Apple's backend gains nothing from it
+            images = images.contiguous(memory_format=torch.channels_last)
+        return Batch(images, self.labels[chosen], self.teacher(images))
+
+
+class FirstThen:
+    """A stream that is ``first`` for ``count`` batches and ``then`` from there on."""
+
+    def __init__(self, first: Stream, count: int, then: Stream) -> None:
+        self.first, self.left, self.then = first, count, then
+
+    def next_batch(self) -> Batch:
+        self.left -= 1
+        return (self.first if self.left >= 0 else self.then).next_batch()
 
 
 def distil(network: nn.Module, batch: Batch, loss: Callable[..., Tensor] = student_loss) -> Tensor:
@@ -231,7 +278,8 @@ class _Tuner:
         """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
         student = self.student
         for group in self.optimizer.param_groups:
-            factor = decay_factor(student.decay, progress if student.decay == "step" else training_progress)
+            stepwise = student.decay in ("step", "late_step")
+            factor = decay_factor(student.decay, progress if stepwise else training_progress)
             group["lr"] = student.lr * factor
         self.optimizer.zero_grad()
         loss = student.loss(student.network, batch)

@@ -195,7 +195,7 @@ class QuantConv2d(nn.Conv2d):
         self.weight, self.bias, self.weight_bits = layer.weight, layer.bias, weight_bits
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, _quantized(self.weight, self.weight_bits), self.bias)
+        return self._conv_forward(x, used_weight(self), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
@@ -209,11 +209,13 @@ class QuantLinear(nn.Linear):
         self.weight, self.bias, self.weight_bits = layer.weight, layer.bias, weight_bits
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _quantized(self.weight, self.weight_bits), self.bias)
+        return F.linear(x, used_weight(self), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
 
 
-def _quantized(weight: Tensor, bits: int | None) -> Tensor:
-    return weight if bits is None else fake_quantize_per_channel(weight, bits)
+def used_weight(layer: nn.Module) -> Tensor:
+    """The weight as ``layer`` computes with it: fake-quantized if it is a quantized layer, else as it is."""
+    bits = getattr(layer, "weight_bits", None)
+    return layer.weight if bits is None else fake_quantize_per_channel(layer.weight, bits)

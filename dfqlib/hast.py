@@ -1,0 +1,164 @@
+"""HAST (Li et al., CVPR 2023): images that the teacher finds hard, made without a generator.
+
+TexQ's calibration centres can guide them. The fine-tuning that HAST, SynQ and SaFT share is in :mod:`dfqlib.saft`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfqlib.errors import check_range
+from dfqlib.losses import hast_loss
+from dfqlib.models import Teacher
+from dfqlib.statistics import BatchNormInputs, Layer, sample_mean_std
+from dfqlib.synthesis import synthesise
+
+# Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much harder samples count.
+PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5)}
+
+
+@dataclass(frozen=True)
+class HardImages:
+    """Images (N, 3, H, W), normalised, labels (N,), and the losses of each batch they were made in."""
+
+    images: Tensor
+    labels: Tensor
+    losses: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Centres:
+    """TexQ's calibration centres: one image per class, and what enters the deeper half of the batch norms for it.
+
+    ``images`` (classes, 3, H, W); ``statistics``: for each of these batch norms, by name, the channel means and
+    standard deviations (classes, C) of the images over space.
+    """
+
+    images: Tensor
+    statistics: dict[str, tuple[Tensor, Tensor]]
+
+
+def hard_images(
+    teacher: Teacher,
+    count: int = 5120,
+    beta: float = 10.0,
+    gamma: float = 2.0,
+    batch: int = 256,
+    iterations: int = 1000,
+    learning_rate: float = 0.5,
+    patience: int = 50,
+    min_learning_rate: float = 1e-4,
+    crops: Callable[[Tensor], Tensor] | None = None,
+    centres: Centres | None = None,
+    seed: int = 0,
+) -> HardImages:
+    """``count`` images from N(0, 1) with uniform labels, made to fit the batch-norm statistics and to be hard.
+
+    Each ``batch`` is optimised on its own (:func:`dfqlib.losses.hast_loss`). ``crops`` changes the images before the
+    teacher sees them in every second iteration, as published for ImageNet with :class:`dfqlib.crops.RandomCrops`. With
+    ``centres`` the loss is 0.4 L_BNS + beta hard + 0.02 :func:`centre_gap`; TexQ's three weights 0.4, 1, 0.02 are read
+    in this order. Drawn on the CPU, so a seed gives the same start on every device. UserError for settings out of
+    range; RuntimeError if the loss diverges. Source: HAST, section 3.2; the defaults are for CIFAR-10.
+    """
+    check_range("count", count, 1, 10**7)
+    check_range("batch", batch, 2, 2**20)
+    check_range("beta", beta, 0, 10**6)
+    check_range("gamma", gamma, 0, 100)
+    random = torch.Generator().manual_seed(seed)
+    made, losses = [], []
+    labels = torch.randint(teacher.entry.classes, (count,), generator=random).to(teacher.device)
+    for number, part in enumerate(labels.split(batch), 1):
+        start = torch.randn(len(part), 3, *[teacher.entry.input_size] * 2, generator=random)
+        with BatchNormInputs(teacher.network) as norms:
+            loss = _Loss(teacher, norms, part, beta, gamma, crops, centres)
+            label = f"hard images, batch {number} of {-(-count // batch)}"
+            images, curve = _optimise(
+                start, teacher, loss, learning_rate, iterations, patience, min_learning_rate, label
+            )
+        made.append(images)
+        losses.append(curve)
+    return HardImages(torch.cat(made), labels, losses)
+
+
+def calibration_centres(
+    teacher: Teacher,
+    iterations: int = 1500,
+    learning_rate: float = 0.5,
+    patience: int = 50,
+    min_learning_rate: float = 1e-4,
+    seed: int = 0,
+) -> Centres:
+    """One image for each class, fitted to the batch-norm statistics and to its class: L_BNS + CE.
+
+    Source: TexQ (Chen et al., NeurIPS 2023), section 3.2, in the simpler form that SaFT's code takes.
+    """
+    classes = torch.arange(teacher.entry.classes, device=teacher.device)
+    start = torch.randn(len(classes), 3, *[teacher.entry.input_size] * 2, generator=torch.Generator().manual_seed(seed))
+    with BatchNormInputs(teacher.network) as norms:
+        loss = _Loss(teacher, norms, classes, beta=1.0, gamma=0.0)
+        images, _ = _optimise(
+            start, teacher, loss, learning_rate, iterations, patience, min_learning_rate, "calibration centres"
+        )
+        with torch.no_grad():
+            teacher.network(images)
+            statistics = {name: sample_mean_std(inputs) for name, inputs, _ in deeper_half(norms.layers)}
+    return Centres(images, statistics)
+
+
+def deeper_half(layers: Sequence[Layer]) -> Sequence[Layer]:
+    """The second half of ``layers``, in execution order; the middle one of an odd number belongs to it."""
+    return layers[len(layers) // 2 :]
+
+
+def centre_gap(layers: Sequence[Layer], labels: Tensor, centres: Centres) -> Tensor:
+    """Gap of each sample's means and standard deviations to those of its class's centre, mean over the deeper layers.
+
+    ``layers`` as for :func:`dfqlib.losses.bns_loss`; labels (B,). Each gap is a mean squared error over samples and
+    channels; those of means and deviations add up. Source: TexQ, section 3.2 (calibration centre).
+    """
+    gaps = []
+    for name, inputs, _ in deeper_half(layers):
+        (mean, std), (centre_mean, centre_std) = sample_mean_std(inputs), centres.statistics[name]
+        gaps.append(F.mse_loss(mean, centre_mean[labels]) + F.mse_loss(std, centre_std[labels]))
+    return torch.stack(gaps).mean()
+
+
+class _Loss:
+    """The loss of one batch of images, as :func:`dfqlib.synthesis.synthesise` calls it."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        norms: BatchNormInputs,
+        labels: Tensor,
+        beta: float,
+        gamma: float,
+        crops: Callable[[Tensor], Tensor] | None = None,
+        centres: Centres | None = None,
+    ) -> None:
+        self.teacher, self.norms, self.labels = teacher, norms, labels
+        self.beta, self.gamma, self.crops, self.centres = beta, gamma, crops, centres
+        self.calls = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        seen = self.crops(images) if self.crops and self.calls % 2 == 0 else images
+        logits = self.teacher.network(seen)
+        bns_weight = 1.0 if self.centres is None else 0.4
+        loss = hast_loss(logits, self.labels, self.norms.layers, self.beta, self.gamma, bns_weight)
+        if self.centres is not None:
+            loss = loss + 0.02 * centre_gap(self.norms.layers, self.labels, self.centres)
+        return loss
+
+
+def _optimise(start: Tensor, teacher: Teacher, loss: _Loss, *settings: float | str) -> tuple[Tensor, list[float]]:
+    """:func:`dfqlib.synthesis.synthesise` on the teacher's device and in its memory format."""
+    images = start.to(teacher.device)
+    if teacher.device.type != "mps":
+        images = images.contiguous(memory_format=torch.channels_last)
+    return synthesise(images, loss, *settings)

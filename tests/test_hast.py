@@ -1,0 +1,150 @@
+"""HAST's loss equals the official one; its images are hard, follow from the seed, and heed crops and centres."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorchcv.model_provider import get_model
+from torch import nn
+
+from dfqlib import hast
+from dfqlib.crops import RandomCrops
+from dfqlib.errors import UserError
+from dfqlib.losses import bns_loss, difficulty, hast_loss
+from dfqlib.models import Teacher, load_teacher
+from dfqlib.statistics import BatchNormInputs, sample_mean_std
+
+DATA = Path(__file__).parent / "data" / "losses.npz"
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A teacher of four classes on 8 x 8 images, whose batch norms have seen data."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1)]
+    network = nn.Sequential(*layers, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.append(nn.Linear(8, 4))
+    for _ in range(20):
+        network(torch.randn(32, 3, 8, 8) * 2 + 1)
+    return Teacher.from_module(network, 4, (0.5,) * 3, (0.25,) * 3, input_size=8)
+
+
+def test_loss_equals_the_official_one():
+    official = {name: torch.from_numpy(array) for name, array in np.load(DATA).items()}
+    network = get_model("resnet20_cifar10").eval()
+    state = {name.removeprefix("state/"): value for name, value in official.items() if name.startswith("state/")}
+    network.load_state_dict(state, strict=False)
+    with BatchNormInputs(network) as norms, torch.no_grad():
+        ours = hast_loss(network(official["images"]), official["labels"], norms.layers, beta=10, gamma=2)
+    torch.testing.assert_close(ours, official["hast_loss_beta10_gamma2"].reshape(()), rtol=1e-4, atol=1e-5)
+
+
+def test_loss_by_hand():
+    # p_y = 3/4 and 1/2: (1/4)^2 log(4/3) and (1/2)^2 log 2
+    logits, labels = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    norm = nn.BatchNorm2d(1)
+    layers = [("norm", torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), norm)]  # mean 2, variance 1 against 0, 1
+    torch.testing.assert_close(difficulty(logits, labels), torch.tensor([0.25, 0.5]))
+    hard = (math.log(4 / 3) / 16 + math.log(2) / 4) / 2
+    torch.testing.assert_close(hast_loss(logits, labels, layers, 10, 2), torch.tensor(4 + 10 * hard))
+    torch.testing.assert_close(hast_loss(logits, labels, layers, 10, 2, bns_weight=0.5), torch.tensor(2 + 10 * hard))
+    plain = 4 + 3 * F.cross_entropy(logits, labels)
+    torch.testing.assert_close(hast_loss(logits, labels, layers, beta=3, gamma=0), plain)
+
+
+def test_easy_samples_lose_their_pull_and_stay_finite():
+    logits = torch.tensor([[40.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    layers = [("norm", torch.zeros(2, 1, 1, 1), nn.BatchNorm2d(1))]
+    for gamma in (0.5, 2.0):
+        (gradient,) = torch.autograd.grad(hast_loss(logits, torch.tensor([0, 0]), layers, 1, gamma), logits)
+        assert gradient.isfinite().all()
+        assert gradient[0].abs().max() < 1e-6 < gradient[1].abs().max()
+
+
+def test_images_follow_from_the_seed_and_every_batch_has_its_losses(small):
+    settings = {"count": 6, "batch": 4, "iterations": 3}
+    first, again, other = (hast.hard_images(small, **settings, seed=seed) for seed in (1, 1, 2))
+    assert first.images.shape == (6, 3, 8, 8) and first.labels.shape == (6,)
+    assert [len(curve) for curve in first.losses] == [3, 3]
+    assert torch.equal(first.images, again.images) and torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.images, other.images)
+    assert not first.images.requires_grad
+
+
+def test_synthesis_brings_statistics_and_labels_together(small):
+    made = hast.hard_images(small, 32, batch=32, iterations=60, beta=1, gamma=1, learning_rate=0.1)
+    start = hast.hard_images(
+        small, 32, batch=32, iterations=1, beta=1, gamma=1, learning_rate=1e-9, min_learning_rate=0
+    )
+    gaps, right = [], []
+    for images in (start.images, made.images):
+        with BatchNormInputs(small.network) as norms:
+            right.append((small.network(images).argmax(1) == made.labels).float().mean())
+            gaps.append(bns_loss(norms.layers))
+    assert gaps[1] < 0.3 * gaps[0]
+    assert right[1] > right[0]
+
+
+def test_crops_are_taken_in_every_second_iteration(small):
+    seen = []
+
+    def crops(images):
+        seen.append(images.shape)
+        return images
+
+    hast.hard_images(small, 4, batch=4, iterations=5, crops=crops)
+    assert len(seen) == 2
+    hast.hard_images(small, 4, batch=4, iterations=2, crops=RandomCrops(8))  # gradients pass through real crops
+
+
+def test_centres_are_one_image_a_class_that_the_teacher_names_so(small):
+    centres = hast.calibration_centres(small, iterations=60, learning_rate=0.1)
+    assert centres.images.shape == (4, 3, 8, 8)
+    assert (small.network(centres.images).argmax(1) == torch.arange(4)).all()
+    assert list(centres.statistics) == ["4"]  # of two batch norms the deeper one
+    with BatchNormInputs(small.network) as norms:
+        small.network(centres.images)
+        expected = sample_mean_std(norms.layers[1][1])
+        assert hast.centre_gap(norms.layers, torch.arange(4), centres) < 1e-12
+        assert hast.centre_gap(norms.layers, torch.tensor([1, 0, 2, 3]), centres) > 0
+    for ours, theirs in zip(centres.statistics["4"], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_centre_gap_by_hand():
+    # One sample of two positions 1 and 3: mean 2, unbiased variance 2. Its class's centre: mean 0, deviation 1.
+    layers = [("deep", torch.tensor([1.0, 3.0]).view(1, 1, 1, 2), nn.BatchNorm2d(1))]
+    centres = hast.Centres(torch.empty(0), {"deep": (torch.tensor([[9.0], [0.0]]), torch.tensor([[9.0], [1.0]]))})
+    by_hand = torch.tensor(4 + ((2 + 1e-6) ** 0.5 - 1) ** 2)
+    torch.testing.assert_close(hast.centre_gap(layers, torch.tensor([1]), centres), by_hand)
+
+
+def test_centres_draw_images_to_their_class(small):
+    centres = hast.calibration_centres(small, iterations=30, learning_rate=0.1)
+    made = hast.hard_images(small, 8, batch=8, iterations=30, beta=0, learning_rate=0.1, centres=centres)
+    free = hast.hard_images(small, 8, batch=8, iterations=30, beta=0, learning_rate=0.1)
+    gaps = []
+    for images in (free.images, made.images):
+        with BatchNormInputs(small.network) as norms:
+            small.network(images)
+            gaps.append(hast.centre_gap(norms.layers, made.labels, centres))
+    assert gaps[1] < gaps[0]
+
+
+def test_deeper_half():
+    assert [list(hast.deeper_half(range(n))) for n in (1, 2, 5)] == [[0], [1], [2, 3, 4]]
+
+
+def test_the_embedded_teacher_takes_all_settings():
+    teacher = load_teacher("resnet20_cifar10")
+    made = hast.hard_images(teacher, 2, *hast.PUBLISHED["cifar100"], batch=2, iterations=2)
+    assert made.images.isfinite().all() and made.images.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("setting", [{"count": 0}, {"batch": 1}, {"beta": -1}, {"gamma": -1}, {"iterations": 0}])
+def test_settings_out_of_range_are_refused(small, setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))}="):
+        hast.hard_images(small, **({"count": 2, "batch": 2, "iterations": 1} | setting))

@@ -1,0 +1,243 @@
+"""SaFT's fine-tuning: each term by hand, promotion, sharing of the teacher's view, and what may be switched off."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfqlib import saft
+from dfqlib.errors import UserError
+from dfqlib.finetune import Batch, FirstThen, ImageStream, decay_factor, finetune
+from dfqlib.losses import attention_gap, channel_attention, distillation_kl, selective_cross_entropy
+from dfqlib.models import Teacher
+from dfqlib.quantize import observing
+from dfqlib.saft import HAST, Seen, Terms, agreement, make_student, promote
+from dfqlib.views import View, Viewer
+
+
+class Residual(nn.Module):
+    """Two residual units and the head of a ResNet, for 8 x 8 images of four classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.one = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+        self.two = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+        self.pool, self.output = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(self.one(x) + x)
+        x = F.relu(self.two(x) + x)
+        return self.output(self.pool(x).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    network = Residual()
+    for _ in range(20):
+        network(torch.randn(32, 3, 8, 8) * 2 + 1)
+    return Teacher.from_module(network, 4, (0.5,) * 3, (0.25,) * 3, input_size=8)
+
+
+@pytest.fixture(scope="module")
+def data():
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(10, 3, 8, 8, generator=random), torch.arange(10) % 4
+
+
+def make(teacher, data, bits="w2a2", batch=8, **terms):
+    """(stream, student, the student's loss on the next batch) with ranges learned."""
+    terms = Terms(**terms)
+    viewer = Viewer(teacher.network, terms.saliency_of)
+    student = make_student(teacher, viewer, bits, terms, lr=1e-4, decay="cosine")
+    with observing(student.network), torch.no_grad():
+        student.network(data[0])
+    return Seen(ImageStream(teacher.network, *data, batch), viewer), student
+
+
+def test_selective_cross_entropy_by_hand():
+    # The teacher gives the label 3/4, 1/4 and 1/2: difficulties 1/4, 3/4 and 1/2.
+    teacher = torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(3.0)], [0.0, 0.0]])
+    student = torch.tensor([[0.0, 0.0], [9.0, 0.0], [math.log(3.0), 0.0]])
+    labels = torch.zeros(3, dtype=torch.long)
+    easy = torch.tensor(math.log(2))
+    torch.testing.assert_close(selective_cross_entropy(student, teacher, labels), easy)  # 1/2 is not under 0.5
+    both = torch.tensor((math.log(2) + math.log(4 / 3)) / 2)
+    torch.testing.assert_close(selective_cross_entropy(student, teacher, labels, 0.6), both)
+    torch.testing.assert_close(selective_cross_entropy(student, teacher, labels, 2.0), F.cross_entropy(student, labels))
+    assert selective_cross_entropy(student, teacher, labels, 0.1) == 0
+
+
+def test_channel_attention_and_its_gap_by_hand():
+    features = torch.tensor([[[[3.0, 0.0]], [[0.0, 0.0]]], [[[2.0, 2.0]], [[2.0, -2.0]]]])
+    attention = channel_attention(features)
+    half = 0.5**0.5
+    torch.testing.assert_close(attention, torch.tensor([[1.0, 0.0], [half, half]]))
+    torch.testing.assert_close(channel_attention(7 * features), attention)
+    zero = torch.zeros(2, 2)
+    # Means of squares: 1/2 of the first unit, (1 + 0 + 1/2 + 1/2) / 4; the second unit agrees.
+    torch.testing.assert_close(attention_gap([attention, zero], [zero, zero]), torch.tensor(0.5))
+    features.zero_().requires_grad_()
+    channel_attention(features).sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_agreement_is_the_sum_of_its_weighted_terms():
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 4, generator=random)
+    attention = torch.rand(2, 5, 6, generator=random)
+    ours, theirs = (View(logits[i], [attention[i]], None) for i in range(2))
+    labels, terms = torch.arange(5) % 4, Terms(easy_below=0.8)
+    kl = 20 * distillation_kl(theirs.logits, ours.logits, 20)
+    ce = 0.05 * selective_cross_entropy(ours.logits, theirs.logits, labels, 0.8)
+    fa = 2000 * attention_gap(ours.attentions, theirs.attentions)
+    torch.testing.assert_close(agreement(ours, theirs, labels, terms), kl + ce + fa)
+    torch.testing.assert_close(agreement(ours, theirs, labels, terms, attention=False), kl + ce)
+    for off, rest in (("kl_weight", ce + fa), ("ce_weight", kl + fa), ("attention_weight", kl + ce)):
+        torch.testing.assert_close(agreement(ours, theirs, labels, dataclasses.replace(terms, **{off: 0.0})), rest)
+
+
+def test_promotion_moves_each_pixel_by_epsilon_and_raises_the_loss(teacher, data):
+    images = data[0].clone().requires_grad_()
+
+    def loss(x):
+        return F.cross_entropy(teacher.network(x), data[1])
+
+    before = loss(images)
+    harder = promote(images, before, 0.02)
+    moved = (harder - data[0]).abs()
+    assert not harder.requires_grad and images.grad is None
+    torch.testing.assert_close(moved[moved > 1e-3], torch.full_like(moved[moved > 1e-3], 0.02), rtol=0, atol=1e-6)
+    assert (moved > 1e-3).float().mean() > 0.9
+    assert loss(harder) > before
+
+
+def by_hand(teacher, student, batch, terms, perturbed_attention=True):
+    """The whole loss, composed anew from the networks alone."""
+    own, other = Viewer(student.network, terms.saliency_of), Viewer(teacher.network, terms.saliency_of)
+    images = batch.images.clone().requires_grad_()
+    ours, theirs = own(images, True), other(batch.images, True)
+    clean = agreement(ours, theirs, batch.labels, terms)
+    harder = batch.images + terms.epsilon * torch.autograd.grad(clean, images, retain_graph=True)[0].sign()
+    total = clean + terms.saliency_weight * (ours.saliency - theirs.saliency).square().mean()
+    if terms.epsilon:
+        total = total + agreement(own(harder), other(harder), batch.labels, terms, perturbed_attention)
+    return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"epsilon": 0.0},
+        {"saliency_weight": 0.0},
+        {"perturbed_attention": False},
+        {"saliency_of": "convolution"},
+        HAST,
+    ],
+)
+def test_the_loss_is_both_agreements_and_the_gap_of_the_maps(teacher, data, changes):
+    stream, student = make(teacher, data, **changes)
+    batch = stream.next_batch()
+    ours = student.loss(student.network, batch)
+    terms = Terms(**changes)
+    torch.testing.assert_close(ours, by_hand(teacher, student, batch, terms, terms.perturbed_attention))
+    ours.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in student.network.parameters())
+    assert all(parameter.grad is None for parameter in teacher.network.parameters())
+
+
+def test_switches_change_the_loss(teacher, data):
+    losses = []
+    for changes in ({}, {"epsilon": 0.0}, {"perturbed_attention": False}, {"saliency_of": "convolution"}, HAST):
+        stream, student = make(teacher, data, **changes)
+        losses.append(student.loss(student.network, stream.next_batch()).item())
+    assert len({round(loss, 4) for loss in losses}) == 5
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn_but_labels(teacher, data):
+    terms = Terms(ce_weight=0.0)
+    viewer = Viewer(teacher.network)
+    batch = Seen(ImageStream(teacher.network, *data, 8), viewer).next_batch()
+    assert saft.Alignment(viewer, Viewer(teacher.network), terms)(teacher.network, batch).item() < 1e-3
+
+
+def test_tuning_brings_the_student_closer_to_the_teacher(teacher, data):
+    stream, student = make(teacher, data)
+    student.lr = 2e-5
+    losses = finetune(stream, {"s": student}, iterations=45, observe_iterations=5).students["s"]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_students_share_a_stream_and_do_not_touch_each_other(teacher, data):
+    results = []
+    for widths in (["w3a3"], ["w4a4", "w3a3"]):
+        students = {bits: make(teacher, data, bits)[1] for bits in widths}
+        stream = make(teacher, data)[0]
+        results.append(finetune(stream, students, iterations=4, observe_iterations=1).students["w3a3"])
+    assert results[0] == results[1]
+
+
+def test_the_view_of_a_batch_is_the_teachers_and_carries_no_gradient(teacher, data):
+    batch = make(teacher, data)[0].next_batch()
+    torch.testing.assert_close(batch.teacher_logits, teacher.network(batch.images))
+    assert isinstance(batch, Batch) and batch.seen.saliency.shape == (8, 8, 8) and len(batch.seen.attentions) == 2
+    assert not any(t.requires_grad for t in (batch.images, batch.seen.saliency, *batch.seen.attentions))
+
+
+def test_images_come_round_by_round(teacher, data):
+    images = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 3, 8, 8)
+    stream, again = (ImageStream(teacher.network, images, data[1], 4, seed=5) for _ in range(2))
+    batches = [stream.next_batch() for _ in range(5)]
+    numbers = torch.cat([batch.images[:, 0, 0, 0] for batch in batches])
+    assert sorted(numbers[:10].tolist()) == sorted(numbers[10:].tolist()) == list(range(10))
+    assert not torch.equal(numbers[:10], numbers[10:])
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), data[1][numbers.long()])
+    assert torch.equal(numbers, torch.cat([again.next_batch().images[:, 0, 0, 0] for _ in range(5)]))
+    large = ImageStream(teacher.network, images, data[1], batch=25)  # more than there are
+    assert len(large.next_batch().images) == 25
+
+
+def test_images_are_varied_before_the_teacher_sees_them(teacher, data):
+    stream = ImageStream(teacher.network, *data, 4, vary=lambda images: images + 1)
+    plain = ImageStream(teacher.network, *data, 4)
+    batch, other = stream.next_batch(), plain.next_batch()
+    torch.testing.assert_close(batch.images, other.images + 1)
+    torch.testing.assert_close(batch.teacher_logits, teacher.network(batch.images))
+
+
+def test_one_stream_then_another(teacher, data):
+    first, then = (ImageStream(teacher.network, data[0] + shift, data[1], 4) for shift in (0, 100))
+    stream = FirstThen(first, 2, then)
+    assert [stream.next_batch().images.mean().round(decimals=-2).item() for _ in range(4)] == [0, 0, 100, 100]
+
+
+def test_late_steps_are_those_of_the_published_epochs():
+    rates = [decay_factor("late_step", epoch / 50) for epoch in (0, 19, 20, 39, 40, 49)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"epsilon": -1}, {"temperature": 0}, {"saliency_of": "pool"}, {"easy_below": 3}, {"ce_weight": "1"}]
+)
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))}="):
+        Terms(**setting)
+
+
+def test_nothing_to_learn_is_refused():
+    with pytest.raises(UserError, match="nothing to learn"):
+        Terms(kl_weight=0, ce_weight=0, attention_weight=0, saliency_weight=0)
+
+
+def test_attention_without_residual_units_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain = Teacher.from_module(network.append(nn.Linear(4, 2)), 2, (0.5,) * 3, (0.25,) * 3, input_size=8)
+    with pytest.raises(UserError, match="attention_weight=2000"):
+        make_student(plain, Viewer(plain.network), "w4a4", Terms())
+    make_student(plain, Viewer(plain.network), "w4a4", Terms(attention_weight=0))
