@@ -66,10 +66,10 @@ class Seen:
     def __init__(self, stream: Stream, teacher: Viewer) -> None:
         self.stream, self.teacher = stream, teacher
 
-    @torch.no_grad()
     def next_batch(self) -> SeenBatch:
-        batch = self.stream.next_batch()
-        seen = self.teacher(batch.images, saliency=True).detach()
+        batch = self.stream.next_batch()  # with gradients: a generator may be learning behind it
+        with torch.no_grad():
+            seen = self.teacher(batch.images, saliency=True).detach()
         return SeenBatch(batch.images, batch.labels, seen.logits, seen)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from dfqlib import saft
 from dfqlib.errors import UserError
-from dfqlib.finetune import Batch, FirstThen, ImageStream, decay_factor, finetune
+from dfqlib.finetune import Batch, FirstThen, GeneratorStream, ImageStream, decay_factor, finetune
+from dfqlib.generators import Generator
 from dfqlib.losses import attention_gap, channel_attention, distillation_kl, selective_cross_entropy
 from dfqlib.models import Teacher
 from dfqlib.quantize import observing
@@ -188,6 +189,13 @@ def test_the_view_of_a_batch_is_the_teachers_and_carries_no_gradient(teacher, da
     torch.testing.assert_close(batch.teacher_logits, teacher.network(batch.images))
     assert isinstance(batch, Batch) and batch.seen.saliency.shape == (8, 8, 8) and len(batch.seen.attentions) == 2
     assert not any(t.requires_grad for t in (batch.images, batch.seen.saliency, *batch.seen.attentions))
+
+
+def test_a_generator_learns_behind_the_view(teacher, data):
+    stream = GeneratorStream(teacher.network, Generator(4, size=8), 2, batch=4)
+    first, then = Seen(stream, Viewer(teacher.network)), ImageStream(teacher.network, *data, 8)
+    both = FirstThen(first, 2, then)
+    assert [len(both.next_batch().images) for _ in range(3)] == [4, 4, 8] and len(stream.losses) == 2
 
 
 def test_images_come_round_by_round(teacher, data):
