@@ -64,13 +64,14 @@ class NoiseGaps:
     """How far Gaussian noise is from a network's batch-norm statistics.
 
     Per layer, in order of execution: its name, and for every channel |mean - mu|, |std - sigma| and
-    |variance - sigma^2| of the noise, (C,) each.
+    |variance - sigma^2| of the noise, and sigma itself, (C,) each.
     """
 
     layers: list[str]
     mean: list[Tensor]
     std: list[Tensor]
     variance: list[Tensor]
+    sigma: list[Tensor]
 
     def margins(self, epsilon: float = 0.9, spread: str = "std") -> Margins:
         """The ``epsilon`` quantile (0 to 1) of each layer's gaps over its channels.
@@ -112,7 +113,8 @@ def noise_gaps(teacher: Teacher, count: int = 1024, seed: int = 0) -> NoiseGaps:
     for (_, _, norm), parts in statistics.items():
         mean, variance = pooled_mean_var(*(torch.stack(each) for each in zip(*parts, strict=True)), weights)
         std, sigma = (variance + EPSILON).sqrt(), (norm.running_var + EPSILON).sqrt()
-        gaps.append(((mean - norm.running_mean).abs(), (std - sigma).abs(), (variance - norm.running_var).abs()))
+        differences = (mean - norm.running_mean, std - sigma, variance - norm.running_var)
+        gaps.append((*(difference.abs() for difference in differences), sigma))
     return NoiseGaps([name for _, name, _ in statistics], *(list(each) for each in zip(*gaps, strict=True)))
 
 
@@ -216,6 +218,21 @@ def make_stream(
     loss = partial(generator_loss, bns_weight=schedule.bns_weight, statistics_loss=statistics_loss)
     correlation = correlation_with_noise(layers, teacher.device, seed) if parts.correlation else None
     return gdfq.make_stream(teacher, schedule, loss, seed, image_loss=correlation)
+
+
+@torch.no_grad()
+def share_within(network: nn.Module, images: Tensor, margins: Margins) -> list[float]:
+    """Per batch norm, in order of execution, the share of all samples' channel means that the margin leaves alone.
+
+    ``images`` (B, 3, H, W), normalised; ``margins`` of :meth:`NoiseGaps.margins`.
+    """
+    with BatchNormInputs(network) as norms:
+        network(images)
+        layers = zip(norms.layers, margins.mean, strict=True)
+        gaps = (
+            (sample_mean_std(inputs)[0] - norm.running_mean).abs() <= margin for (_, inputs, norm), margin in layers
+        )
+        return [within.float().mean().item() for within in gaps]
 
 
 @torch.no_grad()

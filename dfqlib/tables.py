@@ -85,6 +85,7 @@ def present(rows: pd.DataFrame) -> pd.DataFrame:
             "method": lines["method"],
             "data": lines["data"],
             "model": lines["model"],
+            "scheme": lines["scheme"].str.upper() if lines["scheme"].nunique() > 1 else "",
             "bits": [bits(w, a) for w, a in zip(lines["weight_bits"], lines["activation_bits"], strict=True)],
             "variant": lines["variant"],
             "ranges": lines["ranges"],
@@ -113,7 +114,20 @@ def short(schedules: Iterable[str]) -> list[str]:
 def caption(rows: pd.DataFrame) -> str:
     """What stands under a table: how to read it, and each schedule in full where it is not the published one."""
     schedules = {} if rows.empty else dict.fromkeys(zip(rows["profile"], rows["schedule"], strict=True))
-    return " ".join([NOTE, *(f"Schedule {profile}, {schedule}." for profile, schedule in schedules)])
+    told = [f"Schedule {profile}, {schedule}." for profile, schedule in schedules]
+    return " ".join([NOTE, *unpublished(rows), *told])
+
+
+def unpublished(rows: pd.DataFrame) -> list[str]:
+    """A sentence where the paper has no number for any of the data sets in ``rows``, so that none can stand beside."""
+    if rows.empty:
+        return []
+    methods, ours = dict.fromkeys(rows["method"]), set(rows["dataset"])
+    theirs = dict.fromkeys(row.dataset for row in published.rows() if row.method in methods)
+    if not theirs or ours & set(theirs):
+        return []
+    names = ", ".join(methods)
+    return [f"No published value stands beside these rows: {names} is published for {', '.join(theirs)} only."]
 
 
 def bits(weight_bits: float, activation_bits: float) -> str:
@@ -155,7 +169,8 @@ def markdown(shown: pd.DataFrame) -> str:
     """A GitHub table; numbers to the right."""
     if shown.empty:
         return ""
-    words = {"method", "data", "model", "bits", "variant", "ranges", "schedule", "reason", "needs", "source", "here"}
+    words = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule", "reason", "needs", "source"}
+    words.add("here")
     rule = ["---" if name in words else "---:" for name in shown.columns]
     cells = [list(shown.columns), rule, *(shown.astype(str).values.tolist())]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells) + "\n"

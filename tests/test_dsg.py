@@ -12,11 +12,13 @@ from dfqlib import gdfq
 from dfqlib.correlation import eigenpairs, mean_similarity, similarity, spatial_correlation_loss
 from dfqlib.dsg import (
     RANGE_RULES,
+    Margins,
     NoiseGaps,
     Parts,
     deviations,
     make_stream,
     noise_gaps,
+    share_within,
     spread,
     start_images,
     synthesise_diverse,
@@ -219,6 +221,7 @@ def test_noise_gaps_are_those_of_one_batch(teacher):
         for place, (name, inputs, norm) in enumerate(norms.layers):
             mean, variance = batch_mean_var(inputs)
             assert gaps.layers[place] == name
+            torch.testing.assert_close(gaps.sigma[place], norm.running_var.sqrt(), rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(gaps.mean[place], (mean - norm.running_mean).abs(), rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(gaps.variance[place], (variance - norm.running_var).abs(), rtol=1e-3, atol=1e-4)
             std = (variance.sqrt() - norm.running_var.sqrt()).abs()
@@ -226,7 +229,8 @@ def test_noise_gaps_are_those_of_one_batch(teacher):
 
 
 def test_margins_are_the_quantile_of_each_layer():
-    gaps = NoiseGaps(["a", "b"], *([torch.arange(11.0), torch.tensor([s, 2 * s, 3 * s])] for s in (1.0, 10.0, 100.0)))
+    scales = (1.0, 10.0, 100.0, 1.0)
+    gaps = NoiseGaps(["a", "b"], *([torch.arange(11.0), torch.tensor([s, 2 * s, 3 * s])] for s in scales))
     assert gaps.margins(0.9).mean.tolist() == pytest.approx([9.0, 2.8])
     assert gaps.margins(0.5).spread.tolist() == [5, 20]
     assert gaps.margins(0.5, "variance").spread.tolist() == [5, 200]
@@ -322,6 +326,15 @@ def test_a_short_tuning_run_is_the_same_again(teacher, parts):
     assert other.losses[0].item() != runs[0].generator[0]
 
 
+def test_images_of_any_size(teacher):
+    odd = Teacher.from_module(teacher.network, 5, (0.5,) * 3, (0.25,) * 3, input_size=37)
+    gaps = noise_gaps(odd, 3)
+    assert run(odd, gaps, iterations=1)[0].shape == (6, 3, 37, 37)
+    stream = make_stream(odd, gdfq.Schedule(batch=3), gaps)
+    assert stream.generator.embedding is None and stream.next_batch().images.shape == (3, 3, 37, 37)
+    assert stream.losses[0].isfinite()
+
+
 def test_correlation_is_part_of_the_generators_loss(teacher):
     schedule, gaps = gdfq.Schedule(batch=6), noise_gaps(teacher, 16)
     with_it, without = (make_stream(teacher, schedule, gaps, parts=Parts(correlation=on)) for on in (True, False))
@@ -339,6 +352,13 @@ def test_deviations_and_spread_by_hand():
     torch.testing.assert_close(found["0"], torch.tensor([[1.0, 0.0], [3.0, 1.0]]), rtol=1e-4, atol=1e-4)
     assert spread(found)["0"] == pytest.approx(((2 + 0.5) / 2) ** 0.5, rel=1e-4)
     assert spread(deviations(network, images[:1].repeat(3, 1, 1, 1)))["0"] == pytest.approx(0, abs=1e-4)
+
+
+def test_share_within_by_hand():
+    network = nn.Sequential(norm_of([1.0, 0.0], [4.0, 1.0]))
+    images = torch.tensor([[[[1.0, 5.0]], [[0.0, 0.0]]], [[[7.0, 7.0]], [[2.0, 0.0]]]])  # gaps 2, 0 and 6, 1
+    margins = Margins(torch.tensor([1.5]), torch.tensor([0.0]))
+    assert share_within(network, images, margins) == [0.5]
 
 
 def test_the_four_range_rules_are_observers():

@@ -145,6 +145,20 @@ def test_reduced_schedule_is_labelled(kit):
     assert tables.present(run.frame()).loc[0, "schedule"] == "paper: as published"
 
 
+def test_schemes_stand_apart_and_missing_published_values_are_told():
+    run = Run("dsg", PARAMETERS, fp32_top1=93.0)
+    run.row(4, 4, top1=80.0, scheme="ptq")
+    assert "scheme" not in tables.present(run.frame())
+    run.row(4, 4, top1=85.0, scheme="qat")
+    shown = tables.present(run.frame())
+    assert shown["scheme"].tolist() == ["PTQ", "QAT"] and shown["top-1"].tolist() == ["80.00", "85.00"]
+    told = "No published value stands beside these rows: dsg is published for imagenet only."
+    assert "published" not in shown and told in tables.caption(run.frame())
+    frame = run.frame().assign(dataset="imagenet", model="resnet18")
+    assert tables.present(frame)["published"].tolist() == ["39.90", "62.18"]
+    assert told not in tables.caption(frame)
+
+
 def test_table_of_a_notebook_is_html_with_its_caption():
     run = make_run()
     run.row(4.2, 8, top1=88.0, variant="mixed precision")
