@@ -27,3 +27,11 @@ class RandomCrops:
             cropped = torch.stack([self.transform(image) for image in images])
             self.state = torch.get_rng_state()
         return cropped
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The random numbers to come."""
+        return {"random": self.state}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with the random numbers that :meth:`state_dict` gave."""
+        self.state = state["random"]

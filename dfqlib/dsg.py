@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -125,15 +124,23 @@ def layer_weights(parts: Parts, layers: int, samples: int, device: torch.device)
     return sample_weights(layers, samples, parts.published).to(device)
 
 
-def correlation_with_noise(layers: int, device: torch.device, seed: int) -> Callable[[Tensor], Tensor]:
+class CorrelationWithNoise:
     """The spatial correlation loss of images, against fresh Gaussian noise at each call, over the number of layers."""
-    random = torch.Generator(device).manual_seed(seed)
 
-    def loss(images: Tensor) -> Tensor:
-        noise = torch.randn(images.shape, generator=random, device=device)
-        return spatial_correlation_loss(images, noise) / layers
+    def __init__(self, layers: int, device: torch.device, seed: int) -> None:
+        self.layers, self.random = layers, torch.Generator(device).manual_seed(seed)
 
-    return loss
+    def __call__(self, images: Tensor) -> Tensor:
+        noise = torch.randn(images.shape, generator=self.random, device=images.device)
+        return spatial_correlation_loss(images, noise) / self.layers
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The noise to come."""
+        return {"random": self.random.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with the noise that :meth:`state_dict` tells."""
+        self.random.set_state(state["random"])
 
 
 def start_images(batch: int, size: int, seed: int = 0, published: bool = False) -> Tensor:
@@ -175,7 +182,7 @@ def synthesise_diverse(
     margins = gaps.margins(epsilon) if parts.slack else gaps.no_margins()
     layers = len(gaps.layers)
     weights = layer_weights(parts, layers, batch, device)
-    correlation = correlation_with_noise(layers, device, seed)
+    correlation = CorrelationWithNoise(layers, device, seed)
     with BatchNormInputs(teacher.network) as norms:
 
         def loss(images: Tensor) -> Tensor:
@@ -216,7 +223,7 @@ def make_stream(
         weights = layer_weights(parts, layers, schedule.batch, teacher.device)
         statistics_loss = partial(slack_bns_loss, margins=margins, weights=weights)
     loss = partial(generator_loss, bns_weight=schedule.bns_weight, statistics_loss=statistics_loss)
-    correlation = correlation_with_noise(layers, teacher.device, seed) if parts.correlation else None
+    correlation = CorrelationWithNoise(layers, teacher.device, seed) if parts.correlation else None
     return gdfq.make_stream(teacher, schedule, loss, seed, image_loss=correlation)
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dfqlib.errors import UserError, check_choice
+from dfqlib.checkpoint import load_checkpoint, save_checkpoint
+from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.generators import draw_one_label
 from dfqlib.losses import generator_loss, student_loss
 from dfqlib.progress import track
@@ -35,9 +37,24 @@ class Batch:
 
 
 class Stream(Protocol):
-    """Where the batches of a fine-tuning come from."""
+    """Where the batches of a fine-tuning come from; its state is all that the batches to come depend on."""
 
     def next_batch(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file from which a fine-tuning goes on after a stop, written after every so many batches, and at the end."""
+
+    path: Path
+    every: int = 1000
+
+    def __post_init__(self) -> None:
+        check_range("every", self.every, 1, 10**9)
 
 
 def decay_factor(decay: str, progress: float) -> float:
@@ -110,6 +127,27 @@ class GeneratorStream:
         self.iteration += 1
         return batch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Generator, optimizer, random numbers, losses so far; on the CPU where they can be."""
+        state = {
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random.get_state(),
+            "iteration": self.iteration,
+            "losses": _numbers(self.losses),
+        }
+        return state | {"image_loss": self.image_loss.state_dict()} if self.image_loss is not None else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
+        self.generator.load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.random.set_state(state["random"])
+        self.iteration = state["iteration"]
+        self.losses = list(torch.tensor(state["losses"], device=self.random.device))
+        if self.image_loss is not None:
+            self.image_loss.load_state_dict(state["image_loss"])
+
     def _learn(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Batch:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * decay_factor(self.decay, self.iteration / self.iterations)
@@ -158,6 +196,18 @@ class ImageStream:
             images = images.contiguous(memory_format=torch.channels_last)
         return Batch(images, self.labels[chosen], self.teacher(images))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is left of the round, and the random numbers."""
+        state = {"random": self.random.get_state(), "order": self.order}
+        return state | {"vary": self.vary.state_dict()} if self.vary is not None else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
+        self.random.set_state(state["random"])
+        self.order = state["order"]
+        if self.vary is not None:
+            self.vary.load_state_dict(state["vary"])
+
 
 class FirstThen:
     """A stream that is ``first`` for ``count`` batches and ``then`` from there on."""
@@ -168,6 +218,16 @@ class FirstThen:
     def next_batch(self) -> Batch:
         self.left -= 1
         return (self.first if self.left >= 0 else self.then).next_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both streams and how many batches the first has left."""
+        return {"left": self.left, "first": self.first.state_dict(), "then": self.then.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
+        self.left = state["left"]
+        self.first.load_state_dict(state["first"])
+        self.then.load_state_dict(state["then"])
 
 
 def distil(network: nn.Module, batch: Batch, loss: Callable[..., Tensor] = student_loss) -> Tensor:
@@ -217,14 +277,20 @@ def finetune(
     evaluate_every: int = 200,
     on_evaluation: Callable[[History], None] | None = None,
     label: str = "fine-tuning",
+    generator_warmup: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Tune every student on the same stream of batches; networks and generator change in place.
 
-    In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn their activation
-    ranges; then the ranges are frozen, and the students train from iteration ``train_from`` (at once, if it is not
-    given) to the end. ``evaluate`` gives a network's test score; it runs before the first iteration of training, after
-    every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then. Raises RuntimeError,
-    naming student and iteration, if a loss is no longer finite.
+    The first ``generator_warmup`` batches no student sees: the stream's generator learns alone. They count in none of
+    the other numbers. In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn
+    their activation ranges; then the ranges are frozen, and the students train from iteration ``train_from`` (at once,
+    if it is not given) to the end. ``evaluate`` gives a network's test score; it runs before the first iteration of
+    training, after every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then.
+
+    With a ``checkpoint`` a run that was stopped goes on from its file, if that exists, and on a CPU ends with the very
+    same numbers as one that was not. Raises RuntimeError, naming student and iteration, if a loss is no longer finite;
+    UserError if the spans leave nothing to do, or the checkpoint is another run's.
     """
     train_from = observe_iterations if train_from is None else train_from
     if not 0 < observe_iterations <= train_from < iterations:
@@ -232,26 +298,55 @@ def finetune(
             f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing "
             "to observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
         )
-    history = History(scores={name: [] for name in students})
     tuners = {name: _Tuner(student) for name, student in students.items()}
-    for iteration in track(range(iterations), label):
+    settings = {"iterations": iterations, "observe_iterations": observe_iterations, "train_from": train_from}
+    settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every, "students": list(students)}
+    run = _Progress(stream, tuners, History(scores={name: [] for name in students}))
+    if checkpoint is not None and (state := load_checkpoint(checkpoint.path, settings)) is not None:
+        run.load_state_dict(state)
+    for drawn in track(range(run.drawn, generator_warmup + iterations), label):
         batch = stream.next_batch()
-        if iteration < observe_iterations:
+        iteration = drawn - generator_warmup  # below 0 the generator learns alone
+        if 0 <= iteration < observe_iterations:
             for tuner in tuners.values():
                 tuner.observe(batch)
         if iteration >= train_from:
             progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
             for tuner in tuners.values():
                 tuner.step(batch, *progress)
-        done = iteration + 1
+        done, run.drawn = iteration + 1, drawn + 1
         if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
-            _read_losses(history, stream, tuners, train_from)
+            _read_losses(run.history, stream, tuners, train_from)
             if evaluate is not None:
                 for name, student in students.items():
-                    history.scores[name].append((done, evaluate(student.network)))
+                    run.history.scores[name].append((done, evaluate(student.network)))
             if on_evaluation is not None:
-                on_evaluation(history)
-    return history
+                on_evaluation(run.history)
+        if checkpoint is not None and (done == iterations or run.drawn % checkpoint.every == 0):
+            save_checkpoint(checkpoint.path, settings, run.state_dict())
+    _read_losses(run.history, stream, tuners, train_from)
+    return run.history
+
+
+@dataclass
+class _Progress:
+    """How far a fine-tuning has come: all that its rest depends on."""
+
+    stream: Stream
+    tuners: Mapping[str, _Tuner]
+    history: History
+    drawn: int = 0  # batches taken from the stream
+
+    def state_dict(self) -> dict[str, Any]:
+        students = {name: tuner.state_dict() for name, tuner in self.tuners.items()}
+        scores = self.history.scores
+        return {"drawn": self.drawn, "stream": self.stream.state_dict(), "students": students, "scores": scores}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn, self.history.scores = state["drawn"], state["scores"]
+        self.stream.load_state_dict(state["stream"])
+        for name, tuner in self.tuners.items():
+            tuner.load_state_dict(state["students"][name])
 
 
 class _Tuner:
@@ -286,6 +381,16 @@ class _Tuner:
         loss.backward()
         self.optimizer.step()
         self.losses.append(loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        network, optimizer = self.student.network.state_dict(), self.optimizer.state_dict()
+        return {"network": network, "optimizer": optimizer, "losses": _numbers(self.losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        device = next(self.student.network.parameters()).device
+        self.losses = list(torch.tensor(state["losses"], device=device))
 
 
 def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfqlib.errors import UserError
-from dfqlib.files import atomic_path
+from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.progress import track
 
 
@@ -154,29 +152,6 @@ def accept_any_size(network: nn.Module) -> nn.Module:
     return network
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; it loads with ``weights_only=True``."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The state in ``path``, or None if there is none yet.
-
-    Raises ``UserError`` if it was made by another recipe.
-    """
-    if not path.exists():
-        return None
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    made_by = state["recipe"]
-    wanted = asdict(recipe)
-    differing = [key for key in wanted if made_by.get(key) != wanted[key]]
-    if differing:
-        changes = ", ".join(f"{key}={wanted[key]!r} (it has {made_by.get(key)!r})" for key in differing)
-        raise UserError(f"checkpoint={str(path)!r} belongs to another recipe: {changes}; name another file.")
-    return state
-
-
 def train_teacher(
     network: nn.Module,
     images: Tensor,
@@ -201,7 +176,7 @@ def train_teacher(
     generator = torch.Generator().manual_seed(recipe.seed)
     losses = torch.zeros(len(images))
     history: list[dict[str, float]] = []
-    state = load_checkpoint(checkpoint, recipe)
+    state = load_checkpoint(checkpoint, asdict(recipe))
     if state is not None:
         network.load_state_dict(state["network"])
         for optimizer, saved in zip(steppers, state["optimizers"], strict=True):
@@ -239,9 +214,8 @@ def train_teacher(
         history.append(entry)
         save_checkpoint(
             checkpoint,
+            asdict(recipe),
             {
-                "recipe": asdict(recipe),
-                "epoch": len(history),
                 "network": network.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in steppers],
                 "generator": generator.get_state(),

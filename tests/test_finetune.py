@@ -7,8 +7,20 @@ import pytest
 import torch
 from torch import nn
 
+from dfqlib.crops import RandomCrops
 from dfqlib.errors import UserError
-from dfqlib.finetune import Batch, GeneratorStream, History, Student, decay_factor, distil, finetune
+from dfqlib.finetune import (
+    Batch,
+    Checkpoint,
+    FirstThen,
+    GeneratorStream,
+    History,
+    ImageStream,
+    Student,
+    decay_factor,
+    distil,
+    finetune,
+)
 from dfqlib.generators import Generator
 from dfqlib.losses import student_loss
 from dfqlib.quantize import quantize_model
@@ -194,3 +206,75 @@ def test_students_of_one_teacher_do_not_share_weights(teacher):
     kept = copy.deepcopy(parameters(second.network))
     finetune(make_stream(teacher), {"s": first}, iterations=3, observe_iterations=1)
     assert_equal(kept, parameters(second.network))
+
+
+def image_stream(teacher, seed=0):
+    images = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return ImageStream(teacher, images, torch.arange(20) % 4, batch=8, vary=RandomCrops(8, seed=seed), seed=seed)
+
+
+STREAMS = {
+    "generator": make_stream,
+    "images": image_stream,
+    "both": lambda teacher: FirstThen(make_stream(teacher), 5, image_stream(teacher)),
+}
+
+
+def tuned(teacher, stream, checkpoint, stop_at=None, iterations=8):
+    """Parameters and history of two students; ``stop_at`` breaks off when that many iterations are done."""
+
+    def stop(history):
+        if stop_at and len(history.students["w3"]) + 2 >= stop_at:
+            raise KeyboardInterrupt
+
+    students = {"w3": make_student(teacher, 3), "w4": make_student(teacher, 4)}
+    history = finetune(
+        STREAMS[stream](teacher),
+        students,
+        iterations,
+        observe_iterations=2,
+        evaluate=lambda network: network(torch.ones(1, 3, 8, 8)).sum().item(),
+        evaluate_every=1,
+        on_evaluation=stop,
+        generator_warmup=3,
+        checkpoint=checkpoint,
+    )
+    return {name: parameters(student.network) for name, student in students.items()}, history
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stopped_run_goes_on_to_the_same_numbers(stream, teacher, tmp_path):
+    whole, whole_history = tuned(teacher, stream, None)
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
+    for stop_at in (4, 7):  # stopped twice, each time some iterations after the last checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            tuned(teacher, stream, checkpoint, stop_at)
+    continued, history = tuned(teacher, stream, checkpoint)
+    for name in whole:
+        assert_equal(whole[name], continued[name])
+    assert history == whole_history
+    again, history = tuned(teacher, stream, checkpoint)  # nothing is left to do
+    assert history == whole_history
+    assert_equal(whole["w3"], again["w3"])
+
+
+def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(teacher, tmp_path):
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
+    tuned(teacher, "images", checkpoint)
+    with pytest.raises(UserError, match=r"iterations=9 \(it has 8\)"):
+        tuned(teacher, "images", checkpoint, iterations=9)
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="run.ckpt' cannot be read"):
+        tuned(teacher, "images", checkpoint)
+    with pytest.raises(UserError, match="every=0"):
+        Checkpoint(checkpoint.path, every=0)
+
+
+def test_warming_up_the_generator_is_drawing_batches_before_the_run(teacher):
+    by_hand, as_option = make_stream(teacher), make_stream(teacher)
+    for _ in range(3):
+        by_hand.next_batch()
+    students = [make_student(teacher) for _ in range(2)]
+    finetune(by_hand, {"s": students[0]}, 4, observe_iterations=1)
+    finetune(as_option, {"s": students[1]}, 4, observe_iterations=1, generator_warmup=3)
+    assert_equal(parameters(students[0].network), parameters(students[1].network))

@@ -1,0 +1,36 @@
+"""Files from which a long computation goes on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfqlib.errors import UserError
+from dfqlib.files import atomic_path
+
+
+def save_checkpoint(path: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write ``state`` atomically, with the ``settings`` it was computed by; it loads with ``weights_only=True``."""
+    with atomic_path(path) as temporary:
+        torch.save({"settings": settings, "state": state}, temporary)
+
+
+def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The state in ``path``, on the CPU, or None if there is no such file yet.
+
+    Raises ``UserError`` if it was computed by other settings, or cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        made_by, state = content["settings"], content["state"]
+    except Exception as error:
+        raise UserError(f"checkpoint={str(path)!r} cannot be read ({type(error).__name__}); remove it.") from None
+    differing = [key for key in settings if made_by.get(key) != settings[key]]
+    if differing:
+        changes = ", ".join(f"{key}={settings[key]!r} (it has {made_by.get(key)!r})" for key in differing)
+        raise UserError(f"checkpoint={str(path)!r} was made by other settings: {changes}; name another file.")
+    return state
