@@ -264,7 +264,7 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(teacher, tmp_path
     with pytest.raises(UserError, match=r"iterations=9 \(it has 8\)"):
         tuned(teacher, "images", checkpoint, iterations=9)
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="run.ckpt' cannot be read"):
+    with pytest.raises(UserError, match=r"run\.ckpt' cannot be read"):
         tuned(teacher, "images", checkpoint)
     with pytest.raises(UserError, match="every=0"):
         Checkpoint(checkpoint.path, every=0)
