@@ -63,7 +63,7 @@ def hard_images(
     teacher sees them in every second iteration, as published for ImageNet with :class:`dfqlib.crops.RandomCrops`. With
     ``centres`` the loss is 0.4 L_BNS + beta hard + 0.02 :func:`centre_gap`; TexQ's three weights 0.4, 1, 0.02 are read
     in this order. Drawn on the CPU, so a seed gives the same start on every device. UserError for settings out of
-    range; RuntimeError if the loss diverges. Source: HAST, section 3.2; the defaults are for CIFAR-10.
+    range; RuntimeError if the loss diverges. Source: HAST, hard sample synthesis; the defaults are for CIFAR-10.
     """
     check_range("count", count, 1, 10**7)
     check_range("batch", batch, 2, 2**20)
@@ -95,7 +95,7 @@ def calibration_centres(
 ) -> Centres:
     """One image for each class, fitted to the batch-norm statistics and to its class: L_BNS + CE.
 
-    Source: TexQ (Chen et al., NeurIPS 2023), section 3.2, in the simpler form that SaFT's code takes.
+    Source: TexQ (Chen et al., NeurIPS 2023), calibration centres, as SaFT's code has them.
     """
     classes = torch.arange(teacher.entry.classes, device=teacher.device)
     start = torch.randn(len(classes), 3, *[teacher.entry.input_size] * 2, generator=torch.Generator().manual_seed(seed))
@@ -119,7 +119,7 @@ def centre_gap(layers: Sequence[Layer], labels: Tensor, centres: Centres) -> Ten
     """Gap of each sample's means and standard deviations to those of its class's centre, mean over the deeper layers.
 
     ``layers`` as for :func:`dfqlib.losses.bns_loss`; labels (B,). Each gap is a mean squared error over samples and
-    channels; those of means and deviations add up. Source: TexQ, section 3.2 (calibration centre).
+    channels; those of means and deviations add up. Source: TexQ, calibration centres.
     """
     gaps = []
     for name, inputs, _ in deeper_half(layers):

@@ -107,7 +107,7 @@ def student_loss(
 def difficulty(logits: Tensor, labels: Tensor) -> Tensor:
     """1 - p_y (B,): how little of the probability goes to the label, 0 for an easy sample and 1 for a hopeless one.
 
-    ``logits`` (B, classes), ``labels`` (B,) integers. Source: HAST, section 3.2.
+    ``logits`` (B, classes), ``labels`` (B,) integers. Source: HAST, hard sample synthesis.
     """
     return 1 - logits.softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
 
@@ -123,7 +123,7 @@ def hast_loss(
     """L_BNS + beta mean((1 - p_y)^gamma CE(T(x), y)): images with the right statistics, hard samples counting most.
 
     ``teacher_logits`` (B, classes); ``labels`` (B,) integers. ``gamma`` = 0 is plain cross-entropy.
-    Source: HAST, section 3.2 (hard sample synthesis).
+    Source: HAST, hard sample synthesis.
     """
     cross_entropy = F.cross_entropy(teacher_logits, labels, reduction="none")
     # A root of 0 has no slope: where the teacher is sure, the difficulty is held above 0.
@@ -138,7 +138,7 @@ def selective_cross_entropy(
     """CE(S(x), y), mean over the samples whose difficulty for the teacher is under ``easy_below``; 0 if there are none.
 
     Logits (B, classes), labels (B,) integers. The teacher errs on hard samples, so their hard labels mislead; they are
-    learned from its soft ones alone. Above 1 every sample counts. Source: SynQ, section 4.4.
+    learned from its soft ones alone. Above 1 every sample counts. Source: SynQ, soft labels for difficult samples.
     """
     easy = (difficulty(teacher_logits, labels) < easy_below).to(student_logits.dtype)
     losses = F.cross_entropy(student_logits, labels, reduction="none")
@@ -148,7 +148,7 @@ def selective_cross_entropy(
 def channel_attention(features: Tensor) -> Tensor:
     """How much of the energy of ``features`` (B, C, h, w) each channel holds: (B, C), each row of length 1.
 
-    The mean of the squares over space, normalised. Source: HAST, section 3.4 (feature alignment).
+    The mean of the squares over space, normalised. Source: HAST, feature alignment.
     """
     return F.normalize(features.square().mean((2, 3)), dim=1)
 
@@ -157,7 +157,7 @@ def attention_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tenso
     """FA: the mean squared gap between channel attentions (B, C), summed over the residual units.
 
     ``student`` and ``teacher`` hold one attention per unit, in the same order; at least one.
-    Source: HAST, section 3.4 (feature alignment).
+    Source: HAST, feature alignment.
     """
     return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]).sum()
 

@@ -72,11 +72,19 @@ class Seen:
             seen = self.teacher(batch.images, saliency=True).detach()
         return SeenBatch(batch.images, batch.labels, seen.logits, seen)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
+        self.stream.load_state_dict(state)
+
 
 def agreement(student: View, teacher: View, labels: Tensor, terms: Terms, attention: bool = True) -> Tensor:
     """alpha tau^2 KL(T || S) + lambda_CE CE|easy + lam FA, of one set of images; labels (B,) integers.
 
-    ``attention=False`` leaves FA out. Source: SynQ, equation 6; SaFT; FA from HAST, section 3.4.
+    ``attention=False`` leaves FA out. Source: SynQ, equation 6; SaFT; FA from HAST, feature alignment.
     """
     total = student.logits.new_zeros(())
     if terms.kl_weight:
@@ -93,7 +101,7 @@ def promote(images: Tensor, loss: Tensor, epsilon: float) -> Tensor:
     """x + eps sign(dL/dx): ``images`` (B, 3, H, W) moved to where the student's ``loss`` on them is higher.
 
     The images must require a gradient, and ``loss`` keeps its graph. The teacher's part in the loss is taken as
-    constant. Source: HAST, section 3.3 (sample difficulty promotion).
+    constant. Source: HAST, sample difficulty promotion.
     """
     (gradient,) = torch.autograd.grad(loss, images, retain_graph=True)
     return images.detach() + epsilon * gradient.sign()

@@ -1,7 +1,7 @@
 """Grad-CAM: which parts of an image a class's score rests on.
 
 Selvaraju et al., "Grad-CAM: visual explanations from deep networks via gradient-based localization", ICCV 2017, as
-SynQ (section 4.3) and SaFT align it between teacher and student.
+SynQ (class activation map alignment) and SaFT align it between teacher and student.
 """
 
 from __future__ import annotations

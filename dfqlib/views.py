@@ -24,7 +24,6 @@ LAYERS = ("activations", "convolution")
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RESHAPES = {torch.flatten, "flatten", "view", "reshape", "squeeze", "contiguous"}
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-_OVER_SPACE = ([2, 3], [-2, -1], [-1, -2], [3, 2])
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Viewer:
     convolution's.
 
     ``closed`` says that the gradient of a class's score is known without a backward pass, which the last pooling and
-    linear layer allow; ``autograd=True`` does without this shortcut and gives the same maps. Saliency is of each
-    image's own top class; the weights of its channels carry no gradient, as is usual for Grad-CAM. UserError if
-    ``network`` cannot be traced or has no convolution.
+    linear layer (and batch norms in eval mode) allow; ``autograd=True`` goes without this shortcut to the same maps.
+    Saliency is of each image's own top class; the weights of its channels carry no gradient, as is usual for Grad-CAM.
+    UserError if ``network`` cannot be traced or has no convolution.
     """
 
     def __init__(self, network: nn.Module, layer: str = "activations", autograd: bool = False) -> None:
@@ -108,7 +107,7 @@ class Viewer:
 def residual_bodies(traced: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
     """The output of each residual unit's body, in execution order: of every sum, the part with more layers behind it.
 
-    Source: HAST, section 3.4, and SaFT align the bodies' outputs, before the identity is added.
+    Source: HAST, feature alignment, and SaFT align the bodies' outputs, before the identity is added.
     """
     depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -151,14 +150,20 @@ def _is_global_pool(traced: fx.GraphModule, node: fx.Node, classifier: str) -> b
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))
     if node.target is F.adaptive_avg_pool2d:
-        return node.args[1] in (1, (1, 1), [1, 1])
+        return _argument(node, "output_size") in (1, (1, 1), [1, 1])
     if node.target in (torch.mean, "mean"):
-        return len(node.args) > 1 and list(node.args[1]) in _OVER_SPACE
+        dims = _argument(node, "dim")
+        return isinstance(dims, list | tuple) and {dim % 4 for dim in dims} == {2, 3}
     # A window of fixed size covers everything if the classifier takes as many features as there are channels.
     return (
         isinstance(module, nn.AvgPool2d)
         and _channels(traced, node) == used_weight(traced.get_submodule(classifier)).shape[1]
     )
+
+
+def _argument(node: fx.Node, name: str) -> object:
+    """The second argument of the call ``node``, given by position or by ``name``; None if it is not given."""
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get(name)
 
 
 def _channels(traced: fx.GraphModule, node: fx.Node) -> int | None:

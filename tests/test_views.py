@@ -115,6 +115,32 @@ def test_maps_equal_those_by_hand(teacher):
     assert (of_features - of_convolution).abs().mean() > 0.01  # another kind of map
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: torch.mean(x, dim=[-1, -2]),
+        lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+        lambda x: F.adaptive_avg_pool2d(x, output_size=(1, 1)).squeeze(),
+    ],
+)
+def test_global_pooling_by_functions_is_recognised(pool):
+    class Pooled(TwoLayers):
+        def __init__(self):
+            super().__init__()
+            self.output = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.output(pool(self.features(x)))
+
+    network, images = lived(Pooled()), torch.randn(3, 3, 8, 8)
+    viewer = Viewer(network)
+    assert viewer.closed
+    torch.testing.assert_close(
+        viewer(images, saliency=True).saliency.detach(), map_by_hand(network, images, network.features[2])
+    )
+
+
 @pytest.mark.parametrize("kind", [TwoLayers, FixedWindow])
 def test_a_head_that_is_not_pool_and_linear_goes_by_autograd(kind):
     network = lived(kind())

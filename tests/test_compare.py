@@ -1,0 +1,85 @@
+"""The cross table's two halves: pools of images from every source, students of any pool by every use."""
+
+import copy
+
+import pytest
+import torch
+
+from dfqlib.compare import SOURCES, USES, Budget, Pool, make_pool, make_students
+from dfqlib.errors import UserError
+from dfqlib.models import load_teacher
+
+BUDGET = Budget(images=6, synthesis_iterations=1, batch=4, tuning_iterations=3)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("resnet20_cifar10")
+
+
+@pytest.fixture(scope="module")
+def pools(teacher):
+    return {source: make_pool(source, teacher, BUDGET, seed=1) for source in SOURCES}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_keeps_to_the_budget(source, pools):
+    pool = pools[source]
+    assert pool.images.shape == (6, 3, 32, 32) and pool.images.isfinite().all()
+    assert len(pool.labels) == 6 and pool.seconds > 0
+    assert not pool.images.requires_grad
+
+
+@pytest.mark.parametrize("source", ["noise", "dsg", "qimera", "hast"])
+def test_a_seed_decides_the_pool(source, teacher, pools):
+    again, other = (make_pool(source, teacher, BUDGET, seed=seed) for seed in (1, 2))
+    assert torch.equal(pools[source].images, again.images) and torch.equal(pools[source].labels, again.labels)
+    assert not torch.equal(again.images, other.images)
+
+
+def test_real_images_come_with_their_own_labels(teacher, pools):
+    assert pools["real"].labels.tolist() == pools["few-shot"].labels.tolist() == [0, 1, 2, 3, 4, 5]
+    with torch.no_grad():
+        assert (teacher.network(pools["real"].images).argmax(1) == pools["real"].labels).sum() >= 4
+
+
+def test_images_without_labels_get_the_teachers(teacher, pools):
+    for source in ("noise", "zeroq"):
+        with torch.no_grad():
+            assert torch.equal(pools[source].labels, teacher.network(pools[source].images).argmax(1))
+
+
+@pytest.mark.parametrize("use", USES)
+def test_every_use_makes_a_student_of_every_width_and_leaves_the_teacher(use, teacher, pools):
+    before = copy.deepcopy(teacher.network.state_dict())
+    students = make_students(use, teacher, pools["gdfq"], ["w4a4", "w3a3"], BUDGET)
+    assert list(students) == ["w4a4", "w3a3"]
+    with torch.no_grad():
+        logits = [student(pools["real"].images) for student in students.values()]
+    assert all(each.isfinite().all() for each in logits) and not torch.equal(*logits)
+    for name, value in teacher.network.state_dict().items():
+        assert torch.equal(before[name], value)
+
+
+def test_only_fine_tuning_changes_weights(teacher, pools):
+    name = "features.init_block.conv.weight"
+    for use in USES:
+        student = make_students(use, teacher, pools["gdfq"], ["w4a4"], BUDGET)["w4a4"]
+        same = torch.equal(student.get_parameter(name), teacher.network.get_parameter(name))
+        assert same == (use == "ranges")
+
+
+def test_mixed_classes_are_used_by_every_tuning(teacher, pools):
+    soft = torch.nn.functional.one_hot(pools["gdfq"].labels, 10).float().mul(0.8).add(0.02)
+    pool = Pool(pools["gdfq"].images, soft, 0.0)
+    for use in ("gdfq", "saft"):
+        assert make_students(use, teacher, pool, ["w4a4"], BUDGET)
+
+
+def test_unknown_names_and_budgets_are_refused(teacher, pools):
+    with pytest.raises(UserError, match="source='zero'"):
+        make_pool("zero", teacher, BUDGET)
+    with pytest.raises(UserError, match="use='tune'"):
+        make_students("tune", teacher, pools["real"], ["w4a4"], BUDGET)
+    with pytest.raises(UserError, match="images=1"):
+        Budget(images=1)
