@@ -7,6 +7,7 @@ filter, HAST on synthetic ones without saliency. The loop is :func:`dfqlib.finet
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
