@@ -93,7 +93,7 @@ class NoiseGaps:
 def noise_gaps(teacher: Teacher, count: int = 1024, seed: int = 0) -> NoiseGaps:
     """The gaps of ``count`` Gaussian noise images, N(0, 1), taken as one batch, to the teacher's batch-norm statistics.
 
-    This is data that no one needs to have: the published margins were never published, so they are computed.
+    Noise is data that anyone has. The authors load their margins from files that they never published.
     UserError for a teacher without batch norms. Source: DSG, slack distribution alignment.
     """
     check_range("noise_images", count, 1, 10**6)
@@ -128,7 +128,8 @@ class CorrelationWithNoise:
     """The spatial correlation loss of images, against fresh Gaussian noise at each call, over the number of layers."""
 
     def __init__(self, layers: int, device: torch.device, seed: int) -> None:
-        self.layers, self.random = layers, torch.Generator(device).manual_seed(seed)
+        # Another stream than that of the images' own start, or both would begin as the same noise.
+        self.layers, self.random = layers, torch.Generator(device).manual_seed(seed + 2)
 
     def __call__(self, images: Tensor) -> Tensor:
         noise = torch.randn(images.shape, generator=self.random, device=images.device)
