@@ -119,7 +119,8 @@ def plan(selection: Selection) -> list[PlannedRun]:
         code, own = code_identity(paper.notebook), defaults[paper.key]
         for dataset, model in settings_of(paper, profile, selection, own):
             values = own | scheduled(paper, profile.name, dataset, model, own)
-            bits = widths or (published_widths(paper, dataset, model) if not profile.datasets else own.get("bits"))
+            # A notebook that no published row stands for runs the widths of its own table.
+            bits = widths or ([] if profile.datasets else published_widths(paper, dataset, model)) or values.get("bits")
             values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings
             for seed in selection.seeds:
                 parameters = {name: (values | {"seed": seed})[name] for name in own if name != "out"}
