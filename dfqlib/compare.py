@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -191,3 +192,17 @@ USES: Mapping[str, Callable[..., dict[str, nn.Module]]] = {
     "gdfq": _tune_gdfq,
     "saft": _tune_saft,
 }
+
+
+def variance_shares(table: pd.DataFrame) -> dict[str, float]:
+    """How much of the variance of ``table`` (sources x uses) each explains, in per cent: two-way analysis of variance.
+
+    ``source`` is the variance of the row means, ``use`` that of the column means, ``both`` what is left: how much a
+    source suits a use. Zeros if all cells are equal.
+    """
+    whole = table.to_numpy().mean()
+    by_source, by_use = table.mean(axis=1) - whole, table.mean(axis=0) - whole
+    left = table.sub(by_source, axis=0).sub(by_use, axis=1) - whole
+    parts = {"source": (by_source**2).mean(), "use": (by_use**2).mean(), "both": (left**2).to_numpy().mean()}
+    total = sum(parts.values())
+    return {name: 100 * float(part / total) if total > 0 else 0.0 for name, part in parts.items()}

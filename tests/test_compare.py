@@ -2,10 +2,11 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 
-from dfqlib.compare import SOURCES, USES, Budget, Pool, make_pool, make_students
+from dfqlib.compare import SOURCES, USES, Budget, Pool, make_pool, make_students, variance_shares
 from dfqlib.errors import UserError
 from dfqlib.models import load_teacher
 
@@ -83,3 +84,11 @@ def test_unknown_names_and_budgets_are_refused(teacher, pools):
         make_students("tune", teacher, pools["real"], ["w4a4"], BUDGET)
     with pytest.raises(UserError, match="images=1"):
         Budget(images=1)
+
+
+def test_shares_of_the_variance_by_hand():
+    additive = pd.DataFrame([[1.0, 3.0], [5.0, 7.0]])  # rows differ by 4, columns by 2: variances 4 and 1
+    assert variance_shares(additive) == {"source": 80.0, "use": 20.0, "both": 0.0}
+    crossed = pd.DataFrame([[1.0, 0.0], [0.0, 1.0]])
+    assert variance_shares(crossed) == {"source": 0.0, "use": 0.0, "both": 100.0}
+    assert variance_shares(pd.DataFrame([[2.0, 2.0]])) == {"source": 0.0, "use": 0.0, "both": 0.0}
