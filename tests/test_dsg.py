@@ -1,11 +1,8 @@
 """DSG's losses equal the official code's and hand-worked values; margins, correlation and synthesis do as they say."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from pytorchcv.model_provider import get_model
+from official import recorded_losses, recorded_network
 from torch import nn
 
 from dfqlib import gdfq
@@ -39,20 +36,16 @@ from dfqlib.models import Teacher
 from dfqlib.quantizer import OBSERVERS
 from dfqlib.statistics import BatchNormInputs, batch_mean_var, weighted_mean_var
 
-DATA = Path(__file__).parent / "data" / "losses.npz"
-
 
 @pytest.fixture(scope="module")
 def official():
-    return {name: torch.from_numpy(array) for name, array in np.load(DATA).items()}
+    return recorded_losses()
 
 
 @pytest.fixture(scope="module")
 def forward(official):
     """The network, and its batch-norm inputs for the official images."""
-    network = get_model("resnet20_cifar10").eval()
-    state = {name.removeprefix("state/"): value for name, value in official.items() if name.startswith("state/")}
-    network.load_state_dict(state, strict=False)
+    network = recorded_network(official)
     with BatchNormInputs(network) as norms, torch.no_grad():
         network(official["images"])
         return network, list(norms.layers)

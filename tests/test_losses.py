@@ -1,31 +1,25 @@
 """Losses equal the official code's, and hand-worked values."""
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from pytorchcv.model_provider import get_model
+from official import recorded_losses, recorded_network
 from torch import nn
 
 from dfqlib.losses import bns_loss, distillation_kl, generator_loss, student_loss, zeroq_statistics_loss
 from dfqlib.statistics import BatchNormInputs
 
-DATA = Path(__file__).parent / "data" / "losses.npz"
-
 
 @pytest.fixture(scope="module")
 def official():
-    return {name: torch.from_numpy(array) for name, array in np.load(DATA).items()}
+    return recorded_losses()
 
 
 @pytest.fixture(scope="module")
 def forward(official):
     """Teacher logits and batch-norm inputs for the official images."""
-    network = get_model("resnet20_cifar10").eval()
-    state = {name.removeprefix("state/"): value for name, value in official.items() if name.startswith("state/")}
-    network.load_state_dict(state, strict=False)
+    network = recorded_network(official)
     with BatchNormInputs(network) as norms, torch.no_grad():
         logits = network(official["images"])
         layers = list(norms.layers)

@@ -1,0 +1,22 @@
+"""Tensors recorded from the official implementations, and the network that they were computed with."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorchcv.model_provider import get_model
+from torch import Tensor, nn
+
+
+def recorded_losses() -> dict[str, Tensor]:
+    """Inputs and values of the official losses, by name."""
+    file = Path(__file__).parent / "data" / "losses.npz"
+    return {name: torch.from_numpy(array) for name, array in np.load(file).items()}
+
+
+def recorded_network(recorded: dict[str, Tensor]) -> nn.Module:
+    """The ResNet-20 behind the recorded losses, in eval mode."""
+    network = get_model("resnet20_cifar10").eval()
+    state = {name.removeprefix("state/"): value for name, value in recorded.items() if name.startswith("state/")}
+    network.load_state_dict(state, strict=False)
+    return network
