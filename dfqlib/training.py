@@ -57,6 +57,16 @@ class Recipe:
         return self.prune if epoch < self.full * self.epochs else 0.0
 
 
+def second_cycle(epochs: int, batch: int, seed: int) -> Recipe:
+    """Recipe that takes trained weights further: the rate starts again where they can still move, and falls to zero.
+
+    Most images are known by then and teach nothing, so two in three of them are left out of an epoch.
+    """
+    falling = ((0.0, 1.0), (1.0, 0.0))
+    sizes = (24, 32, 32)
+    return Recipe(epochs, batch, filter_lr=0.02, lr=0.04, knots=falling, sizes=sizes, prune=2 / 3, full=0.95, seed=seed)
+
+
 def choose_images(losses: Tensor, prune: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The images of an epoch in random order, and the weight of each of their losses: two (M,) tensors, M <= N.
 
