@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfqlib import plan, preflight, profiles, published
-from dfqlib.errors import UserError
+from dfqlib.errors import UserError, check_range
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (default: 0)")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="any parameter of the notebooks")
     add("--results", default=str(HERE / "results"), metavar="FOLDER", help="where results go (default: results/)")
+    add("--jobs", type=int, default=2, metavar="N", help="runs at once, each with its share of the cores; 1 "
+        "gives a single run all of them (default: 2)")  # fmt: skip
     add("--force", action="store_true", help="run again what is already there")
     add("--keep-going", action="store_true", help="after a failure, also try the other runs of the same notebook")
     add("--list", action="store_true", help="list the published rows, what each needs and whether it can run here")
@@ -75,6 +77,7 @@ def stop(*_: object) -> None:
 
 
 def call(options: argparse.Namespace) -> int:
+    check_range("jobs", options.jobs, 1, 1000)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     chosen = selection(options)
     runs = plan.plan(chosen)
@@ -159,7 +162,7 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
     if not able:
         raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
     with Screen(console, [planned.name for planned in able]) as screen:
-        outcomes = batch.execute(able, results, screen, force=options.force, keep_going=options.keep_going)
+        outcomes = batch.Batch(results, screen, options.jobs, options.force, options.keep_going).execute(able)
     for outcome in outcomes:
         if outcome.state not in ("done", "found"):
             note(failures, outcome.run, f"{outcome.state}: {outcome.message}")

@@ -1,4 +1,4 @@
-"""Run planned notebooks, one after the other, each into a folder of its own that appears whole or not at all.
+"""Run planned notebooks, some at once, each into a folder of its own that appears whole or not at all.
 
 While a run goes on it lives in a hidden folder beside its place, ``.<run id>.<random>.partial``; when it is complete,
 one rename puts it there. A run that fails or is interrupted is left as ``<run id>.unfinished`` with its partly executed
@@ -13,20 +13,17 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from weakref import WeakSet
 
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
-
+from dfqlib import kernels
 from dfqlib.errors import UserError
 from dfqlib.files import write_json, write_text
-from dfqlib.plan import METRICS, NOTEBOOK, PACKAGE, PlannedRun, complete, notebook_cells
-from dfqlib.progress import FILE_VARIABLE
+from dfqlib.plan import METRICS, NOTEBOOK, PlannedRun, complete, imports_of, notebook_cells
 from dfqlib.screen import Screen
 
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
@@ -60,74 +57,101 @@ def check_folder(results: Path) -> None:
         raise UserError(f"results={str(results)!r} cannot be written ({error.strerror or error}).") from None
 
 
-def execute(
-    runs: list[PlannedRun], results: Path, screen: Screen, *, force: bool = False, keep_going: bool = False
-) -> list[Outcome]:
-    """Run what is missing in ``results`` (with ``force``, everything) and say how each run ended.
+class Batch:
+    """Runs on their way into ``results``: up to ``jobs`` at once, each with its share of the cores.
 
-    After a failure the other runs of the same notebook are skipped, as they would fail likewise, unless
-    ``keep_going``; other notebooks go on. An interrupt (Ctrl-C) stops the running notebook and skips the rest.
+    After a failure the runs of the same notebook that have not begun are skipped, as they would fail likewise, unless
+    ``keep_going``; other notebooks go on. An interrupt (Ctrl-C) stops the running notebooks and skips the rest.
     """
-    outcomes: list[Outcome] = []
-    broken: set[str] = set()
-    stopped = False
-    for index, run in enumerate(runs):
-        if not force and complete(run.folder(results)):
-            outcome = Outcome(run, "found", str(run.folder(results)))
-        elif stopped:
+
+    def __init__(self, results: Path, screen: Screen, jobs: int, force: bool = False, keep_going: bool = False) -> None:
+        self.results, self.screen, self.jobs = results, screen, jobs
+        # The same for one run as for many, so that what runs beside a run does not change its last digits.
+        self.threads = max(1, kernels.cores() // jobs)
+        self.force, self.keep_going = force, keep_going
+        self.broken: set[str] = set()  # papers
+        self.stopping = False
+        self.kernels: WeakSet = WeakSet()  # processes
+
+    def execute(self, runs: list[PlannedRun]) -> list[Outcome]:
+        """Run what is missing (with ``force``, everything) and say how each run ended."""
+        missing = {run.paper.notebook for run in runs if not self.there(run)}
+        kernels.warm_up(set().union(*map(imports_of, missing)), self.threads)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self.finish, index, run) for index, run in enumerate(runs)]
+            try:
+                wait(futures)
+            except KeyboardInterrupt:
+                self.stop(futures)
+        return [future.result() for future in futures]
+
+    def there(self, run: PlannedRun) -> bool:
+        """Whether the run need not be made again."""
+        return not self.force and complete(run.folder(self.results))
+
+    def stop(self, futures: list[Future]) -> None:
+        """Kill the kernels until every run has ended; one may be about to start another."""
+        self.stopping = True
+        while wait(futures, timeout=0.2).not_done:
+            for kernel in list(self.kernels):
+                kernel.kill()
+
+    def finish(self, index: int, run: PlannedRun) -> Outcome:
+        """Take one run to its end, or say why not."""
+        if self.there(run):
+            outcome = Outcome(run, "found", str(run.folder(self.results)))
+        elif self.stopping:
             outcome = Outcome(run, "skipped", "after the interrupt")
-        elif run.paper.key in broken and not keep_going:
+        elif run.paper.key in self.broken and not self.keep_going:
             outcome = Outcome(
                 run, "skipped", f"after another run of {run.paper.notebook.name} failed (--keep-going runs it)"
             )
         else:
-            outcome = execute_one(run, results, screen, index)
-            stopped = outcome.state == "stopped"
+            outcome = self.execute_one(index, run)
             if outcome.state == "failed":
-                broken.add(run.paper.key)
-        screen.end(index, outcome.state, outcome.message)
-        outcomes.append(outcome)
-    return outcomes
+                self.broken.add(run.paper.key)
+        self.screen.end(index, outcome.state, outcome.message)
+        return outcome
 
-
-def execute_one(run: PlannedRun, results: Path, screen: Screen, index: int) -> Outcome:
-    """Execute one notebook into its folder below ``results``."""
-    final = run.folder(results)
-    unfinished = final.with_name(f"{final.name}.unfinished")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
-    partial.chmod(0o755)
-    began = time.monotonic()
-    progress_file = partial / "progress.json"
-    cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
-    screen.start(index, cells, progress_file)
-    try:
-        run_notebook(run, partial, progress_file, on_cell=lambda: screen.cell(index))
-        seconds = time.monotonic() - began
-        stamp(run, partial, seconds)
-        put_in_place(partial, final)
-    except (KernelFailure, OSError, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        line = "interrupted" if interrupted else str(error)
-        # On a full disk the message may find no room; what is there is kept all the same.
-        with contextlib.suppress(OSError):
-            write_text(partial / "error.txt", getattr(error, "details", line + "\n"))
-        progress_file.unlink(missing_ok=True)
+    def execute_one(self, index: int, run: PlannedRun) -> Outcome:
+        """Execute one notebook into its folder."""
+        final = run.folder(self.results)
+        unfinished = final.with_name(f"{final.name}.unfinished")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+        partial.chmod(0o755)
+        began = time.monotonic()
+        progress_file = partial / "progress.json"
+        cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
+        self.screen.start(index, cells, progress_file)
+        try:
+            self.run_notebook(index, run, partial, progress_file)
+            seconds = time.monotonic() - began
+            stamp(run, partial, seconds)
+            put_in_place(partial, final)
+        except (KernelFailure, OSError) as error:
+            line = "interrupted" if self.stopping else str(error)
+            details = line + "\n" if self.stopping else getattr(error, "details", line + "\n")
+            # On a full disk the message may find no room; what is there is kept all the same.
+            with contextlib.suppress(OSError):
+                write_text(partial / "error.txt", details)
+            progress_file.unlink(missing_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            partial.rename(unfinished)
+            message = f"{line}; what it did is in {unfinished}"
+            return Outcome(run, "stopped" if self.stopping else "failed", message, time.monotonic() - began)
         shutil.rmtree(unfinished, ignore_errors=True)
-        partial.rename(unfinished)
-        message = f"{line}; what it did is in {unfinished}"
-        return Outcome(run, "stopped" if interrupted else "failed", message, time.monotonic() - began)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return Outcome(run, "done", str(final), seconds)
+        return Outcome(run, "done", str(final), seconds)
 
+    def run_notebook(self, index: int, run: PlannedRun, partial: Path, progress_file: Path) -> None:
+        """Execute the notebook with its parameters into ``partial``; KernelFailure if it does not reach its end."""
+        import papermill  # here, since it takes a second that --list and a finished batch need not wait for
+        from nbclient.exceptions import DeadKernelError
 
-def run_notebook(run: PlannedRun, partial: Path, progress_file: Path, on_cell: Any) -> None:
-    """Execute the notebook with its parameters into ``partial``; KernelFailure if it does not reach its end."""
-    import papermill  # here, since it takes a second that --list and a finished batch need not wait for
-    from nbclient.exceptions import DeadKernelError
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    with open(partial / "kernel.log", "wb") as log:
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        log = partial / "kernel.log"
+        log.touch()
+        manager = kernels.kernel_manager(run.paper.notebook.parent, progress_file, log, self.threads, self.kernels)
         try:
             papermill.execute_notebook(
                 run.paper.notebook,
@@ -136,41 +160,19 @@ def run_notebook(run: PlannedRun, partial: Path, progress_file: Path, on_cell: A
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
-                cwd=run.paper.notebook.parent,
-                kernel_manager_class=this_python(progress_file, log),
+                kernel_manager_class=manager,
                 shutdown_kernel="immediate",
-                on_cell_executed=lambda **_: on_cell(),
+                on_cell_executed=lambda **_: self.screen.cell(index),
             )
         except papermill.PapermillExecutionError as error:
             # The kit's own refusals are sentences; other errors need their type to be understood.
             sentence = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
             raise KernelFailure(sentence.splitlines()[0], FORMATTING.sub("", str(error))) from None
         except Exception as error:
-            log.flush()
-            tail = (partial / "kernel.log").read_text(errors="replace")[-4000:]
+            tail = log.read_text(errors="replace")[-4000:]
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
             raise KernelFailure(line, f"{line}\n{tail}") from error
-
-
-def this_python(progress_file: Path, log: BinaryIO) -> type[AsyncKernelManager]:
-    """A kernel manager that starts this very interpreter, whatever kernels the machine has.
-
-    The kernel reports its loops to ``progress_file``; what native code prints goes to ``log``, not over the screen.
-    """
-
-    class ThisPython(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(argv=argv, display_name="Python 3", language="python")
-
-        async def start_kernel(self, **options: Any) -> None:
-            path = os.pathsep.join(filter(None, [os.fspath(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-            env = os.environ | {FILE_VARIABLE: os.fspath(progress_file), "PYTHONPATH": path}
-            await self._async_start_kernel(**options, env=env, stdout=log, stderr=log)
-
-    return ThisPython
 
 
 def stamp(run: PlannedRun, partial: Path, seconds: float) -> None:

@@ -264,15 +264,33 @@ def digest(*parts: str) -> str:
 
 def code_identity(notebook: Path) -> str:
     """Hash of the notebook's code cells and of every module of the kit that they import, directly or not."""
-    cells = [normalise("".join(cell["source"])) for cell in notebook_cells(notebook)]
-    todo = [module for cell in cells for module in imported(cell)]
+    cells = [normalise(cell) for cell in notebook_sources(notebook)]
+    modules = {name: normalise(source) for name, source in modules_of(cells, without=SHOWING).items()}
+    return digest(*cells, *(f"{name} {source}" for name, source in sorted(modules.items())))
+
+
+def imports_of(notebook: Path) -> set[str]:
+    """Every module that a notebook needs, and names that only look like one: all that it and the kit's part of it
+    import, directly or not."""
+    cells = notebook_sources(notebook)
+    return {name for source in [*cells, *modules_of(cells).values()] for name in imported(source)}
+
+
+def notebook_sources(notebook: Path) -> list[str]:
+    """The text of each code cell."""
+    return ["".join(cell["source"]) for cell in notebook_cells(notebook)]
+
+
+def modules_of(sources: Iterable[str], without: Iterable[str] = ()) -> dict[str, str]:
+    """Name and source of the kit's modules that some sources import, directly or not, ``without`` some of them."""
+    todo = [name for source in sources for name in imported(source)]
     modules: dict[str, str] = {}
     while todo:
-        module = todo.pop()
-        if module not in modules and module not in SHOWING:
-            modules[module] = normalise(module_file(module).read_text(encoding="utf-8"))
-            todo += imported(modules[module])
-    return digest(*cells, *(f"{name} {source}" for name, source in sorted(modules.items())))
+        name = todo.pop()
+        if name.startswith("dfqlib.") and name not in modules and name not in without and module_file(name).is_file():
+            modules[name] = module_file(name).read_text(encoding="utf-8")
+            todo += imported(modules[name])
+    return modules
 
 
 def normalise(source: str) -> str:
@@ -290,7 +308,10 @@ def normalise(source: str) -> str:
 
 
 def imported(source: str) -> list[str]:
-    """The modules of the kit that some source imports; source that is not plain Python imports none."""
+    """What some source imports, also inside functions; source that is not plain Python imports nothing.
+
+    ``from a import b`` gives ``a`` and ``a.b``, which is a module or not.
+    """
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:
@@ -299,7 +320,7 @@ def imported(source: str) -> list[str]:
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.startswith("dfqlib.") and module_file(name).is_file()]
+    return names
 
 
 def module_file(name: str) -> Path:

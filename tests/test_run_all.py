@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from stub_kit import write_kit
 
 import run_all
 from dfqlib import plan
+from dfqlib.kernels import cores
 
 ROOT = Path(run_all.__file__).resolve().parent
 
@@ -92,7 +94,7 @@ def test_tables_name_every_published_row_run_or_not(kit, tmp_path):
 def test_broken_notebook_leaves_its_copy_and_the_others_go_on(kit, tmp_path, capsys):
     results = tmp_path / "results"
     write_kit(kit, zeroq="print('so far')\n1 / 0")
-    assert call(results, "--seeds", "0", "1") == 1
+    assert call(results, "--seeds", "0", "1", "--jobs", "1") == 1
     printed = capsys.readouterr().out
     assert "failed" in printed and "ZeroDivisionError: division by zero" in printed
     assert printed.count("skipped") == 1  # the broken notebook's second seed
@@ -187,7 +189,7 @@ def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop, background):
     results, flag = tmp_path / "results", tmp_path / "started"
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
     process = start(results, background=background)
-    wait_for(flag.exists)
+    wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")))
     process.send_signal(stop)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
@@ -197,6 +199,43 @@ def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop, background):
     assert unfinished.name.endswith(".unfinished") and (unfinished / "notebook.ipynb").is_file()
     assert (unfinished / "error.txt").read_text() == "interrupted\n"
     assert (results / "tables" / "zeroq.csv").is_file()
+
+
+def test_an_interrupt_stops_every_run_at_work(kit, tmp_path):
+    write_kit(kit, zeroq=f"import time\nopen(r'{tmp_path}' + f'/{{seed}}', 'w').close()\ntime.sleep(600)")
+    process = start(tmp_path / "results", "--seeds", "0", "1", "--jobs", "2")
+    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed.count(": stopped") == 2 and printed.count(": skipped") == 2
+
+
+def test_runs_at_once_share_the_cores(kit, tmp_path):
+    """Each notebook waits for the other to begin, so one after the other they would never end."""
+    body = """
+import os, pathlib, time
+folder = pathlib.Path({folder!r})
+(folder / "{mine}").write_text(os.environ["OMP_NUM_THREADS"])
+deadline = time.monotonic() + 60
+while not (folder / "{other}").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)"""
+    own = {"folder": str(tmp_path)}
+    write_kit(kit, body.format(mine="a", other="b", **own), body.format(mine="b", other="a", **own))
+    assert call(tmp_path / "results", "--jobs", "2") == 0
+    assert {int((tmp_path / name).read_text()) for name in "ab"} == {max(1, cores() // 2)}
+
+
+def test_kernels_end_with_a_batch_that_is_killed(kit, tmp_path):
+    pid = tmp_path / "pid"
+    write_kit(kit, zeroq=f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    process = start(tmp_path / "results", "--papers", "zeroq")
+    wait_for(lambda: pid.exists() and pid.read_text())
+    kernel = psutil.Process(int(pid.read_text()))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_two_at_once_lose_nothing(kit, tmp_path):
@@ -219,6 +258,8 @@ def test_two_at_once_lose_nothing(kit, tmp_path):
         (["--bits", "w9a4"], "bits='w9a4' is not supported"),
         (["--bits", "w4a1"], "bits='w4a1' is not supported"),
         (["--bits", "4"], "bits='4' is not supported"),
+        (["--jobs", "0"], "jobs=0 is out of range"),
+        (["--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
         (["--seeds", "-1"], "seeds='-1' is not a seed; allowed: whole numbers from 0"),
         (["--seeds", "one"], "seeds='one' is not a seed"),
         (["--set", "iteration=3"], "--set='iteration' is unknown (did you mean 'iterations'?)"),

@@ -1,0 +1,155 @@
+"""The kernels that notebooks of a batch run in, each a process of its own.
+
+A kernel spends most of a short notebook's time importing torch and what goes with it. So on Linux one process imports
+everything the notebooks of a batch need, once, and every kernel is forked from it (Python's own fork server). Other
+systems do not fork a process safely that has loaded their graphics libraries; there each kernel starts from nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from multiprocessing import connection, forkserver
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
+
+from dfqlib.plan import PACKAGE
+from dfqlib.progress import FILE_VARIABLE
+
+FORKS = sys.platform == "linux"
+LAUNCHER = [sys.executable, "-m", "ipykernel_launcher"]
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The variables of a kernel that computes with ``threads`` threads, unless the user's own say otherwise."""
+    path = os.pathsep.join(filter(None, [os.fspath(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    chosen = {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    return {"OMP_NUM_THREADS": str(threads)} | os.environ | chosen
+
+
+def warm_up(modules: Iterable[str], threads: int) -> None:
+    """Start the process that kernels are forked from; it imports ``modules``, those of them that there are.
+
+    Returns at once. Where kernels are not forked it does nothing.
+    """
+    if not FORKS:
+        return
+    names = {"ipykernel.kernelapp", "matplotlib_inline.backend_inline", *modules}
+    if "torch" in names:
+        names.add("torch._dynamo")  # which torch imports when the first optimizer is made
+    before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
+    forkserver.set_forkserver_preload(["__main__", *sorted(names)])
+    os.environ.update(environment(threads))  # read by torch and matplotlib as they are imported
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the batch, which stops its kernels
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
+
+
+def kernel_manager(
+    folder: Path, progress_file: Path, log: Path, threads: int, running: WeakSet[Any]
+) -> type[AsyncKernelManager]:
+    """A kernel manager that runs this very interpreter in ``folder``, whatever kernels the machine has.
+
+    The kernel reports its loops to ``progress_file``; what native code prints goes to ``log``, not over the screen.
+    Its process, which can be killed, is added to ``running``.
+    """
+
+    class ThisPython(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(argv=[*LAUNCHER, "-f", "{connection_file}"], display_name="Python 3", language="python")
+
+        async def start_kernel(self, **options: Any) -> None:
+            kind = Forked if FORKS else LocalProvisioner
+            self.provisioner = kind(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
+            env = environment(threads) | {FILE_VARIABLE: os.fspath(progress_file)}
+            with open(log, "ab") as stream:
+                output = {"stdout": stream, "stderr": stream}
+                await self._async_start_kernel(**(options | {"cwd": os.fspath(folder), "env": env} | output))
+            running.add(self.provisioner.process)
+
+    return ThisPython
+
+
+class Forked(LocalProvisioner):
+    """Provisioner of kernels that are forked instead of started."""
+
+    async def launch_kernel(self, cmd: list[str], **options: Any) -> KernelConnectionInfo:
+        arguments = cmd[len(LAUNCHER) :]
+        self.process = ForkedProcess((arguments, options["cwd"], options["env"], options["stdout"].name))
+        self.pid = self.pgid = self.process.pid
+        self.cwd = options["cwd"]
+        return self.connection_info
+
+
+class ForkedProcess:
+    """A forked kernel with the methods of :class:`subprocess.Popen` that a provisioner calls."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, arguments: tuple[list[str], str, dict[str, str], str]) -> None:
+        context: BaseContext = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_become_kernel, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+def _become_kernel(arguments: list[str], folder: str, env: dict[str, str], log: str) -> None:
+    """What a forked process does: it takes its surroundings and is a kernel until it is told to stop."""
+    os.setsid()  # a group of its own, as a provisioner expects: signals to it reach the kernel's children too
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    threading.Thread(target=_end_with_the_batch, daemon=True).start()
+
+    from ipykernel.kernelapp import IPKernelApp
+
+    IPKernelApp.launch_instance(argv=arguments)
+
+
+def _end_with_the_batch() -> None:
+    """A kernel whose batch was killed would compute on for nobody."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
