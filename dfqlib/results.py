@@ -119,6 +119,8 @@ class Run:
         from matplotlib import pyplot
 
         if self.out:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # laid out once for the two files and the notebook
             for suffix in (".png", ".svg"):
                 with atomic_path(self.out / f"{name}{suffix}") as path:
                     figure.savefig(path, format=suffix[1:], dpi=150, bbox_inches="tight")

@@ -1,7 +1,7 @@
 """Every ImageNet model of the published tables goes the whole way: images, generator, quantized copy, fine-tuning.
 
 With random weights, two images and a handful of steps: what is tested is that nothing about the architectures or their
-input sizes is in the way, not accuracy.
+input sizes is in the way, and that a run which stops goes on, not accuracy.
 """
 
 import math
@@ -9,38 +9,70 @@ import math
 import pytest
 import torch
 
-from dfqlib import gdfq, published, zeroq
-from dfqlib.finetune import finetune
+from dfqlib import dsg, gdfq, hast, published, saft, zeroq
+from dfqlib.finetune import Checkpoint, ImageStream, finetune
 from dfqlib.models import MODELS, Teacher, build
+from dfqlib.views import Viewer
 
 IMAGENET = published.models_of("imagenet")
-SCHEDULE = gdfq.Schedule(iterations=3, observe_iterations=1, train_from=1, generator_iterations=2, batch=2)
+SCHEDULE = gdfq.Schedule(iterations=2, observe_iterations=1, train_from=1, generator_iterations=1, batch=2)
 
 
-def random_teacher(name: str) -> Teacher:
+@pytest.fixture(scope="module", params=IMAGENET)
+def teacher(request) -> Teacher:
+    """The architecture with random weights."""
     torch.manual_seed(0)
-    entry = MODELS[name]
-    return Teacher.from_module(build(name), 1000, entry.mean, entry.std, input_size=entry.input_size)
+    entry = MODELS[request.param]
+    return Teacher.from_module(build(entry.name), 1000, entry.mean, entry.std, input_size=entry.input_size)
 
 
 def test_the_tables_have_the_models_they_should():
     assert set(IMAGENET) >= {"resnet18", "resnet50", "inceptionv3", "mobilenetv2_w1", "shufflenet_g1_w1", "sqnxt23_w2"}
 
 
-@pytest.mark.parametrize("name", IMAGENET)
-def test_post_training_and_fine_tuning_run(name):
-    teacher = random_teacher(name)
+def test_post_training_quantization_runs(teacher):
     size = teacher.entry.input_size
-    images, losses = zeroq.distill(teacher, batch=2, iterations=2)
+    images, losses = zeroq.distill(teacher, batch=2, iterations=1)
     assert images.shape == (2, 3, size, size) and all(map(math.isfinite, losses))
-    student = zeroq.calibrated(teacher.network, 8, 8, images)
     with torch.no_grad():
-        assert student(images).shape == (2, 1000)
+        assert zeroq.calibrated(teacher.network, 8, 8, images)(images).shape == (2, 1000)
+    diverse, labels, losses = dsg.synthesise_diverse(teacher, dsg.noise_gaps(teacher, 2), batch=2, iterations=1)
+    assert diverse.shape == images.shape and labels.max() < 1000 and all(map(math.isfinite, losses))
 
-    stream = gdfq.make_stream(teacher, SCHEDULE)
-    tuned = gdfq.make_student(teacher, "w4a4", SCHEDULE)
-    before = [p.detach().clone() for p in tuned.network.parameters()]
-    history = finetune(stream, {"w4a4": tuned}, SCHEDULE.iterations, SCHEDULE.observe_iterations)
-    assert all(map(math.isfinite, history.generator + history.students["w4a4"]))
-    assert any(not torch.equal(old, new) for old, new in zip(before, tuned.network.parameters(), strict=True))
+
+def test_fine_tuning_on_a_generator_runs_and_goes_on_after_a_stop(teacher, tmp_path):
+    def stop(history):
+        if len(history.students["w4a4"]) == 1:
+            raise KeyboardInterrupt
+
+    def tune(checkpoint=None, on_evaluation=None):
+        stream, student = gdfq.make_stream(teacher, SCHEDULE), gdfq.make_student(teacher, "w4a4", SCHEDULE)
+        spans = {"iterations": SCHEDULE.iterations, "observe_iterations": SCHEDULE.observe_iterations}
+        watch = {"evaluate_every": 1, "on_evaluation": on_evaluation}
+        history = finetune(stream, {"w4a4": student}, **spans, **watch, checkpoint=checkpoint)
+        return history, list(student.network.parameters()), stream
+
+    before = [p.clone() for p in gdfq.make_student(teacher, "w4a4", SCHEDULE).network.parameters()]
+    history, tuned, stream = tune()
+    size = teacher.entry.input_size
     assert stream.next_batch().images.shape == (2, 3, size, size)
+    assert all(map(math.isfinite, history.generator + history.students["w4a4"]))
+    assert any(not torch.equal(old, new) for old, new in zip(before, tuned, strict=True))
+
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=1)
+    with pytest.raises(KeyboardInterrupt):
+        tune(checkpoint, stop)
+    assert checkpoint.path.is_file()
+    again, continued, _ = tune(checkpoint)
+    assert again == history
+    assert all(torch.equal(one, other) for one, other in zip(tuned, continued, strict=True))
+
+
+def test_alignment_with_hard_images_runs(teacher):
+    made = hast.hard_images(teacher, 2, beta=0.1, gamma=1.0, batch=2, iterations=1)
+    viewer, terms = Viewer(teacher.network), saft.Terms()
+    student = saft.make_student(teacher, viewer, "w6a6", terms)
+    seen = saft.Seen(ImageStream(teacher.network, made.images, made.labels, batch=2), viewer)
+    history = finetune(seen, {"w6a6": student}, iterations=2, observe_iterations=1)
+    losses = [*made.losses[0], *history.students["w6a6"]]
+    assert made.images.shape[0] == 2 and len(history.students["w6a6"]) == 1 and all(map(math.isfinite, losses))

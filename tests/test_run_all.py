@@ -211,8 +211,9 @@ def test_an_interrupt_stops_every_run_at_work(kit, tmp_path):
     assert printed.count(": stopped") == 2 and printed.count(": skipped") == 2
 
 
-def test_runs_at_once_share_the_cores(kit, tmp_path):
+def test_runs_at_once_share_the_cores(kit, tmp_path, monkeypatch):
     """Each notebook waits for the other to begin, so one after the other they would never end."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     body = """
 import os, pathlib, time
 folder = pathlib.Path({folder!r})
