@@ -2,7 +2,8 @@
 
 While a run goes on it lives in a hidden folder beside its place, ``.<run id>.<random>.partial``; when it is complete,
 one rename puts it there. A run that fails or is interrupted is left as ``<run id>.unfinished`` with its partly executed
-notebook, ``error.txt`` and the kernel's own log.
+notebook, ``error.txt`` and the kernel's own log. Its checkpoints, in ``.<run id>.checkpoints``, stay until the run is
+complete: begun again, it goes on from them.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from weakref import WeakSet
 
 from dfqlib import kernels
 from dfqlib.errors import UserError
-from dfqlib.files import write_json, write_text
+from dfqlib.files import CHECKPOINTS, write_json, write_text
 from dfqlib.plan import METRICS, NOTEBOOK, PlannedRun, complete, imports_of, notebook_cells
+from dfqlib.progress import FILE_VARIABLE
 from dfqlib.screen import Screen
 
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
@@ -117,6 +119,9 @@ class Batch:
         """Execute one notebook into its folder."""
         final = run.folder(self.results)
         unfinished = final.with_name(f"{final.name}.unfinished")
+        checkpoints = final.with_name(f".{final.name}.checkpoints")
+        if self.force:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
         partial.chmod(0o755)
@@ -125,7 +130,7 @@ class Batch:
         cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
         self.screen.start(index, cells, progress_file)
         try:
-            self.run_notebook(index, run, partial, progress_file)
+            self.run_notebook(index, run, partial, progress_file, checkpoints)
             seconds = time.monotonic() - began
             stamp(run, partial, seconds)
             put_in_place(partial, final)
@@ -140,10 +145,11 @@ class Batch:
             partial.rename(unfinished)
             message = f"{line}; what it did is in {unfinished}"
             return Outcome(run, "stopped" if self.stopping else "failed", message, time.monotonic() - began)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in (unfinished, checkpoints):
+            shutil.rmtree(leftover, ignore_errors=True)
         return Outcome(run, "done", str(final), seconds)
 
-    def run_notebook(self, index: int, run: PlannedRun, partial: Path, progress_file: Path) -> None:
+    def run_notebook(self, index: int, run: PlannedRun, partial: Path, progress_file: Path, checkpoints: Path) -> None:
         """Execute the notebook with its parameters into ``partial``; KernelFailure if it does not reach its end."""
         import papermill  # here, since it takes a second that --list and a finished batch need not wait for
         from nbclient.exceptions import DeadKernelError
@@ -151,7 +157,8 @@ class Batch:
         logging.getLogger("papermill").setLevel(logging.ERROR)
         log = partial / "kernel.log"
         log.touch()
-        manager = kernels.kernel_manager(run.paper.notebook.parent, progress_file, log, self.threads, self.kernels)
+        variables = {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)}
+        manager = kernels.kernel_manager(run.paper.notebook.parent, variables, log, self.threads, self.kernels)
         try:
             papermill.execute_notebook(
                 run.paper.notebook,

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+#: The variable that tells a notebook in a batch where its checkpoints are.
+CHECKPOINTS = "DFQ_CHECKPOINTS"
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ one run of it serves every bit width, and a student learns the same whether it i
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ class Checkpoint:
     """The file from which a fine-tuning goes on after a stop, written after every so many batches, and at the end."""
 
     path: Path
-    every: int = 1000
+    every: int = 500
 
     def __post_init__(self) -> None:
         check_range("every", self.every, 1, 10**9)
@@ -257,6 +258,7 @@ class History:
     generator: list[float] = field(default_factory=list)
     students: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)  # spent so far, with the parts before a stop
 
     def last(self, student: str) -> float:
         """Top-1 after the last iteration."""
@@ -304,6 +306,7 @@ def finetune(
     run = _Progress(stream, tuners, History(scores={name: [] for name in students}))
     if checkpoint is not None and (state := load_checkpoint(checkpoint.path, settings)) is not None:
         run.load_state_dict(state)
+    began = time.perf_counter() - run.history.seconds
     for drawn in track(range(run.drawn, generator_warmup + iterations), label):
         batch = stream.next_batch()
         iteration = drawn - generator_warmup  # below 0 the generator learns alone
@@ -322,6 +325,7 @@ def finetune(
                     run.history.scores[name].append((done, evaluate(student.network)))
             if on_evaluation is not None:
                 on_evaluation(run.history)
+        run.history.seconds = time.perf_counter() - began
         if checkpoint is not None and (done == iterations or run.drawn % checkpoint.every == 0):
             save_checkpoint(checkpoint.path, settings, run.state_dict())
     _read_losses(run.history, stream, tuners, train_from)
@@ -339,11 +343,12 @@ class _Progress:
 
     def state_dict(self) -> dict[str, Any]:
         students = {name: tuner.state_dict() for name, tuner in self.tuners.items()}
-        scores = self.history.scores
-        return {"drawn": self.drawn, "stream": self.stream.state_dict(), "students": students, "scores": scores}
+        history = {"scores": self.history.scores, "seconds": self.history.seconds}
+        return {"drawn": self.drawn, "stream": self.stream.state_dict(), "students": students, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.drawn, self.history.scores = state["drawn"], state["scores"]
+        self.drawn = state["drawn"]
+        self.history.scores, self.history.seconds = state["history"]["scores"], state["history"]["seconds"]
         self.stream.load_state_dict(state["stream"])
         for name, tuner in self.tuners.items():
             tuner.load_state_dict(state["students"][name])

@@ -25,7 +25,6 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 from dfqlib.plan import PACKAGE
-from dfqlib.progress import FILE_VARIABLE
 
 FORKS = sys.platform == "linux"
 LAUNCHER = [sys.executable, "-m", "ipykernel_launcher"]
@@ -68,11 +67,11 @@ def warm_up(modules: Iterable[str], threads: int) -> None:
 
 
 def kernel_manager(
-    folder: Path, progress_file: Path, log: Path, threads: int, running: WeakSet[Any]
+    folder: Path, variables: dict[str, str], log: Path, threads: int, running: WeakSet[Any]
 ) -> type[AsyncKernelManager]:
     """A kernel manager that runs this very interpreter in ``folder``, whatever kernels the machine has.
 
-    The kernel reports its loops to ``progress_file``; what native code prints goes to ``log``, not over the screen.
+    ``variables`` are added to its environment; what native code prints goes to ``log``, not over the screen.
     Its process, which can be killed, is added to ``running``.
     """
 
@@ -84,10 +83,11 @@ def kernel_manager(
         async def start_kernel(self, **options: Any) -> None:
             kind = Forked if FORKS else LocalProvisioner
             self.provisioner = kind(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
-            env = environment(threads) | {FILE_VARIABLE: os.fspath(progress_file)}
             with open(log, "ab") as stream:
                 output = {"stdout": stream, "stderr": stream}
-                await self._async_start_kernel(**(options | {"cwd": os.fspath(folder), "env": env} | output))
+                await self._async_start_kernel(
+                    **(options | {"cwd": os.fspath(folder), "env": environment(threads) | variables} | output)
+                )
             running.add(self.provisioner.process)
 
     return ThisPython

@@ -10,7 +10,9 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import math
+import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ import torch
 
 from dfqlib import profiles, tables
 from dfqlib.errors import UserError
-from dfqlib.files import atomic_path, write_json
+from dfqlib.files import CHECKPOINTS, atomic_path, write_json
 from dfqlib.runtime import code_version, describe_hardware, pick_device
 
 if TYPE_CHECKING:
@@ -29,10 +31,10 @@ if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
     from dfqlib.data import ImageSet
+    from dfqlib.finetune import Checkpoint
     from dfqlib.models import Teacher
 
 METRICS = "metrics.json"
-_started = time.perf_counter()
 
 
 class Run:
@@ -52,6 +54,7 @@ class Run:
         out: str | Path = "",
         fp32_top1: float | None = None,
     ) -> None:
+        self.began = time.perf_counter()
         self.paper = profiles.paper(paper)
         self.parameters = {name: plain(value) for name, value in parameters.items() if name != "out"}
         self.teacher, self.data, self.out = teacher, data, Path(out) if out else None
@@ -106,6 +109,16 @@ class Run:
             if not isinstance(row[name], int | float) or not 0 <= row[name] <= 100:
                 raise ValueError(f"{name}={row[name]!r} of {self.paper.key} is not a percentage (0 to 100).")
         self.rows.append(row)
+
+    def checkpoint(self, name: str) -> Checkpoint | None:
+        """Where the fine-tuning ``name`` of this run is kept against a stop; None outside a batch.
+
+        ``run_all.py`` names the folder in ``DFQ_CHECKPOINTS``: it outlives the run's own until the run is complete.
+        """
+        from dfqlib.finetune import Checkpoint
+
+        folder = os.environ.get(CHECKPOINTS)
+        return Checkpoint(Path(folder, re.sub(r"[^\w.-]+", "-", name) + ".ckpt")) if folder else None
 
     def record(self, name: str, value: Any) -> None:
         """Keep any other number, series or table under ``name``: curves, bit widths per layer, sensitivities."""
@@ -162,7 +175,7 @@ class Run:
             "device": str(device),
             "commit": code_version(),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - _started, 1),
+            "seconds": round(time.perf_counter() - self.began, 1),
         }
 
     def save(self) -> Path | None:

@@ -1,7 +1,12 @@
 """The fine-tuning loop: students share a stream and do not touch it; ranges freeze; last and best are kept apart."""
 
 import copy
+import os
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +34,10 @@ from dfqlib.quantizer import FakeQuantize
 
 @pytest.fixture(scope="module")
 def teacher():
+    return small_teacher()
+
+
+def small_teacher():
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
@@ -256,6 +265,38 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(stream, teacher, tmp_path):
     again, history = tuned(teacher, stream, checkpoint)  # nothing is left to do
     assert history == whole_history
     assert_equal(whole["w3"], again["w3"])
+
+
+KILLED = """
+import pathlib, sys
+from dfqlib.finetune import Checkpoint, finetune
+from test_finetune import make_stream, make_student, small_teacher
+
+student = make_student(small_teacher(), 3)
+stream, checkpoint = make_stream(small_teacher(), 100), Checkpoint(pathlib.Path(sys.argv[1]), every=7)
+finetune(stream, {"w3": student}, 100, 5, checkpoint=checkpoint)
+print([p.flatten().tolist() for p in student.network.parameters()])
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(tmp_path):
+    """SIGKILL leaves no time to tidy up: what counts is the last checkpoint that was written whole."""
+
+    def start(name):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / name)]
+        here = Path(__file__).parent
+        env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole.ckpt")
+    process, path = start("killed.ckpt"), tmp_path / "killed.ckpt"
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    continued = start("killed.ckpt")
+    assert continued.communicate()[0] == whole.communicate()[0] != ""
 
 
 def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(teacher, tmp_path):

@@ -109,6 +109,24 @@ def test_broken_notebook_leaves_its_copy_and_the_others_go_on(kit, tmp_path, cap
     assert printed.count(": found") == 2 and printed.count(": done") == 2
 
 
+def test_checkpoints_outlive_a_failure_and_go_when_the_run_is_complete(kit, tmp_path):
+    body = """
+import os, pathlib
+tries = pathlib.Path(os.environ["DFQ_CHECKPOINTS"], "tries")
+tries.parent.mkdir(exist_ok=True)
+before = tries.read_text() if tries.exists() else ""
+tries.write_text(before + "x")
+assert len(before) == 2"""
+    write_kit(kit, zeroq=body)
+    results = tmp_path / "results"
+    for options, tries in [([], "x"), ([], "xx"), (["--force"], "x"), ([], "xx")]:
+        assert call(results, "--papers", "zeroq", *options) == 1
+        (folder,) = results.glob("quick/zeroq/.*.checkpoints")
+        assert (folder / "tries").read_text() == tries
+    assert call(results, "--papers", "zeroq") == 0
+    assert not list(results.glob("quick/zeroq/.*"))
+
+
 def test_keep_going_tries_the_other_runs_of_a_broken_notebook(kit, tmp_path, capsys):
     write_kit(kit, zeroq="assert seed, 'seed 0 is bad'")
     assert call(tmp_path / "results", "--papers", "zeroq", "--seeds", "0", "1", "--keep-going") == 1
