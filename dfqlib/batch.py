@@ -1,9 +1,9 @@
 """Run planned notebooks, some at once, each into a folder of its own that appears whole or not at all.
 
-While a run goes on it lives in a hidden folder beside its place, ``.<run id>.<random>.partial``; when it is complete,
-one rename puts it there. A run that fails or is interrupted is left as ``<run id>.unfinished`` with its partly executed
-notebook, ``error.txt`` and the kernel's own log. Its checkpoints, in ``.<run id>.checkpoints``, stay until the run is
-complete: begun again, it goes on from them.
+While a run goes on it lives in a hidden folder beside its place, ``.<run id>.<owner>.<random>.partial``; when it is
+complete, one rename puts it there. A run that fails or is interrupted is left as ``<run id>.unfinished`` with its
+partly executed notebook, ``error.txt`` and the kernel's own log. Its checkpoints, in ``.<run id>.checkpoints``, stay
+until the run is complete: begun again, it goes on from them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,10 @@ from dfqlib.progress import FILE_VARIABLE
 from dfqlib.screen import Screen
 
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
+
+
+MACHINE = platform.node().replace(".", "-")
+OWNER = f"{MACHINE}-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -80,18 +86,20 @@ class Batch:
         missing = {run.paper.notebook for run in runs if not self.there(run)}
         kernels.warm_up(set().union(*map(imports_of, missing)), self.threads)
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self.finish, index, run) for index, run in enumerate(runs)]
+            # The longest first: otherwise they end alone, with cores that have nothing left to do.
+            order = sorted(range(len(runs)), key=lambda index: -runs[index].paper.minutes)
+            futures = {index: pool.submit(self.finish, index, runs[index]) for index in order}
             try:
-                wait(futures)
+                wait(futures.values())
             except KeyboardInterrupt:
-                self.stop(futures)
-        return [future.result() for future in futures]
+                self.stop(futures.values())
+        return [futures[index].result() for index in range(len(runs))]
 
     def there(self, run: PlannedRun) -> bool:
         """Whether the run need not be made again."""
         return not self.force and complete(run.folder(self.results))
 
-    def stop(self, futures: list[Future]) -> None:
+    def stop(self, futures: Collection[Future]) -> None:
         """Kill the kernels until every run has ended; one may be about to start another."""
         self.stopping = True
         while wait(futures, timeout=0.2).not_done:
@@ -123,7 +131,8 @@ class Batch:
         if self.force:
             shutil.rmtree(checkpoints, ignore_errors=True)
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+        remove_orphans(final)
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
         partial.chmod(0o755)
         began = time.monotonic()
         progress_file = partial / "progress.json"
@@ -182,6 +191,18 @@ class Batch:
             raise KernelFailure(line, f"{line}\n{tail}") from error
 
 
+def remove_orphans(final: Path) -> None:
+    """Remove what is left of runs for the place ``final`` whose process on this machine was killed."""
+    for partial in final.parent.glob(f".{final.name}.{MACHINE}-*.partial"):
+        process = int(partial.name.split(".")[-3].rpartition("-")[2])
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except PermissionError:
+            pass  # it lives, and is somebody else's
+
+
 def stamp(run: PlannedRun, partial: Path, seconds: float) -> None:
     """Add to metrics.json what the runner knows: the run's identity and what it is made of, and its seconds in all."""
     path = partial / METRICS
@@ -206,7 +227,7 @@ def put_in_place(partial: Path, final: Path) -> None:
             if not final.exists():
                 raise
             # A folder cannot replace a filled one in one step. If another runner is here too, one of the two wins.
-            older = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+            older = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
             try:
                 final.rename(older)
             except FileNotFoundError:

@@ -41,6 +41,7 @@ class Paper:
     scheme: str  # "ptq" or "qat", "" where the notebook quantizes nothing
     settings: dict[str, dict[str, Any]]  # per profile, as in the file
     datasets: list[str] = field(default_factory=list)  # the only ones that it can run; empty for any
+    minutes: float = 1.0  # roughly, under quick on 2 cores: a batch begins with the longest
 
     def parameters(self, profile: str, dataset: str = "", model: str = "") -> dict[str, Any]:
         """Notebook parameters under ``profile``; those for the data set, then those for the model, are laid over it."""

@@ -1,4 +1,5 @@
-"""From finished runs to the results folder's ``tables/<paper>.csv`` and ``.md``, ``figures/`` and ``README.md``.
+"""From finished runs to the results folder's ``tables/<paper>.csv`` and ``.md``, ``figures/``, ``README.md`` and
+``results.csv``.
 
 Every table holds, for each (profile, data set, model), the runs of one version only: the same code and the same
 schedule, those of the present call or else the latest. A paper without any run here keeps the table it has.
@@ -105,7 +106,7 @@ def command(row: Published, paper: Paper) -> str:
 def write(
     results: Path, profile: Profile, present: Collection[str], failures: dict[tuple[str, str, str], str]
 ) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Write tables, figures and README.md; returns the rows and the rows not run of each paper that has runs.
+    """Write tables, figures, README.md, results.csv; returns the rows, and those not run, of each paper with runs.
 
     The results of a rehearsal go into its own folder, ``results/<profile>``.
     """
@@ -119,8 +120,21 @@ def write(
         if len(own):
             written[paper.key] = own, not_run(own, paper.methods, failures)
             _write_paper(root, paper, *written[paper.key])
+    _write_tidy(root / "results.csv", rows)
     _write_readme(root, papers, failures)
     return written
+
+
+def _write_tidy(path: Path, rows: pd.DataFrame) -> None:
+    """Every row of every run behind the tables, one line per seed; papers without a run here keep their lines."""
+    if rows.empty:
+        return
+    tidy = rows.drop(columns=["rank", "version", "figures", "order"])
+    if path.is_file():
+        before = pd.read_csv(path, dtype=object, keep_default_na=False)
+        tidy = pd.concat([tidy, before[~before["paper"].isin(tidy["paper"])]])
+    with atomic_path(path) as temporary:
+        tidy.to_csv(temporary, index=False)
 
 
 def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataFrame) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,15 @@ def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
     ours = table[table["status"] == "run"]
     assert list(ours["seeds"]) == ["0 1", "0 1"] and list(ours["top1"]) == [60.5, 60.5]
     assert list(ours["published"]) == [90.11, 75.11]
+
+    tidy = pd.read_csv(results / "results.csv")
+    assert tidy.groupby("paper", sort=False)["top1"].apply(list).to_dict() == {
+        "zeroq": [60.0, 60.0],
+        "gdfq": [60.0, 61.0, 60.0, 61.0],
+    }
+    shutil.rmtree(results / "quick" / "zeroq")  # as in a fresh clone: the lines are there, the runs are not
+    assert call(results, "--papers", "gdfq") == 0
+    assert set(pd.read_csv(results / "results.csv")["paper"]) == {"zeroq", "gdfq"}
 
 
 def test_tables_name_every_published_row_run_or_not(kit, tmp_path):
@@ -246,15 +256,24 @@ while not (folder / "{other}").exists():
     assert {int((tmp_path / name).read_text()) for name in "ab"} == {max(1, cores() // 2)}
 
 
-def test_kernels_end_with_a_batch_that_is_killed(kit, tmp_path):
-    pid = tmp_path / "pid"
-    write_kit(kit, zeroq=f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
-    process = start(tmp_path / "results", "--papers", "zeroq")
+def test_a_batch_that_is_killed_leaves_no_kernel_and_nothing_behind_the_next_call(kit, tmp_path):
+    results, pid = tmp_path / "results", tmp_path / "pid"
+    body = f"""
+import os, pathlib, time
+pid = pathlib.Path({str(pid)!r})
+if not pid.exists():
+    pid.write_text(str(os.getpid()))
+    time.sleep(600)"""
+    write_kit(kit, zeroq=body)
+    process = start(results, "--papers", "zeroq")
     wait_for(lambda: pid.exists() and pid.read_text())
     kernel = psutil.Process(int(pid.read_text()))
     process.kill()
     process.communicate()
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE)
+    assert list(results.glob("quick/zeroq/.*.partial"))
+    assert call(results, "--papers", "zeroq") == 0
+    assert not list(results.glob("quick/zeroq/.*"))
 
 
 def test_two_at_once_lose_nothing(kit, tmp_path):
