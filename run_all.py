@@ -204,7 +204,7 @@ def show(
                 f"{len(missing)} published rows of this paper were not run; the reasons are in the table's file."
             )
     folder = results / profile.name if profile.rehearsal else results
-    console.print(f"All tables: {folder / 'README.md'}", soft_wrap=True)
+    console.print(f"All tables: {folder / 'README.md'}; in a browser: {folder / 'report.html'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

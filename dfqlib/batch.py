@@ -26,7 +26,7 @@ from weakref import WeakSet
 from dfqlib import kernels
 from dfqlib.errors import UserError
 from dfqlib.files import CHECKPOINTS, write_json, write_text
-from dfqlib.plan import METRICS, NOTEBOOK, PlannedRun, complete, imports_of, notebook_cells
+from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, PlannedRun, complete, imports_of, notebook_cells
 from dfqlib.progress import FILE_VARIABLE
 from dfqlib.screen import Screen
 
@@ -142,6 +142,7 @@ class Batch:
             self.run_notebook(index, run, partial, progress_file, checkpoints)
             seconds = time.monotonic() - began
             stamp(run, partial, seconds)
+            write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
             put_in_place(partial, final)
         except (KernelFailure, OSError) as error:
             line = "interrupted" if self.stopping else str(error)
@@ -189,6 +190,13 @@ class Batch:
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
             raise KernelFailure(line, f"{line}\n{tail}") from error
+
+
+def as_page(notebook: Path) -> str:
+    """An executed notebook as HTML."""
+    from nbconvert import HTMLExporter  # here for the same reason as papermill
+
+    return HTMLExporter().from_filename(os.fspath(notebook))[0]
 
 
 def remove_orphans(final: Path) -> None:

@@ -26,6 +26,7 @@ from dfqlib.profiles import Paper, Profile, load
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "assets"
 NOTEBOOK = "notebook.ipynb"
+NOTEBOOK_PAGE = "notebook.html"
 METRICS = "metrics.json"
 #: Modules that show results but do not make them: a change in them does not make a finished run another one.
 SHOWING = {"dfqlib.progress", "dfqlib.profiles", "dfqlib.published", "dfqlib.tables"}

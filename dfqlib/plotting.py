@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +12,9 @@ import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The first four go from dark to light, which is their order in greyscale too; the last two lie between.
 COLOURS = ("#14213d", "#b5380b", "#35ab9c", "#eeb422", "#7b2d8b", "#8d99ae")

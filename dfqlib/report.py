@@ -1,5 +1,5 @@
-"""From finished runs to the results folder's ``tables/<paper>.csv`` and ``.md``, ``figures/``, ``README.md`` and
-``results.csv``.
+"""From finished runs to the results folder's ``tables/<paper>.csv`` and ``.md``, ``figures/``, ``README.md``,
+``results.csv`` and ``report.html``.
 
 Every table holds, for each (profile, data set, model), the runs of one version only: the same code and the same
 schedule, those of the present call or else the latest. A paper without any run here keeps the table it has.
@@ -17,6 +17,7 @@ import pandas as pd
 
 from dfqlib import preflight, profiles, published, tables
 from dfqlib.files import atomic_path, write_text
+from dfqlib.page import write_page
 from dfqlib.plan import METRICS, code_identity, complete, digest
 from dfqlib.profiles import COMMON, Paper, Profile
 from dfqlib.published import Published
@@ -61,6 +62,7 @@ def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -
             "commit": provenance["commit"],
             "hardware": provenance["hardware"],
             "finished": provenance["finished"],
+            "folder": str(folder),
             "figures": [str(folder / f"{name}.png") for name in metrics["figures"]],
         }
         for order, row in enumerate(metrics["rows"]):
@@ -106,7 +108,7 @@ def command(row: Published, paper: Paper) -> str:
 def write(
     results: Path, profile: Profile, present: Collection[str], failures: dict[tuple[str, str, str], str]
 ) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Write tables, figures, README.md, results.csv; returns the rows, and those not run, of each paper with runs.
+    """Write all of a results folder's overviews; returns the rows, and those not run, of each paper with runs.
 
     The results of a rehearsal go into its own folder, ``results/<profile>``.
     """
@@ -114,22 +116,24 @@ def write(
     names = [profile.name] if profile.rehearsal else [p.name for p in known.values() if not p.rehearsal]
     root = results / profile.name if profile.rehearsal else results
     rows = collect(results, names, papers.values(), present)
-    written = {}
+    written, shown = {}, []
     for paper in papers.values():
         own = rows[rows["paper"] == paper.key] if len(rows) else rows
         if len(own):
-            written[paper.key] = own, not_run(own, paper.methods, failures)
-            _write_paper(root, paper, *written[paper.key])
-    _write_tidy(root / "results.csv", rows)
+            missing, figures = not_run(own, paper.methods, failures), _copy_figures(root, own)
+            _write_paper(root, paper, own, missing, figures)
+            written[paper.key] = own, missing
+            shown.append((paper, own, missing, figures))
+    if shown:
+        _write_tidy(root / "results.csv", rows)
+        write_page(root, shown)
     _write_readme(root, papers, failures)
     return written
 
 
 def _write_tidy(path: Path, rows: pd.DataFrame) -> None:
     """Every row of every run behind the tables, one line per seed; papers without a run here keep their lines."""
-    if rows.empty:
-        return
-    tidy = rows.drop(columns=["rank", "version", "figures", "order"])
+    tidy = rows.drop(columns=["rank", "version", "folder", "figures", "order"])
     if path.is_file():
         before = pd.read_csv(path, dtype=object, keep_default_na=False)
         tidy = pd.concat([tidy, before[~before["paper"].isin(tidy["paper"])]])
@@ -137,7 +141,7 @@ def _write_tidy(path: Path, rows: pd.DataFrame) -> None:
         tidy.to_csv(temporary, index=False)
 
 
-def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataFrame) -> None:
+def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataFrame, figures: Iterable[Path]) -> None:
     lines = tables.summarise(rows)
     keys = [*tables.SETTING, "profile", "schedule"]
     sources = rows.groupby(keys, sort=False, dropna=False)[["run", "commit", "hardware", "finished"]].agg(
@@ -152,7 +156,7 @@ def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataF
     text = [f"## {paper.title}\n", tables.markdown(tables.present(rows)), tables.caption(rows) + "\n"]
     hardware = ", ".join(dict.fromkeys(rows["hardware"]))
     text.append(f"Runs on {hardware}; commit {', '.join(dict.fromkeys(rows['commit']))}.\n")
-    text += [f"![{paper.key}: {figure.stem}](../figures/{figure.name})\n" for figure in _copy_figures(root, rows)]
+    text += [f"![{paper.key}: {figure.stem}](../figures/{figure.name})\n" for figure in figures]
     if len(missing):
         text += ["Published rows that were not run:\n", tables.markdown(tables.present_missing(missing))]
     write_text(root / "tables" / f"{paper.key}.md", "\n".join(text))

@@ -14,6 +14,7 @@ import pandas as pd
 from dfqlib import published
 
 if TYPE_CHECKING:
+    from pandas.api.typing import DataFrameGroupBy
     from pandas.io.formats.style import Styler
 
 SETTING = [
@@ -38,7 +39,7 @@ NOTE = (
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per setting and schedule: mean and spread over seeds, with the published values beside them."""
     lines = []
-    for _, group in rows.groupby([*SETTING, "profile", "schedule"], sort=False, dropna=False):
+    for _, group in groups(rows):
         first = group.iloc[0]
         line = {name: first[name] for name in [*SETTING, "profile", "schedule"]}
         line |= {
@@ -52,6 +53,11 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         line["drop"] = line["fp32_top1"] - line["top1"]
         lines.append(line | beside(first))
     return pd.DataFrame(lines)
+
+
+def groups(rows: pd.DataFrame) -> DataFrameGroupBy:
+    """The rows of each line: one setting under one schedule, all seeds."""
+    return rows.groupby([*SETTING, "profile", "schedule"], sort=False, dropna=False)
 
 
 def beside(row: pd.Series | dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
     assert [name.partition("/")[0] for name in first] == ["gdfq", "zeroq"]
     for name in first:
         files = {path.name for path in (results / "quick" / name).iterdir()}
-        assert files == {"notebook.ipynb", "metrics.json", "curve.png"}
+        assert files == {"notebook.ipynb", "notebook.html", "metrics.json", "curve.png"}
     metrics = json.loads((results / "quick" / first[0] / "metrics.json").read_text())
     assert metrics["run"]["id"] == first[0].partition("/")[2]
     assert set(metrics["run"]["depends"]) == {"code", "teacher", "data"}

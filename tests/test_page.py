@@ -1,0 +1,89 @@
+"""report.html: made from results alone, complete, self-contained; every number leads to the run it came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from dfqlib import page, profiles, published
+
+
+@pytest.fixture
+def report(tmp_path) -> str:
+    """A page of two runs of GDFQ that differ in the seed; one was executed to a notebook page too."""
+    rows = []
+    for seed, top1 in enumerate((50.0, 52.0)):
+        folder = tmp_path / "quick" / "gdfq" / f"run{seed}"
+        folder.mkdir(parents=True)
+        metrics = {"paper": "gdfq", "schedule": "reduced: <b>", "run": {"id": f"run{seed}"}, "parameters": {"lr": 0.25}}
+        metrics |= {"provenance": {"commit": "0123", "versions": {"torch": "2.9"}}}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "notebook.ipynb").touch()
+        own = {"paper": "gdfq", "method": "gdfq", "scheme": "qat", "dataset": "cifar10", "data": "cifar10-2k"}
+        own |= {"model": "resnet20_cifar10", "ranges": "generated", "profile": "quick", "schedule": "reduced: x"}
+        own |= {"variant": "", "seed": seed, "top1_best": top1, "fp32_top1": 92.0, "seconds": 3.0, "run": f"run{seed}"}
+        for bits in (3, 4):
+            rows.append(own | {"weight_bits": bits, "activation_bits": bits, "top1": top1, "folder": str(folder)})
+    (tmp_path / "quick" / "gdfq" / "run1" / "notebook.html").touch()
+    figure = tmp_path / "curve.png"
+    figure.write_bytes(b"picture")
+    lacking = [row for row in published.rows() if row.method == "gdfq" and row.dataset == "imagenet"]
+    missing = pd.DataFrame(
+        [vars(row) | {"published": row.top1, "published_source": "", "reason": "no"} for row in lacking]
+    )
+    page.write_page(tmp_path, [(profiles.paper("gdfq"), pd.DataFrame(rows), missing, [figure])])
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def attributes(text: str, tag: str) -> list[dict[str, str]]:
+    """The attributes of every element of this kind."""
+    found = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, name, attrs):
+            if name == tag:
+                found.append(dict(attrs))
+
+    Reader().feed(text)
+    return found
+
+
+def test_lines_carry_what_the_filters_ask_for(report):
+    lines = [line for line in attributes(report, "tr") if line.get("class") == "line"]
+    assert [(line["data-method"], line["data-bits"], line["data-data"]) for line in lines] == [
+        ("gdfq", "W3A3", "cifar10-2k"),
+        ("gdfq", "W4A4", "cifar10-2k"),
+    ]
+    assert {select["data-filter"] for select in attributes(report, "select")} == set(page.FILTERS)
+    assert {"<option>W3A3</option>", "<option>resnet20_cifar10</option>"} <= set(
+        re.findall("<option>.*?</option>", report)
+    )
+
+
+def test_numbers_stand_beside_the_published_ones_and_lead_to_their_runs(report, tmp_path):
+    assert "<td>51.00 ± 1.41</td>" in report and "<td>75.11</td>" in report
+    links = [link["href"] for link in attributes(report, "a")]
+    assert links.count("#run0") == links.count("#run1") == 2
+    assert {run["id"] for run in attributes(report, "details") if "id" in run} == {"run0", "run1"}
+    files = [link for link in links if not link.startswith("#")]
+    assert "quick/gdfq/run1/notebook.html" in files and "quick/gdfq/run0/notebook.html" not in files
+    assert all((tmp_path / file).is_file() for file in files)
+    for fact in ("0123", "versions torch", "2.9", "0.25", "reduced: &lt;b&gt;"):
+        assert fact in report
+    assert report.count('<td class="text">imagenet</td>') == 4
+
+
+def test_page_needs_nothing_but_itself(report):
+    addresses = [tag.get("src", "") for name in ("img", "script", "iframe") for tag in attributes(report, name)]
+    addresses += [tag["href"] for tag in attributes(report, "link")]
+    assert len(addresses) == 5  # two charts, one figure, a script with no address, an empty icon
+    assert all(not address or address.startswith("data:") for address in addresses)
+    assert "@import" not in report and "fetch(" not in report
+
+
+def test_nested_facts_become_one_list():
+    assert page.flat({"a": {"b": 1, "c": {"d": 2}}, "e": [3]}) == {"a b": 1, "a c d": 2, "e": [3]}
