@@ -83,8 +83,8 @@ class Batch:
 
     def execute(self, runs: list[PlannedRun]) -> list[Outcome]:
         """Run what is missing (with ``force``, everything) and say how each run ended."""
-        missing = {run.paper.notebook for run in runs if not self.there(run)}
-        kernels.warm_up(set().union(*map(imports_of, missing)), self.threads)
+        if missing := {run.paper.notebook for run in runs if not self.there(run)}:
+            kernels.warm_up(set().union(*map(imports_of, missing)), self.threads)
         with ThreadPoolExecutor(self.jobs) as pool:
             # The longest first: otherwise they end alone, with cores that have nothing left to do.
             order = sorted(range(len(runs)), key=lambda index: -runs[index].paper.minutes)
@@ -142,7 +142,6 @@ class Batch:
             self.run_notebook(index, run, partial, progress_file, checkpoints)
             seconds = time.monotonic() - began
             stamp(run, partial, seconds)
-            write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
             put_in_place(partial, final)
         except (KernelFailure, OSError) as error:
             line = "interrupted" if self.stopping else str(error)
@@ -160,9 +159,14 @@ class Batch:
         return Outcome(run, "done", str(final), seconds)
 
     def run_notebook(self, index: int, run: PlannedRun, partial: Path, progress_file: Path, checkpoints: Path) -> None:
-        """Execute the notebook with its parameters into ``partial``; KernelFailure if it does not reach its end."""
-        import papermill  # here, since it takes a second that --list and a finished batch need not wait for
+        """Execute the notebook with its parameters into ``partial``, and write it as a page too.
+
+        Raises KernelFailure if it does not reach its end.
+        """
+        # Here, since they take seconds that --list and a finished batch need not wait for.
+        import papermill
         from nbclient.exceptions import DeadKernelError
+        from nbconvert import HTMLExporter
 
         logging.getLogger("papermill").setLevel(logging.ERROR)
         log = partial / "kernel.log"
@@ -181,6 +185,7 @@ class Batch:
                 shutdown_kernel="immediate",
                 on_cell_executed=lambda **_: self.screen.cell(index),
             )
+            write_text(partial / NOTEBOOK_PAGE, HTMLExporter().from_filename(os.fspath(partial / NOTEBOOK))[0])
         except papermill.PapermillExecutionError as error:
             # The kit's own refusals are sentences; other errors need their type to be understood.
             sentence = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
@@ -190,13 +195,6 @@ class Batch:
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
             raise KernelFailure(line, f"{line}\n{tail}") from error
-
-
-def as_page(notebook: Path) -> str:
-    """An executed notebook as HTML."""
-    from nbconvert import HTMLExporter  # here for the same reason as papermill
-
-    return HTMLExporter().from_filename(os.fspath(notebook))[0]
 
 
 def remove_orphans(final: Path) -> None:

@@ -45,7 +45,7 @@ def environment(threads: int) -> dict[str, str]:
 def warm_up(modules: Iterable[str], threads: int) -> None:
     """Start the process that kernels are forked from; it imports ``modules``, those of them that there are.
 
-    Returns at once. Where kernels are not forked it does nothing.
+    Returns at once; to be called in the main thread. Where kernels are not forked it does nothing.
     """
     if not FORKS:
         return
@@ -55,15 +55,13 @@ def warm_up(modules: Iterable[str], threads: int) -> None:
     before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
     forkserver.set_forkserver_preload(["__main__", *sorted(names)])
     os.environ.update(environment(threads))  # read by torch and matplotlib as they are imported
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the batch, which stops its kernels
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the batch, which stops its kernels
     try:
         forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def kernel_manager(
