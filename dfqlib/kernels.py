@@ -49,7 +49,7 @@ def warm_up(modules: Iterable[str], threads: int) -> None:
     """
     if not FORKS:
         return
-    names = {"ipykernel.kernelapp", "matplotlib_inline.backend_inline", *modules}
+    names = {"ipykernel.kernelapp", *modules}
     if "torch" in names:
         names.add("torch._dynamo")  # which torch imports when the first optimizer is made
     before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)

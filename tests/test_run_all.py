@@ -101,6 +101,14 @@ def test_tables_name_every_published_row_run_or_not(kit, tmp_path):
         assert f"| {method} |" in text
 
 
+def test_an_executed_notebook_shows_its_figures(kit, tmp_path):
+    write_kit(kit, zeroq="import matplotlib.pyplot as plt\nfigure, axes = plt.subplots()\nfigure")
+    process = start(tmp_path / "results", "--papers", "zeroq")
+    assert process.communicate(timeout=120) and process.returncode == 0
+    (notebook,) = tmp_path.glob("results/quick/zeroq/*/notebook.ipynb")
+    assert '"image/png"' in notebook.read_text()
+
+
 def test_broken_notebook_leaves_its_copy_and_the_others_go_on(kit, tmp_path, capsys):
     results = tmp_path / "results"
     write_kit(kit, zeroq="print('so far')\n1 / 0")
