@@ -92,6 +92,15 @@ def test_defaults_are_the_quick_profile(key):
 
 
 @each
+@pytest.mark.parametrize(("dataset", "most"), [("cifar10", 200), ("cifar100", 20)])
+@pytest.mark.parametrize("profile", ["smoke", "quick"])
+def test_reduced_profiles_ask_for_images_that_are_there(key, dataset, most, profile):
+    """The embedded test sets hold 2,000 images, whatever the number of classes."""
+    asked = PAPERS[key].parameters(profile, dataset)
+    assert {name: count for name, count in asked.items() if name.endswith("per_class") and count > most} == {}
+
+
+@each
 def test_form(key):
     """Parameters first and each with its comment; cells short enough to read at once; a story between them."""
     notebook = read(key)
