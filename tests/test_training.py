@@ -1,5 +1,7 @@
 """Teacher training: the schedule, the optimizer's geometry, augmentation, and a resume that changes nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -118,14 +120,29 @@ def test_training_learns_and_is_deterministic(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_stopped_training_continues_to_the_same_weights(tmp_path):
-    whole, whole_history = train(tmp_path / "whole.ckpt")
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_a_stopped_training_continues_to_the_same_weights(tmp_path, average):
+    recipe = dataclasses.replace(RECIPE, average=average)
+    whole, whole_history = train(tmp_path / "whole.ckpt", recipe)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped.ckpt", stop_after=3)
-    continued, history = train(tmp_path / "stopped.ckpt")
+        train(tmp_path / "stopped.ckpt", recipe, stop_after=3)
+    continued, history = train(tmp_path / "stopped.ckpt", recipe)
     assert history == whole_history
     for a, b in zip(whole.state_dict().values(), continued.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_result_is_the_mean_of_the_last_epochs(tmp_path):
+    kept = []
+    for epochs in (3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / f"{epochs}.ckpt", stop_after=epochs)
+        kept.append(torch.load(tmp_path / f"{epochs}.ckpt", weights_only=True)["state"]["network"])
+    net, _ = train(tmp_path / "mean.ckpt", dataclasses.replace(RECIPE, average=0.5))
+    torch.testing.assert_close(net[0].weight, (kept[0]["0.weight"] + kept[1]["0.weight"]) / 2)
+    inputs = augment(data()[0].float() / 255, 8, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(net[1].running_mean, net[0](inputs).mean((0, 2, 3)), atol=0.1, rtol=0)
+    assert net[1].momentum == 0.1
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
