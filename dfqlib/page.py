@@ -14,21 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 
 from dfqlib import tables
 from dfqlib.files import write_text
-from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE
+from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, digest
 from dfqlib.profiles import Paper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 FILTERS = ("data", "model", "method", "bits")
 
 
 def write_page(root: Path, papers: list[tuple[Paper, pd.DataFrame, pd.DataFrame, list[Path]]]) -> None:
-    """Write ``root/report.html`` from each paper's rows, its published rows not run, and its figures' files."""
+    """Write ``root/report.html`` from each paper's rows, its published rows not run, and its figures' files.
+
+    A page that was made from the same is left as it is: its charts take seconds to draw.
+    """
     rows = pd.concat([rows for _, rows, _, _ in papers])
     runs = rows.drop_duplicates("run")
     sections = [
@@ -44,10 +47,17 @@ def write_page(root: Path, papers: list[tuple[Paper, pd.DataFrame, pd.DataFrame,
         for paper, own, missing, figures in papers
     ]
     choices = {name: list(dict.fromkeys(line[name] for s in sections for line in s["lines"])) for name in FILTERS}
-    page = Environment(loader=PackageLoader("dfqlib", "."), autoescape=True).get_template("report.html.jinja")
+    content = {"papers": sections, "choices": choices, "runs": [run_details(root, Path(f)) for f in runs["folder"]]}
+    sources = [Path(module).read_text(encoding="utf-8") for module in (__file__, TEMPLATE)]
+    made_from = digest(*sources, json.dumps(content), rows.to_json())
+    path = root / "report.html"
+    if path.is_file() and made_from in path.read_text(encoding="utf-8"):
+        return
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True).from_string(sources[-1])
     overview = [as_svg(accuracy_against_time(rows)), as_svg(spread_over_seeds(rows))]
-    details = [run_details(root, Path(folder)) for folder in runs["folder"]]
-    write_text(root / "report.html", page.render(papers=sections, choices=choices, overview=overview, runs=details))
+    write_text(path, page.render(**content, overview=overview, made_from=made_from))
 
 
 def table_lines(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -294,6 +294,7 @@ def modules_of(sources: Iterable[str], without: Iterable[str] = ()) -> dict[str,
     return modules
 
 
+@functools.cache
 def normalise(source: str) -> str:
     """Python source without comments, docstrings and layout; as it is where it is not plain Python."""
     try:
@@ -308,7 +309,8 @@ def normalise(source: str) -> str:
     return ast.unparse(tree)
 
 
-def imported(source: str) -> list[str]:
+@functools.cache
+def imported(source: str) -> tuple[str, ...]:
     """What some source imports, also inside functions; source that is not plain Python imports nothing.
 
     ``from a import b`` gives ``a`` and ``a.b``, which is a module or not.
@@ -316,12 +318,12 @@ def imported(source: str) -> list[str]:
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:
-        return []
+        return ()
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
+    return tuple(names)
 
 
 def module_file(name: str) -> Path:

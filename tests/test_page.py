@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
 
 from dfqlib import page, profiles, published
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -35,7 +39,13 @@ def report(tmp_path) -> str:
     missing = pd.DataFrame(
         [vars(row) | {"published": row.top1, "published_source": "", "reason": "no"} for row in lacking]
     )
-    page.write_page(tmp_path, [(profiles.paper("gdfq"), pd.DataFrame(rows), missing, [figure])])
+    content = [(profiles.paper("gdfq"), pd.DataFrame(rows), missing, [figure])]
+    page.write_page(tmp_path, content)
+    written = (tmp_path / "report.html").stat().st_mtime_ns
+    page.write_page(tmp_path, content)
+    assert (tmp_path / "report.html").stat().st_mtime_ns == written, "the same page was drawn twice"
+    figure.write_bytes(b"new picture")
+    page.write_page(tmp_path, content)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -83,6 +93,20 @@ def test_page_needs_nothing_but_itself(report):
     assert len(addresses) == 5  # two charts, one figure, a script with no address, an empty icon
     assert all(not address or address.startswith("data:") for address in addresses)
     assert "@import" not in report and "fetch(" not in report
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("asked", "shown"), [("", ["W3A3", "W4A4"]), ("?bits=W3A3", ["W3A3"]), ("?bits=W9A9", None)])
+def test_filters_work_in_a_browser_from_the_file_system(report, tmp_path, asked, shown):
+    address = (tmp_path / "report.html").as_uri() + asked
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--enable-logging=stderr", "--dump-dom", address], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr
+    lines = [line for line in attributes(done.stdout, "tr") if line.get("class") == "line"]
+    assert [line["data-bits"] for line in lines if "hidden" not in line] == (shown or ["W3A3", "W4A4"])
+    assert f"{len(shown or lines)} of 2 rows" in done.stdout
 
 
 def test_nested_facts_become_one_list():
