@@ -28,8 +28,8 @@ class Recipe:
     the peak), linear in between. It falls fast when the images grow for the first time: the peak is for coarse
     features, and at it the loss soon stands still. The images' ``sizes`` follow each other in equal parts of the
     epochs: most of what a network of this kind learns costs a fraction of the full resolution. Until ``full`` of the
-    epochs are over, images of less than the mean loss are left out with probability ``prune``. The result is the mean of
-    the weights after each epoch of the last ``average`` of the epochs; 0 takes the last epoch's.
+    epochs are over, images of less than the mean loss are left out with probability ``prune``. The result is the mean
+    of the weights after each epoch of the last ``average`` of the epochs; 0 takes the last epoch's.
     """
 
     epochs: int = 60
