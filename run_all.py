@@ -12,16 +12,20 @@ A finished run is found again by what it depends on, so a second call runs only 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from dfqlib import plan, preflight, profiles, published
-from dfqlib.errors import UserError, check_range
+from dfqlib.errors import UserError, check_choice, check_range
+
+if TYPE_CHECKING:
+    from dfqlib.batch import Executor
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,8 +51,12 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (default: 0)")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="any parameter of the notebooks")
     add("--results", default=str(HERE / "results"), metavar="FOLDER", help="where results go (default: results/)")
-    add("--jobs", type=int, default=2, metavar="N", help="runs at once, each with its share of the cores; 1 "
-        "gives a single run all of them (default: 2)")  # fmt: skip
+    add("--jobs", type=int, metavar="N", help="runs at once, each with its share of the cores; 1 gives a single run "
+        "all of them (default: 2). With dask: in the queue at once (default: two for each place)")  # fmt: skip
+    add("--executor", default="local", metavar="NAME", help="local: this machine; dask: the workers of a Dask "
+        "cluster (default: local)")  # fmt: skip
+    add("--scheduler", default="", metavar="ADDRESS", help="with dask: that of a cluster, such as tcp://host:8786")
+    add("--workers", type=int, metavar="N", help="with dask and no scheduler: processes to start here (default: 2)")
     add("--force", action="store_true", help="run again what is already there")
     add("--keep-going", action="store_true", help="after a failure, also try the other runs of the same notebook")
     add("--list", action="store_true", help="list the published rows, what each needs and whether it can run here")
@@ -77,7 +85,14 @@ def stop(*_: object) -> None:
 
 
 def call(options: argparse.Namespace) -> int:
-    check_range("jobs", options.jobs, 1, 1000)
+    check_choice("executor", options.executor, ["local", "dask"])
+    if options.executor == "local" and (options.scheduler or options.workers):
+        raise UserError("--scheduler and --workers are for --executor dask.")
+    if options.scheduler and options.workers:
+        raise UserError("--workers starts a cluster here and --scheduler names one elsewhere; give one of them.")
+    for name in ("jobs", "workers"):
+        if getattr(options, name) is not None:
+            check_range(name, getattr(options, name), 1, 1000)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     chosen = selection(options)
     runs = plan.plan(chosen)
@@ -143,7 +158,7 @@ def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force:
 
 def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace) -> int:
     """Check everything, run what is missing, write and print the tables."""
-    from dfqlib import batch
+    from dfqlib import batch, execution
     from dfqlib.screen import Screen
 
     batch.check_folder(results)
@@ -161,8 +176,17 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             able.append(planned)
     if not able:
         raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
-    with Screen(console, [planned.name for planned in able]) as screen:
-        outcomes = batch.Batch(results, screen, options.jobs, options.force, options.keep_going).execute(able)
+    with contextlib.ExitStack() as stack:
+        executor: batch.Executor = execution.Machine(options.jobs or 2)
+        if options.executor == "dask":
+            from dfqlib.cluster import Cluster
+
+            executor = stack.enter_context(Cluster(options.scheduler, options.workers or 2, options.jobs))
+        seconds = plan.expected_seconds(able, results)
+        console.print(forecast(able, results, seconds, executor, options.force))
+        screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
+        work = batch.Batch(results, screen, executor, options.force, options.keep_going)
+        outcomes = work.execute(able, lambda planned: seconds[planned.identity] or 0)
     for outcome in outcomes:
         if outcome.state not in ("done", "found"):
             note(failures, outcome.run, f"{outcome.state}: {outcome.message}")
@@ -170,6 +194,21 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
     show(console, runs, results, failures)
     states = {outcome.state for outcome in outcomes}
     return 130 if "stopped" in states else 1 if "failed" in states else 0
+
+
+def forecast(
+    runs: list[plan.PlannedRun], results: Path, seconds: dict[str, float | None], executor: Executor, force: bool
+) -> str:
+    """How much is to do, and how long that will take."""
+    missing = [run.identity for run in runs if force or not plan.complete(run.folder(results))]
+    there = len(runs) - len(missing)
+    text = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {there} already there"
+    known = [seconds[identity] for identity in missing if seconds[identity] is not None]
+    if not known:
+        return text + "."
+    minutes = plan.makespan(known, executor.places) / 60
+    unknown = f"; {len(missing) - len(known)} more were never timed" if len(known) < len(missing) else ""
+    return f"{text}: about {max(1, round(minutes))} min, {executor.places} at once{unknown}."
 
 
 def note(failures: dict[tuple[str, str, str], str], run: plan.PlannedRun, why: str) -> None:

@@ -42,13 +42,13 @@ def environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)} | os.environ | chosen
 
 
-def warm_up(modules: Iterable[str], threads: int) -> None:
+def warm_up(modules: Iterable[str], threads: int) -> bool:
     """Start the process that kernels are forked from; it imports ``modules``, those of them that there are.
 
-    Returns at once; to be called in the main thread. Where kernels are not forked it does nothing.
+    Returns at once, with whether kernels can be forked here; to be called in the main thread.
     """
     if not FORKS:
-        return
+        return False
     names = {"ipykernel.kernelapp", *modules}
     if "torch" in names:
         names.add("torch._dynamo")  # which torch imports when the first optimizer is made
@@ -62,15 +62,16 @@ def warm_up(modules: Iterable[str], threads: int) -> None:
         os.environ.clear()
         os.environ.update(before)
         signal.signal(signal.SIGINT, interrupt)
+    return True
 
 
 def kernel_manager(
-    folder: Path, variables: dict[str, str], log: Path, threads: int, running: WeakSet[Any]
+    folder: Path, variables: dict[str, str], log: Path, threads: int, forks: bool, running: WeakSet[Any]
 ) -> type[AsyncKernelManager]:
     """A kernel manager that runs this very interpreter in ``folder``, whatever kernels the machine has.
 
-    ``variables`` are added to its environment; what native code prints goes to ``log``, not over the screen.
-    Its process, which can be killed, is added to ``running``.
+    ``variables`` are added to its environment; what native code prints goes to ``log``, not over the screen. With
+    ``forks``, which needs :func:`warm_up`, it is forked. Its process, which can be killed, is added to ``running``.
     """
 
     class ThisPython(AsyncKernelManager):
@@ -79,7 +80,7 @@ def kernel_manager(
             return KernelSpec(argv=[*LAUNCHER, "-f", "{connection_file}"], display_name="Python 3", language="python")
 
         async def start_kernel(self, **options: Any) -> None:
-            kind = Forked if FORKS else LocalProvisioner
+            kind = Forked if forks else LocalProvisioner
             self.provisioner = kind(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             with open(log, "ab") as stream:
                 output = {"stdout": stream, "stderr": stream}

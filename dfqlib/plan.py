@@ -8,11 +8,14 @@ so that planning takes no time.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
+import heapq
 import json
 import os
 import re
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +98,42 @@ class PlannedRun:
 def complete(folder: Path) -> bool:
     """Whether a folder holds a finished run."""
     return (folder / NOTEBOOK).is_file() and (folder / METRICS).is_file()
+
+
+def expected_seconds(runs: Iterable[PlannedRun], results: Path) -> dict[str, float | None]:
+    """How long each run will take, by its identity: what the latest ones of its kind in ``results`` took.
+
+    A kind is a paper, profile, data set and model. Where none is recorded it is the profile table's guess, which is for
+    quick; None for other profiles.
+    """
+    kinds: dict[tuple[Path, str], float | None] = {}
+    expected = {}
+    for run in runs:
+        folder = run.folder(results)
+        kind = folder.parent, run.id.rsplit("-", 2)[0]
+        if kind not in kinds:
+            guess = 60 * run.paper.minutes if run.profile == "quick" else None
+            kinds[kind] = _recorded(*kind) or guess
+        expected[run.identity] = kinds[kind]
+    return expected
+
+
+def _recorded(folder: Path, kind: str, latest: int = 3) -> float | None:
+    """Median seconds of the latest complete runs in ``folder`` whose ids begin with ``kind``."""
+    files = [file for file in folder.glob(f"{kind}-*/{METRICS}") if file.parent.suffix != ".unfinished"]
+    seconds = []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime)[-latest:]:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a file that cannot be read tells nothing
+            seconds.append(json.loads(file.read_text(encoding="utf-8"))["run"]["seconds"])
+    return statistics.median(seconds) if seconds else None
+
+
+def makespan(seconds: Iterable[float], jobs: int) -> float:
+    """Seconds until the last of some runs ends, ``jobs`` at once, the longest first."""
+    ends = [0.0] * jobs
+    for duration in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + duration)
+    return max(ends)
 
 
 def plan(selection: Selection) -> list[PlannedRun]:

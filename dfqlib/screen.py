@@ -98,6 +98,7 @@ class Screen:
         """Run ``index`` starts: its notebook has ``cells`` code cells and writes its loops to ``file``."""
         line = self.lines[index]
         line.state, line.cells, line.file, line.started = "runs", max(cells, 1), file, time.monotonic()
+        line.cell = 0  # a run lost with its worker starts again
         self._print(index, "starts")
 
     def cell(self, index: int) -> None:

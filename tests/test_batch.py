@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from stub_kit import write_kit
 
-from dfqlib import batch, plan, preflight, profiles, progress, published
+from dfqlib import execution, plan, preflight, profiles, progress, published
 from dfqlib.errors import UserError
 from dfqlib.plan import Selection
 from dfqlib.screen import Line, Screen
@@ -152,7 +152,7 @@ def test_a_finished_run_is_renamed_to_its_place(tmp_path, older):
     if older:
         final.mkdir()
         (final / "old").touch()
-    batch.put_in_place(partial, final)
+    execution.put_in_place(partial, final)
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "new"]
 
 

@@ -1,0 +1,310 @@
+"""Runs on the workers of a Dask cluster, started here or found at an address.
+
+Dask keeps the queue and notices lost workers. Where workers see the results folder, a run is executed straight into it
+and goes on from its checkpoints on another worker; where they do not, its weights and images travel to the worker and
+its folder travels back. A scheduler that was started anew gets the runs again that it has forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import os
+import secrets
+import shutil
+import tarfile
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Event, Future, KilledWorker, LocalCluster, get_client, get_worker
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError, get_address_host
+from distributed.core import Status
+
+from dfqlib import profiles
+from dfqlib.errors import UserError
+from dfqlib.execution import Machine, OnCell, OnStart, Outcome, put_in_place
+from dfqlib.plan import ASSETS, PlannedRun, code_identity, data_folder, weights_file
+
+ANSWER = 10  # seconds in which a scheduler has to answer the first time
+PATIENCE = 600  # seconds to wait for one that is being started anew
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them to 1
+PARCEL = 2**30  # bytes of inputs that may travel to a worker
+LOST = (FutureCancelledError, asyncio.CancelledError, CommClosedError, OSError, TimeoutError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a worker needs to know to execute a run."""
+
+    run: PlannedRun
+    results: Path
+    shared: bool  # whether workers see the results folder
+    force: bool
+    topic: str  # of the batch: its events, and the flag that stops it
+    number: int  # of the run in these events
+    hosts: dict[str, int]  # how many runs at once
+    data_root: str  # $DFQ_DATA of the batch
+
+
+@dataclasses.dataclass
+class _Sent:
+    """A run on its way: whom to tell about it, and the task it is."""
+
+    on_start: OnStart
+    on_cell: OnCell
+    task: Future | None = None
+    started: bool = False
+
+
+class Cluster:
+    """``workers`` processes started here, or those of the scheduler at ``address``; a context manager.
+
+    A run takes one GPU where workers offer them as a Dask resource. ``jobs`` runs are in the queue at once; by default
+    two for each that can run, so that no worker waits for the next. Raises UserError if the scheduler does not answer.
+    """
+
+    def __init__(self, address: str = "", workers: int = 1, jobs: int | None = None) -> None:
+        self._local = None if address else _start_workers(workers)
+        self.address = address or self._local.scheduler_address
+        self._client = _connect(self.address)
+        self._topic = f"dfqlib-{uuid.uuid4().hex}"
+        self._sent: list[_Sent] = []
+        self._shared: bool | None = None
+        self._lock = threading.Lock()
+        self._stopping = False
+        self.places = max(1, sum(self._hosts().values()))
+        self.jobs = jobs or max(8, 2 * self.places)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):  # a lost scheduler has nothing to say goodbye to
+            self._client.close()
+        if self._local:
+            self._local.close()
+
+    def prepare(self, runs: list[PlannedRun]) -> None:
+        """Nothing: workers start kernels by themselves."""
+
+    def stop(self) -> None:
+        """Have the workers stop the runs of this batch, and give up those that have not begun."""
+        self._stopping = True
+        with contextlib.suppress(Exception):  # without a scheduler there is nobody to tell
+            Event(self._topic, client=self._client).set()
+            self._client.cancel([sent.task for sent in self._sent if sent.task and not sent.started])
+
+    def execute(self, run: PlannedRun, results: Path, force: bool, on_start: OnStart, on_cell: OnCell) -> Outcome:
+        """Have a worker execute the run; again, if the scheduler loses it."""
+        sent = _Sent(on_start, on_cell)
+        with self._lock:
+            number = len(self._sent)
+            self._sent.append(sent)
+        while not self._stopping:
+            try:
+                outcome, archive = self._send(number, run, results, force).result()
+            except KilledWorker as error:
+                line = f"{error.allowed_failures + 1} workers died while they ran it, perhaps for want of memory"
+                return Outcome(run, "failed", line)
+            except UserError as error:
+                return Outcome(run, "failed", str(error))
+            except LOST as error:
+                if getattr(error, "errno", None):  # of a file here, not of a connection
+                    return Outcome(run, "failed", str(error))
+                if self._client.status == "closed":
+                    return Outcome(run, "failed", f"the scheduler at {self.address} was lost ({error})")
+                time.sleep(0.5)
+                continue
+            if archive:
+                fetch(outcome, archive, results)
+            if outcome.state != "stopped" or self._stopping:
+                return outcome  # otherwise its worker was told to end, and another one goes on
+        return Outcome(run, "stopped", "interrupted")
+
+    def _send(self, number: int, run: PlannedRun, results: Path, force: bool) -> Future:
+        self._client.subscribe_topic(self._topic, self._report)  # a new scheduler does not know it any more
+        with self._lock:
+            if self._shared is None:
+                self._shared = _shared(self._client, results)
+        data_root = os.environ.get("DFQ_DATA", "")
+        order = Order(run, results, self._shared, force, self._topic, number, self._hosts(), data_root)
+        inputs = None if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
+        resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
+        key = f"{run.paper.key}-{run.id}-{secrets.token_hex(4)}"
+        self._sent[number].task = self._client.submit(work, order, inputs, key=key, pure=False, resources=resources)
+        return self._sent[number].task
+
+    def _report(self, event: tuple[float, dict[str, Any]]) -> None:
+        """Show what a worker tells of a run."""
+        sent = self._sent[event[1]["number"]]
+        if "cells" in event[1]:
+            sent.started = True
+            sent.on_start(event[1]["cells"], Path(event[1]["file"]))
+        else:
+            sent.on_cell()
+
+    def _workers(self) -> list[dict[str, Any]]:
+        return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
+
+    def _hosts(self) -> dict[str, int]:
+        """How many runs each host has room for."""
+        hosts: Counter[str] = Counter()
+        for worker in self._workers():
+            hosts[worker["host"]] += int(worker["resources"].get("GPU", worker["nthreads"]))
+        return dict(hosts)
+
+
+def _start_workers(count: int) -> LocalCluster:
+    return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
+
+
+def _connect(address: str) -> Client:
+    try:
+        Client(address, timeout=ANSWER, set_as_default=False).close()
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UserError(
+            f"scheduler={address!r} does not answer ({error}); `dask scheduler` starts one, at tcp://HOST:8786."
+        ) from None
+    return Client(address, timeout=PATIENCE, set_as_default=False)
+
+
+def _shared(client: Client, results: Path) -> bool:
+    """Whether a worker sees this results folder."""
+    with tempfile.NamedTemporaryFile(prefix=".seen-", dir=results) as probe:
+        return client.submit(os.path.isfile, probe.name, pure=False).result()
+
+
+def work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
+    """Execute a run on this worker; its folder comes with the outcome where the results folder is not seen here.
+
+    Raises UserError for what keeps it from beginning.
+    """
+    try:
+        return _work(order, inputs)
+    except OSError as error:  # of this worker's disk; an OSError over there would mean a lost connection
+        raise UserError(f"worker {get_worker().address}: {error}") from None
+
+
+def _work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
+    worker, run = get_worker(), at_home(order.run)
+    own = Path(worker.local_directory)
+    results = order.results if order.shared else own / "results"
+    host = get_address_host(worker.address)
+    machine = Machine(order.hosts.get(host, worker.state.nthreads))
+    machine.variables = dict.fromkeys(THREADS, str(machine.threads))
+    if order.shared and Path(order.data_root).is_dir():
+        machine.variables["DFQ_DATA"] = order.data_root
+    if inputs:
+        machine.locations = unpack_inputs(inputs, own / "inputs")
+
+    def on_start(cells: int, file: Path) -> None:
+        worker.log_event(order.topic, {"number": order.number, "cells": cells, "file": os.fspath(file)})
+
+    def on_cell() -> None:
+        worker.log_event(order.topic, {"number": order.number})
+
+    with _stopped_by(order.topic, machine):
+        outcome = machine.execute(run, results, order.force, on_start, on_cell)
+    if order.shared:
+        return outcome, None
+    final = run.folder(results)
+    outcome = dataclasses.replace(
+        outcome, message=outcome.message.replace(os.fspath(results), os.fspath(order.results))
+    )
+    made = (final, final.with_name(f"{final.name}.unfinished"))
+    return outcome, pack({folder.name: folder for folder in made if folder.is_dir()})
+
+
+@contextlib.contextmanager
+def _stopped_by(topic: str, machine: Machine) -> Iterator[None]:
+    """Stop the machine's kernels when the batch says so, or when Dask closes this worker."""
+    worker, over = get_worker(), threading.Event()
+    flag = Event(topic, client=get_client())
+
+    def watch() -> None:
+        while not over.wait(1):
+            # Without its scheduler the worker closes, and the run begins anew elsewhere.
+            if worker.status not in (Status.running, Status.paused) or flag.is_set():
+                machine.stop()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def at_home(run: PlannedRun) -> PlannedRun:
+    """The run with this machine's copy of its notebook; UserError if the kit here is another version."""
+    paper = run.paper if run.paper.notebook.is_file() else profiles.paper(run.paper.key)
+    if code_identity(paper.notebook) != run.depends["code"]:
+        raise UserError(f"worker {get_worker().address} has another version of the kit; install the same one there.")
+    return dataclasses.replace(run, paper=paper)
+
+
+def inputs_of(run: PlannedRun) -> dict[str, Path]:
+    """Parameters of a run that name files or folders which do not come with the package; UserError for too much."""
+    parameters = run.parameters
+    inputs = {name: Path(value) for name, value in parameters.items() if isinstance(value, str) and value}
+    inputs = {name: path for name, path in inputs.items() if path.is_file()}
+    weights = weights_file(parameters.get("model", ""), parameters.get("weights", ""))
+    if weights and weights.parent != ASSETS and run.paper.methods:
+        inputs["weights"] = weights
+    folder = data_folder(parameters.get("dataset", ""), parameters)
+    if folder:
+        inputs["data_folder"] = folder
+    if folder and sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > PARCEL:
+        raise UserError(
+            f"the images in {str(folder)!r} are too many to send to workers; put them, and the results, into a folder "
+            "that all of them see."
+        )
+    return inputs
+
+
+def pack(paths: dict[str, Path]) -> bytes:
+    """Files and folders as one archive, under the names given."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, path in paths.items():
+            archive.add(path, name)
+    return stream.getvalue()
+
+
+def unpack(archive: bytes, folder: Path) -> list[Path]:
+    """What :func:`pack` packed, now in ``folder``."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
+        packed.extractall(folder, filter="data")
+    return sorted(folder.iterdir())
+
+
+def unpack_inputs(archive: bytes, folder: Path) -> dict[str, str]:
+    """Where the parameters' files and folders are on this worker, unpacked once for all runs that have the same."""
+    place = folder / hashlib.sha256(archive).hexdigest()[:16]
+    if not place.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder))
+        unpack(archive, partial)
+        put_in_place(partial, place)
+    return {path.name: os.fspath(path) for path in place.iterdir()}
+
+
+def fetch(outcome: Outcome, archive: bytes, results: Path) -> None:
+    """Put what a worker sent to its place in ``results``."""
+    parent = outcome.run.folder(results).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=parent) as arrived:
+        for folder in unpack(archive, Path(arrived)):
+            put_in_place(folder, parent / folder.name)
+    if outcome.state == "done":
+        shutil.rmtree(parent / f"{outcome.run.id}.unfinished", ignore_errors=True)

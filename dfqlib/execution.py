@@ -1,0 +1,229 @@
+"""Execute one planned notebook on this machine, into a folder of its own that appears whole or not at all.
+
+While a run goes on it lives in a hidden folder beside its place, ``.<run id>.<owner>.<random>.partial``; when it is
+complete, one rename puts it there. A run that fails or is interrupted is left as ``<run id>.unfinished`` with its
+partly executed notebook, ``error.txt`` and the kernel's own log. Its checkpoints, in ``.<run id>.checkpoints``, stay
+until the run is complete: begun again, it goes on from them. A lock keeps other processes from making the same run at
+the same time; it goes with the process that holds it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakSet
+
+from filelock import FileLock, Timeout
+
+from dfqlib import kernels
+from dfqlib.files import CHECKPOINTS, write_json, write_text
+from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, PlannedRun, complete, imports_of, notebook_cells
+from dfqlib.progress import FILE_VARIABLE
+
+FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
+MACHINE = platform.node().replace(".", "-")
+OWNER = f"{MACHINE}-{os.getpid()}"
+
+OnStart = Callable[[int, Path], None]  # the number of the notebook's cells, and the file its loops are told in
+OnCell = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``done`` now, ``found`` complete, ``failed``, ``stopped`` by the user, or ``skipped``."""
+
+    run: PlannedRun
+    state: str
+    message: str = ""
+    seconds: float = 0.0
+
+
+class KernelFailure(Exception):
+    """A notebook that did not run to its end, in one line; ``details`` is what error.txt keeps."""
+
+    def __init__(self, line: str, details: str) -> None:
+        super().__init__(line)
+        self.details = details
+
+
+class Machine:
+    """This machine with up to ``jobs`` runs at once, each of which gets its share of the cores.
+
+    ``variables`` are added to the environment of every kernel; ``locations`` are parameters that say where something
+    is on this machine.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        # The same for one run as for many, so that what runs beside a run does not change its last digits.
+        self.jobs = self.places = jobs
+        self.threads = max(1, kernels.cores() // jobs)
+        self.variables: dict[str, str] = {}
+        self.locations: dict[str, str] = {}
+        self.stopping = self.forks = False
+        self.kernels: WeakSet = WeakSet()  # processes
+
+    def prepare(self, runs: list[PlannedRun]) -> None:
+        """Make kernels for ``runs`` quick to start; to be called in the main thread."""
+        modules = set().union(*(imports_of(notebook) for notebook in {run.paper.notebook for run in runs}))
+        self.forks = kernels.warm_up(modules, self.threads)
+
+    def stop(self) -> None:
+        """Kill the running kernels and start no others. To be repeated: one may be about to start."""
+        self.stopping = True
+        for kernel in list(self.kernels):
+            kernel.kill()
+
+    def execute(self, run: PlannedRun, results: Path, force: bool, on_start: OnStart, on_cell: OnCell) -> Outcome:
+        """Execute one notebook into its folder in ``results``; with ``force`` also if that is there."""
+        final = run.folder(results)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with self.alone(final) as locked:
+            if not locked:
+                return Outcome(run, "stopped", "interrupted while another process made it")
+            if complete(final) and not force:  # by another process, meanwhile
+                return Outcome(run, "found", str(final))
+            return self._execute(run, final, force, on_start, on_cell)
+
+    @contextlib.contextmanager
+    def alone(self, final: Path) -> Iterator[bool]:
+        """Hold the lock on a run's place; False if the batch is stopped before another process gives it free."""
+        lock = FileLock(final.with_name(f".{final.name}.lock"))
+        while not self.stopping:
+            try:
+                lock.acquire(timeout=0.5)
+            except Timeout:
+                continue
+            break
+        try:
+            yield lock.is_locked
+        finally:
+            if lock.is_locked and complete(final):  # from here on nobody has to wait
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def _execute(self, run: PlannedRun, final: Path, force: bool, on_start: OnStart, on_cell: OnCell) -> Outcome:
+        unfinished = final.with_name(f"{final.name}.unfinished")
+        checkpoints = final.with_name(f".{final.name}.checkpoints")
+        if force:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_orphans(final)
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
+        partial.chmod(0o755)
+        began = time.monotonic()
+        progress_file = partial / "progress.json"
+        on_start(len(notebook_cells(run.paper.notebook)) + 1, progress_file)  # papermill adds one with the parameters
+        try:
+            self._run_notebook(run, partial, progress_file, checkpoints, on_cell)
+            seconds = time.monotonic() - began
+            stamp(run, partial, seconds)
+            put_in_place(partial, final)
+        except (KernelFailure, OSError) as error:
+            line = "interrupted" if self.stopping else str(error)
+            details = line + "\n" if self.stopping else getattr(error, "details", line + "\n")
+            # On a full disk the message may find no room; what is there is kept all the same.
+            with contextlib.suppress(OSError):
+                write_text(partial / "error.txt", details)
+            progress_file.unlink(missing_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            partial.rename(unfinished)
+            message = f"{line}; what it did is in {unfinished}"
+            return Outcome(run, "stopped" if self.stopping else "failed", message, time.monotonic() - began)
+        for leftover in (unfinished, checkpoints):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return Outcome(run, "done", str(final), seconds)
+
+    def _run_notebook(
+        self, run: PlannedRun, partial: Path, progress_file: Path, checkpoints: Path, on_cell: OnCell
+    ) -> None:
+        """Execute the notebook with its parameters into ``partial``, and write it as a page too.
+
+        Raises KernelFailure if it does not reach its end.
+        """
+        # Here, since they take seconds that --list and a finished batch need not wait for.
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+        from nbconvert import HTMLExporter
+
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        log = partial / "kernel.log"
+        log.touch()
+        variables = {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)} | self.variables
+        folder = run.paper.notebook.parent
+        manager = kernels.kernel_manager(folder, variables, log, self.threads, self.forks, self.kernels)
+        try:
+            papermill.execute_notebook(
+                run.paper.notebook,
+                partial / NOTEBOOK,
+                parameters=run.parameters | self.locations | {"out": os.fspath(partial)},
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                kernel_manager_class=manager,
+                shutdown_kernel="immediate",
+                on_cell_executed=lambda **_: on_cell(),
+            )
+            write_text(partial / NOTEBOOK_PAGE, HTMLExporter().from_filename(os.fspath(partial / NOTEBOOK))[0])
+        except papermill.PapermillExecutionError as error:
+            # The kit's own refusals are sentences; other errors need their type to be understood.
+            sentence = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+            raise KernelFailure(sentence.splitlines()[0], FORMATTING.sub("", str(error))) from None
+        except Exception as error:
+            tail = log.read_text(errors="replace")[-4000:]
+            dead = isinstance(error, DeadKernelError)
+            line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
+            raise KernelFailure(line, f"{line}\n{tail}") from error
+
+
+def remove_orphans(final: Path) -> None:
+    """Remove what is left of runs for the place ``final`` whose process on this machine was killed."""
+    for partial in final.parent.glob(f".{final.name}.{MACHINE}-*.partial"):
+        process = int(partial.name.split(".")[-3].rpartition("-")[2])
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except PermissionError:
+            pass  # it lives, and is somebody else's
+
+
+def stamp(run: PlannedRun, partial: Path, seconds: float) -> None:
+    """Add to metrics.json what the runner knows: the run's identity and what it is made of, and its seconds in all."""
+    path = partial / METRICS
+    if not path.is_file():
+        raise KernelFailure(
+            f"{run.paper.notebook.name} ended without writing {METRICS}", "The notebook did not call Run.save().\n"
+        )
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics["run"] = {"id": run.id, "identity": run.identity, "depends": run.depends, "seconds": round(seconds, 1)}
+    write_json(path, metrics)
+    for leftover in ("progress.json", "kernel.log"):
+        (partial / leftover).unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename a complete run to its place, over an older one there; readers see the old run or the new one."""
+    while True:
+        try:
+            partial.rename(final)
+            return
+        except OSError:
+            if not final.exists():
+                raise
+            # A folder cannot replace a filled one in one step. If another runner is here too, one of the two wins.
+            older = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
+            try:
+                final.rename(older)
+            except FileNotFoundError:
+                pass
+            finally:
+                shutil.rmtree(older, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""Runs on a Dask cluster of real processes: workers and the scheduler may be lost, no run is lost or made twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from stub_kit import write_kit
+from test_run_all import ROOT, call, kit, run_folders, start, wait_for  # noqa: F401
+
+from dfqlib import cluster, plan, preflight
+from dfqlib.errors import UserError
+
+
+class Processes:
+    """A scheduler and its workers, as a user of a cluster starts them."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.alive: list[subprocess.Popen] = []
+        self.scheduler = self.start_scheduler()
+        self.workers = [self.start_worker() for _ in range(2)]
+
+    def start_scheduler(self) -> subprocess.Popen:
+        return self._start("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
+
+    def start_worker(self) -> subprocess.Popen:
+        name = f"worker{len(self.alive)}"
+        options = ["--nthreads", "1", "--no-dashboard", "--local-directory", str(self.folder / name)]
+        return self._start("worker", self.address, *options)
+
+    def _start(self, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "dask", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        with open(self.folder / f"dask{len(self.alive)}.log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self.alive.append(process)
+        return process
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """SIGKILL to it and all that it started but kernels, which have to notice by themselves."""
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            if "ipykernel_launcher" not in " ".join(member.cmdline()):
+                member.kill()
+
+    def end(self) -> None:
+        for process in self.alive:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def processes(kit, tmp_path):  # noqa: F811
+    started = Processes(tmp_path)
+    yield started
+    started.end()
+
+
+def diary(tmp_path: Path, seconds: float = 0.0) -> str:
+    """A notebook's body that notes when it begins and ends."""
+    return f"""
+import time
+def note(what):
+    with open({str(tmp_path / "diary")!r}, "a") as file:
+        file.write(what + "\\n")
+note(f"begin {{seed}}")
+time.sleep({seconds})
+note(f"end {{seed}}")"""
+
+
+def notes(tmp_path: Path) -> Counter[str]:
+    file = tmp_path / "diary"
+    return Counter(file.read_text().splitlines()) if file.exists() else Counter()
+
+
+def test_workers_started_here(kit, tmp_path, capsys):  # noqa: F811
+    assert call(tmp_path / "results", "--executor", "dask", "--workers", "2") == 0
+    printed = capsys.readouterr().out
+    assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
+    assert printed.count(": starts") == printed.count(": done") == 2
+    assert len(run_folders(tmp_path / "results")) == 2
+    assert call(tmp_path / "results") == 0 and capsys.readouterr().out.count(": found") == 2
+
+
+def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes):  # noqa: F811
+    write_kit(kit, zeroq=diary(tmp_path, seconds=3))
+    seeds = [str(seed) for seed in range(12)]
+    results = tmp_path / "results"
+    options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address, "--jobs", "12"]
+    batch = start(results, *options, "--seeds", *seeds)
+    try:
+        wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 2, 300)
+        processes.kill(processes.workers[0])
+        processes.start_worker()
+        wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 5, 300)
+        processes.kill(processes.scheduler)
+        processes.start_scheduler()
+        for _ in range(2):  # as a job queue does: workers end with their scheduler
+            processes.start_worker()
+        printed, errors = batch.communicate(timeout=600)
+    finally:
+        batch.kill()
+    assert batch.returncode == 0, errors
+    assert len(run_folders(results)) == 12 and not list(results.glob("quick/zeroq/.*"))
+    assert {what: times for what, times in notes(tmp_path).items() if what.startswith("end")} == {
+        f"end {seed}": 1 for seed in seeds
+    }
+    assert printed.count(": done") + printed.count(": found") == 12
+
+
+def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):  # noqa: F811
+    write_kit(kit, zeroq=diary(tmp_path, seconds=600))
+    options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address]
+    batch = start(tmp_path / "results", *options, "--seeds", "0", "1", "2")
+    wait_for(lambda: notes(tmp_path).total() == 2, 300)
+    batch.send_signal(signal.SIGINT)
+    printed, errors = batch.communicate(timeout=300)
+    assert batch.returncode == 130 and "Traceback" not in errors
+    assert printed.count(": stopped") == 3
+    assert len(run_folders(tmp_path / "results", ".unfinished")) == 2
+
+
+def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(cluster, "_shared", lambda client, results: False)
+    weights = tmp_path / "own.safetensors"
+    weights.write_text("weights")
+    write_kit(kit, zeroq=f"assert open(weights).read() == 'weights' and weights != {str(weights)!r}")
+    monkeypatch.setattr(preflight, "obstacle", lambda run: "")
+    options = ["--papers", "zeroq", "--executor", "dask", "--workers", "1", "--set", f"weights={weights}"]
+    assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 0
+    (folder,) = run_folders(tmp_path / "results")
+    assert plan.complete(tmp_path / "results" / "quick" / folder)
+    write_kit(kit, zeroq="raise ValueError('broken')")
+    assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 1
+    (folder,) = run_folders(tmp_path / "results", ".unfinished")
+    assert (tmp_path / "results" / "quick" / folder / "error.txt").is_file()
+
+
+def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "one.png").write_bytes(b"12345")
+    (run,) = plan.plan(plan.Selection(papers=["zeroq"], settings={"data_folder": str(tmp_path / "images")}))
+    assert cluster.inputs_of(run) == {"data_folder": tmp_path / "images"}
+    monkeypatch.setattr(cluster, "PARCEL", 4)
+    with pytest.raises(UserError, match="too many to send"):
+        cluster.inputs_of(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--executor", "slurm"], "executor='slurm' is unknown"),
+        (["--workers", "2"], "--scheduler and --workers are for --executor dask"),
+        (["--executor", "dask", "--workers", "0"], "workers=0 is out of range"),
+        (["--executor", "dask", "--workers", "1", "--scheduler", "tcp://x:1"], "give one of them"),
+        (["--executor", "dask", "--scheduler", "tcp://127.0.0.1:1"], "scheduler='tcp://127.0.0.1:1' does not answer"),
+        (["--executor", "dask", "--scheduler", "nowhere"], "scheduler='nowhere' does not answer"),
+    ],
+)
+def test_wrong_options_are_one_sentence(kit, tmp_path, capsys, monkeypatch, arguments, sentence):  # noqa: F811
+    monkeypatch.setattr(cluster, "ANSWER", 1)
+    assert call(tmp_path / "results", *arguments) == 2
+    errors = capsys.readouterr().err
+    assert sentence in errors and errors.count("\n") == 1
