@@ -31,10 +31,10 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError, get_address_host
 from distributed.core import Status
 
-from dfqlib import profiles
+from dfqlib import plan, profiles
 from dfqlib.errors import UserError
 from dfqlib.execution import Machine, OnCell, OnStart, Outcome, put_in_place
-from dfqlib.plan import ASSETS, PlannedRun, code_identity, data_folder, weights_file
+from dfqlib.plan import PlannedRun, code_identity, data_folder, weights_file
 
 ANSWER = 10  # seconds in which a scheduler has to answer the first time
 PATIENCE = 600  # seconds to wait for one that is being started anew
@@ -259,7 +259,7 @@ def inputs_of(run: PlannedRun) -> dict[str, Path]:
     inputs = {name: Path(value) for name, value in parameters.items() if isinstance(value, str) and value}
     inputs = {name: path for name, path in inputs.items() if path.is_file()}
     weights = weights_file(parameters.get("model", ""), parameters.get("weights", ""))
-    if weights and weights.parent != ASSETS and run.paper.methods:
+    if weights and weights.parent != plan.ASSETS and run.paper.methods:
         inputs["weights"] = weights
     folder = data_folder(parameters.get("dataset", ""), parameters)
     if folder:
