@@ -65,8 +65,20 @@ def test_conda_environment_installs_the_same():
     assert [p for p in ["3.10", *PYTHONS, "3.14"] if p in python.specifier] == PYTHONS
 
 
+def test_binder_takes_torch_for_a_cpu_from_conda_and_the_rest_from_the_package():
+    environment = yaml.safe_load((ROOT / "binder" / "environment.yml").read_text())
+    assert "python=3.11" in environment["dependencies"], "Binder needs one version, not a range"
+    found = {item.name: item for item in map(Requirement, environment["dependencies"][1:])}
+    ranges = {item.name: item.specifier for item in map(Requirement, PROJECT["dependencies"])}
+    assert found["pytorch-cpu"].specifier == ranges["torch"]
+    assert found["torchvision"].specifier == ranges["torchvision"]
+    steps = ROOT / "binder" / "postBuild"
+    assert steps.stat().st_mode & 0o111 and "pip install --quiet --editable ." in steps.read_text()
+
+
 def test_no_file_names_a_host_to_install_from():
-    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "Makefile", ".ci/run"):
+    binder = ("binder/environment.yml", "binder/postBuild")
+    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "Makefile", ".ci/run", *binder):
         text = (ROOT / name).read_text()
         assert "://" not in text and "index-url" not in text.replace("--no-emit-index-url", ""), name
 
