@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add("--results", default=str(HERE / "results"), metavar="FOLDER", help="where results go (default: results/)")
     add("--jobs", type=int, default=2, metavar="N", help="runs at once, each with its share of the cores; 1 "
         "gives a single run all of them (default: 2)")  # fmt: skip
+    add("--checkpoint-every", type=int, default=60, metavar="SECONDS", help="how often a fine-tuning is kept, to go on "
+        "from there after a stop (default: 60)")  # fmt: skip
     add("--force", action="store_true", help="run again what is already there")
     add("--keep-going", action="store_true", help="after a failure, also try the other runs of the same notebook")
     add("--list", action="store_true", help="list the published rows, what each needs and whether it can run here")
@@ -78,6 +80,7 @@ def stop(*_: object) -> None:
 
 def call(options: argparse.Namespace) -> int:
     check_range("jobs", options.jobs, 1, 1000)
+    check_range("checkpoint-every", options.checkpoint_every, 1, 10**6)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     chosen = selection(options)
     runs = plan.plan(chosen)
@@ -161,13 +164,24 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             able.append(planned)
     if not able:
         raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
+    for sentence in plan.broken_files(results):
+        console.print(sentence, markup=False, soft_wrap=True)
+    settings = options.jobs, options.force, options.keep_going, options.checkpoint_every
     with Screen(console, [planned.name for planned in able]) as screen:
-        outcomes = batch.Batch(results, screen, options.jobs, options.force, options.keep_going).execute(able)
+        outcomes = batch.Batch(results, screen, *settings).execute(able)
     for outcome in outcomes:
         if outcome.state not in ("done", "found"):
             note(failures, outcome.run, f"{outcome.state}: {outcome.message}")
 
-    show(console, runs, results, failures)
+    try:
+        show(console, runs, results, failures)
+    except OSError as error:
+        print(
+            f"run_all.py: the tables could not be written ({error}); what is there is the last whole version, "
+            "the runs are kept, and the next call writes them.",
+            file=sys.stderr,
+        )
+        return 1
     states = {outcome.state for outcome in outcomes}
     return 130 if "stopped" in states else 1 if "failed" in states else 0
 

@@ -3,7 +3,8 @@
 While a run goes on it lives in a hidden folder beside its place, ``.<run id>.<owner>.<random>.partial``; when it is
 complete, one rename puts it there. A run that fails or is interrupted is left as ``<run id>.unfinished`` with its
 partly executed notebook, ``error.txt`` and the kernel's own log. Its checkpoints, in ``.<run id>.checkpoints``, stay
-until the run is complete: begun again, it goes on from them.
+until the run is complete: begun again, it goes on from them. A run whose metrics.json is broken is made again; what was
+there stays as ``<run id>.broken``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from weakref import WeakSet
 
 from dfqlib import kernels
 from dfqlib.errors import UserError
-from dfqlib.files import CHECKPOINTS, write_json, write_text
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
 from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, PlannedRun, complete, imports_of, notebook_cells
 from dfqlib.progress import FILE_VARIABLE
 from dfqlib.screen import Screen
@@ -72,11 +73,20 @@ class Batch:
     ``keep_going``; other notebooks go on. An interrupt (Ctrl-C) stops the running notebooks and skips the rest.
     """
 
-    def __init__(self, results: Path, screen: Screen, jobs: int, force: bool = False, keep_going: bool = False) -> None:
+    def __init__(
+        self,
+        results: Path,
+        screen: Screen,
+        jobs: int,
+        force: bool = False,
+        keep_going: bool = False,
+        checkpoint_every: int = 60,
+    ) -> None:
         self.results, self.screen, self.jobs = results, screen, jobs
         # The same for one run as for many, so that what runs beside a run does not change its last digits.
         self.threads = max(1, kernels.cores() // jobs)
         self.force, self.keep_going = force, keep_going
+        self.checkpoint_every = checkpoint_every  # seconds
         self.broken: set[str] = set()  # papers
         self.stopping = False
         self.kernels: WeakSet = WeakSet()  # processes
@@ -117,7 +127,10 @@ class Batch:
                 run, "skipped", f"after another run of {run.paper.notebook.name} failed (--keep-going runs it)"
             )
         else:
-            outcome = self.execute_one(index, run)
+            try:
+                outcome = self.execute_one(index, run)
+            except OSError as error:  # a full disk may have no room for the run's folder either
+                outcome = Outcome(run, "failed", str(error))
             if outcome.state == "failed":
                 self.broken.add(run.paper.key)
         self.screen.end(index, outcome.state, outcome.message)
@@ -134,6 +147,7 @@ class Batch:
         remove_orphans(final)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
         partial.chmod(0o755)
+        set_aside(final)
         began = time.monotonic()
         progress_file = partial / "progress.json"
         cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
@@ -172,6 +186,7 @@ class Batch:
         log = partial / "kernel.log"
         log.touch()
         variables = {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)}
+        variables[CHECKPOINT_SECONDS] = str(self.checkpoint_every)
         manager = kernels.kernel_manager(run.paper.notebook.parent, variables, log, self.threads, self.kernels)
         try:
             papermill.execute_notebook(
@@ -195,6 +210,15 @@ class Batch:
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
             raise KernelFailure(line, f"{line}\n{tail}") from error
+
+
+def set_aside(final: Path) -> None:
+    """Move a run whose metrics.json is broken out of the way of its second try: its notebook holds its numbers too."""
+    if final.is_dir() and not complete(final):
+        older = final.with_name(f"{final.name}.broken")
+        shutil.rmtree(older, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another runner was first
+            final.rename(older)
 
 
 def remove_orphans(final: Path) -> None:
