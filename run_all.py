@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
         "cluster (default: local)")  # fmt: skip
     add("--scheduler", default="", metavar="ADDRESS", help="with dask: that of a cluster, such as tcp://host:8786")
     add("--workers", type=int, metavar="N", help="with dask and no scheduler: processes to start here (default: 2)")
+    add("--checkpoint-every", type=int, default=60, metavar="SECONDS", help="how often a fine-tuning is kept, to go on "
+        "from there after a stop (default: 60)")  # fmt: skip
     add("--force", action="store_true", help="run again what is already there")
     add("--keep-going", action="store_true", help="after a failure, also try the other runs of the same notebook")
     add("--list", action="store_true", help="list the published rows, what each needs and whether it can run here")
@@ -93,6 +95,7 @@ def call(options: argparse.Namespace) -> int:
     for name in ("jobs", "workers"):
         if getattr(options, name) is not None:
             check_range(name, getattr(options, name), 1, 1000)
+    check_range("checkpoint-every", options.checkpoint_every, 1, 10**6)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     chosen = selection(options)
     runs = plan.plan(chosen)
@@ -176,12 +179,15 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             able.append(planned)
     if not able:
         raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
+    for sentence in plan.broken_files(results):
+        console.print(sentence, markup=False, soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        executor: batch.Executor = execution.Machine(options.jobs or 2)
+        executor: batch.Executor = execution.Machine(options.jobs or 2, options.checkpoint_every)
         if options.executor == "dask":
             from dfqlib.cluster import Cluster
 
-            executor = stack.enter_context(Cluster(options.scheduler, options.workers or 2, options.jobs))
+            settings = options.scheduler, options.workers or 2, options.jobs, options.checkpoint_every
+            executor = stack.enter_context(Cluster(*settings))
         seconds = plan.expected_seconds(able, results)
         console.print(forecast(able, results, seconds, executor, options.force))
         screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
@@ -191,7 +197,15 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
         if outcome.state not in ("done", "found"):
             note(failures, outcome.run, f"{outcome.state}: {outcome.message}")
 
-    show(console, runs, results, failures)
+    try:
+        show(console, runs, results, failures)
+    except OSError as error:
+        print(
+            f"run_all.py: the tables could not be written ({error}); what is there is the last whole version, "
+            "the runs are kept, and the next call writes them.",
+            file=sys.stderr,
+        )
+        return 1
     states = {outcome.state for outcome in outcomes}
     return 130 if "stopped" in states else 1 if "failed" in states else 0
 

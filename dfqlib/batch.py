@@ -98,7 +98,10 @@ class Batch:
             )
         else:
             report = functools.partial(self.screen.start, index), functools.partial(self.screen.cell, index)
-            outcome = self.executor.execute(run, self.results, self.force, *report)
+            try:
+                outcome = self.executor.execute(run, self.results, self.force, *report)
+            except OSError as error:  # a full disk may have no room for the run's folder either
+                outcome = Outcome(run, "failed", str(error))
             if outcome.state == "failed":
                 self.broken.add(run.paper.key)
         self.screen.end(index, outcome.state, outcome.message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,22 @@ from dfqlib.files import atomic_path
 
 
 def save_checkpoint(path: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write ``state`` atomically, with the ``settings`` it was computed by; it loads with ``weights_only=True``."""
+    """Write ``state`` atomically, with the ``settings`` it was computed by; it loads with ``weights_only=True``.
+
+    Raises OSError, naming the cause, if it cannot be written; the file is then the one it was.
+    """
+    # Through memory: Python names a full disk as such, torch would speak of an unexpected position.
+    content = io.BytesIO()
+    torch.save({"settings": settings, "state": state}, content)
     with atomic_path(path) as temporary:
-        torch.save({"settings": settings, "state": state}, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
-def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, settings: dict[str, Any], anew: bool = False) -> dict[str, Any] | None:
     """The state in ``path``, on the CPU, or None if there is no such file yet.
 
-    Raises ``UserError`` if it was computed by other settings, or cannot be read.
+    Raises ``UserError`` if it was computed by other settings, or cannot be read; with ``anew`` a file that cannot be
+    read is none, with a warning.
     """
     if not path.exists():
         return None
@@ -28,7 +37,11 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any] | No
         content = torch.load(path, weights_only=True, map_location="cpu")
         made_by, state = content["settings"], content["state"]
     except Exception as error:
-        raise UserError(f"checkpoint={str(path)!r} cannot be read ({type(error).__name__}); remove it.") from None
+        broken = f"checkpoint={str(path)!r} cannot be read ({type(error).__name__})"
+        if anew:
+            warnings.warn(f"{broken}: the computation begins anew.", stacklevel=2)
+            return None
+        raise UserError(f"{broken}; remove it.") from None
     differing = [key for key in settings if made_by.get(key) != settings[key]]
     if differing:
         changes = ", ".join(f"{key}={settings[key]!r} (it has {made_by.get(key)!r})" for key in differing)

@@ -55,6 +55,7 @@ class Order:
     number: int  # of the run in these events
     hosts: dict[str, int]  # how many runs at once
     data_root: str  # $DFQ_DATA of the batch
+    checkpoint_every: int  # seconds
 
 
 @dataclasses.dataclass
@@ -74,10 +75,13 @@ class Cluster:
     two for each that can run, so that no worker waits for the next. Raises UserError if the scheduler does not answer.
     """
 
-    def __init__(self, address: str = "", workers: int = 1, jobs: int | None = None) -> None:
+    def __init__(
+        self, address: str = "", workers: int = 1, jobs: int | None = None, checkpoint_every: int = 60
+    ) -> None:
         self._local = None if address else _start_workers(workers)
         self.address = address or self._local.scheduler_address
         self._client = _connect(self.address)
+        self._checkpoint_every = checkpoint_every  # seconds
         self._topic = f"dfqlib-{uuid.uuid4().hex}"
         self._sent: list[_Sent] = []
         self._shared: bool | None = None
@@ -138,7 +142,9 @@ class Cluster:
             if self._shared is None:
                 self._shared = _shared(self._client, results)
         data_root = os.environ.get("DFQ_DATA", "")
-        order = Order(run, results, self._shared, force, self._topic, number, self._hosts(), data_root)
+        order = Order(
+            run, results, self._shared, force, self._topic, number, self._hosts(), data_root, self._checkpoint_every
+        )
         inputs = None if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
         key = f"{run.paper.key}-{run.id}-{secrets.token_hex(4)}"
@@ -201,8 +207,8 @@ def _work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
     own = Path(worker.local_directory)
     results = order.results if order.shared else own / "results"
     host = get_address_host(worker.address)
-    machine = Machine(order.hosts.get(host, worker.state.nthreads))
-    machine.variables = dict.fromkeys(THREADS, str(machine.threads))
+    machine = Machine(order.hosts.get(host, worker.state.nthreads), order.checkpoint_every)
+    machine.variables |= dict.fromkeys(THREADS, str(machine.threads))
     if order.shared and Path(order.data_root).is_dir():
         machine.variables["DFQ_DATA"] = order.data_root
     if inputs:

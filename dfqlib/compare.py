@@ -133,9 +133,10 @@ def _qimera(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor
 
 
 def _generated(stream: GeneratorStream, budget: Budget) -> tuple[Tensor, Tensor]:
-    """Images of a generator that has been trained, and the labels they were asked for."""
+    """Images of a generator that has been trained, and the labels they were asked for; RuntimeError if it diverged."""
     for _ in track(range(budget.synthesis_iterations), "training a generator"):
         stream.next_batch()
+    stream.read_losses()
     batches = [stream.next_batch() for _ in range(-(-budget.images // budget.batch))]
     images = torch.cat([batch.images for batch in batches])[: budget.images]
     # A generator that mixes classes in some batches gives those soft labels; one kind for all can be stacked.

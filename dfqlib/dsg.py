@@ -26,6 +26,7 @@ from dfqlib.losses import (
 from dfqlib.models import Teacher
 from dfqlib.statistics import BatchNormInputs, batch_mean_var, pooled_mean_var, sample_mean_std
 from dfqlib.synthesis import synthesise
+from dfqlib.terms import add_up
 
 SHIFT = 30 / 224  # the image prior rolls images by at most this share of their side; published: 30 of 224 pixels
 SPREADS = ("std", "variance")
@@ -188,15 +189,15 @@ def synthesise_diverse(
 
         def loss(images: Tensor) -> Tensor:
             logits = teacher.network(images)
-            total = dsg_statistics_loss(images, norms.layers, margins, weights)
+            terms = {"statistics": dsg_statistics_loss(images, norms.layers, margins, weights)}
             if parts.correlation:
-                total = total + correlation(images)
+                terms["correlation"] = correlation(images)
             if label_weight:
-                total = total + label_weight * F.cross_entropy(logits, labels)
+                terms["CE"] = label_weight * F.cross_entropy(logits, labels)
             if prior_weight:
                 offset = int(torch.randint(-shift, shift, (1,), generator=random))  # on the CPU: no device waits
-                total = total + prior_weight * image_prior_loss(images, offset)
-            return total
+                terms["image prior"] = prior_weight * image_prior_loss(images, offset)
+            return add_up(terms)
 
         settings = (learning_rate, iterations, patience, min_learning_rate)
         images, losses = synthesise(images, loss, *settings, label or f"{batch} diverse images")

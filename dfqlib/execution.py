@@ -3,7 +3,8 @@
 While a run goes on it lives in a hidden folder beside its place, ``.<run id>.<owner>.<random>.partial``; when it is
 complete, one rename puts it there. A run that fails or is interrupted is left as ``<run id>.unfinished`` with its
 partly executed notebook, ``error.txt`` and the kernel's own log. Its checkpoints, in ``.<run id>.checkpoints``, stay
-until the run is complete: begun again, it goes on from them. A lock keeps other processes from making the same run at
+until the run is complete: begun again, it goes on from them. A run whose metrics.json is broken is made again; what was
+there stays as ``<run id>.broken``. A lock keeps other processes from making the same run at
 the same time; it goes with the process that holds it, however that ends.
 """
 
@@ -26,7 +27,7 @@ from weakref import WeakSet
 from filelock import FileLock, Timeout
 
 from dfqlib import kernels
-from dfqlib.files import CHECKPOINTS, write_json, write_text
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
 from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, PlannedRun, complete, imports_of, notebook_cells
 from dfqlib.progress import FILE_VARIABLE
 
@@ -59,15 +60,15 @@ class KernelFailure(Exception):
 class Machine:
     """This machine with up to ``jobs`` runs at once, each of which gets its share of the cores.
 
-    ``variables`` are added to the environment of every kernel; ``locations`` are parameters that say where something
-    is on this machine.
+    Fine-tunings write a checkpoint every ``checkpoint_every`` seconds. ``variables`` are added to the environment of
+    every kernel; ``locations`` are parameters that say where something is on this machine.
     """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, checkpoint_every: int = 60) -> None:
         # The same for one run as for many, so that what runs beside a run does not change its last digits.
         self.jobs = self.places = jobs
         self.threads = max(1, kernels.cores() // jobs)
-        self.variables: dict[str, str] = {}
+        self.variables = {CHECKPOINT_SECONDS: str(checkpoint_every)}
         self.locations: dict[str, str] = {}
         self.stopping = self.forks = False
         self.kernels: WeakSet = WeakSet()  # processes
@@ -119,6 +120,7 @@ class Machine:
         remove_orphans(final)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
         partial.chmod(0o755)
+        set_aside(final)
         began = time.monotonic()
         progress_file = partial / "progress.json"
         on_start(len(notebook_cells(run.paper.notebook)) + 1, progress_file)  # papermill adds one with the parameters
@@ -182,6 +184,15 @@ class Machine:
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
             raise KernelFailure(line, f"{line}\n{tail}") from error
+
+
+def set_aside(final: Path) -> None:
+    """Move a run whose metrics.json is broken out of the way of its second try: its notebook holds its numbers too."""
+    if final.is_dir() and not complete(final):
+        older = final.with_name(f"{final.name}.broken")
+        shutil.rmtree(older, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another runner was first
+            final.rename(older)
 
 
 def remove_orphans(final: Path) -> None:

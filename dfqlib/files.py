@@ -13,6 +13,8 @@ from typing import Any
 
 #: The variable that tells a notebook in a batch where its checkpoints are.
 CHECKPOINTS = "DFQ_CHECKPOINTS"
+#: The variable that tells it after how many seconds to write one again.
+CHECKPOINT_SECONDS = "DFQ_CHECKPOINT_SECONDS"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ from dfqlib.losses import generator_loss, student_loss
 from dfqlib.progress import track
 from dfqlib.quantize import observing
 from dfqlib.statistics import BatchNormInputs
+from dfqlib.terms import add_up, finite_numbers, kept, numbers
 
+LOWER = "; lower its lr."  # what to do about a loss that is not finite
 DECAYS = ("step", "late_step", "cosine", "constant")
 
 
@@ -49,13 +51,26 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file from which a fine-tuning goes on after a stop, written after every so many batches, and at the end."""
+    """The file from which a fine-tuning goes on after a stop, written after every so many batches, and at the end.
+
+    With ``seconds`` it is written whenever so many have passed instead. A file that cannot be read is refused, unless
+    ``anew`` says to begin anew then, with a warning: for a file that nobody named. UserError for an interval out of
+    range.
+    """
 
     path: Path
     every: int = 500
+    seconds: float | None = None
+    anew: bool = False
 
     def __post_init__(self) -> None:
         check_range("every", self.every, 1, 10**9)
+        if self.seconds is not None:
+            check_range("seconds", self.seconds, 0, 10**9)
+
+    def due(self, drawn: int, seconds: float) -> bool:
+        """Whether to write it after ``drawn`` batches in all, ``seconds`` after it was last written."""
+        return drawn % self.every == 0 if self.seconds is None else seconds >= self.seconds
 
 
 def decay_factor(decay: str, progress: float) -> float:
@@ -83,7 +98,7 @@ class GeneratorStream:
     ``draw(generator, batch, random)`` gives what the generator is called with, and the labels its images are to have;
     it draws from a random stream of the stream's own, seeded with ``seed``. After ``iterations`` batches the generator
     is left as it is and only asked for images, still with the statistics of the batch in its batch norms, as in
-    training. ``losses`` holds one device scalar per step.
+    training. ``losses`` holds one device scalar per step, see :func:`dfqlib.terms.kept`.
     """
 
     def __init__(
@@ -128,6 +143,10 @@ class GeneratorStream:
         self.iteration += 1
         return batch
 
+    def read_losses(self) -> list[float]:
+        """The loss of each step so far; RuntimeError, naming step and term, if one is not finite."""
+        return finite_numbers(self.losses, "the generator diverged: its loss is", LOWER, 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Generator, optimizer, random numbers, losses so far; on the CPU where they can be."""
         state = {
@@ -135,7 +154,7 @@ class GeneratorStream:
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.get_state(),
             "iteration": self.iteration,
-            "losses": _numbers(self.losses),
+            "losses": numbers(self.losses),
         }
         return state | {"image_loss": self.image_loss.state_dict()} if self.image_loss is not None else state
 
@@ -157,11 +176,11 @@ class GeneratorStream:
             logits = self.teacher(images)
             loss = self.loss(logits, labels, self.norms.layers)
         if self.image_loss is not None:
-            loss = loss + self.image_loss(images)
+            loss = add_up({"": loss, "image loss": self.image_loss(images)})
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.losses.append(loss.detach())
+        self.losses.append(kept(loss))
         return Batch(images.detach(), labels, logits.detach())
 
 
@@ -210,6 +229,11 @@ class ImageStream:
             self.vary.load_state_dict(state["vary"])
 
 
+def read_losses(stream: Stream) -> list[float]:
+    """The losses of the generator behind a stream, none if there is none; RuntimeError if one is not finite."""
+    return stream.read_losses() if hasattr(stream, "read_losses") else []
+
+
 class FirstThen:
     """A stream that is ``first`` for ``count`` batches and ``then`` from there on."""
 
@@ -219,6 +243,10 @@ class FirstThen:
     def next_batch(self) -> Batch:
         self.left -= 1
         return (self.first if self.left >= 0 else self.then).next_batch()
+
+    def read_losses(self) -> list[float]:
+        """Those of the first stream."""
+        return read_losses(self.first)
 
     def state_dict(self) -> dict[str, Any]:
         """Both streams and how many batches the first has left."""
@@ -291,8 +319,9 @@ def finetune(
     training, after every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then.
 
     With a ``checkpoint`` a run that was stopped goes on from its file, if that exists, and on a CPU ends with the very
-    same numbers as one that was not. Raises RuntimeError, naming student and iteration, if a loss is no longer finite;
-    UserError if the spans leave nothing to do, or the checkpoint is another run's.
+    same numbers as one that was not. Raises RuntimeError, naming the student or the generator, the iteration and the
+    term that broke, if a loss is no longer finite, at the next evaluation or checkpoint; UserError if the spans leave
+    nothing to do, or the checkpoint is another run's.
     """
     train_from = observe_iterations if train_from is None else train_from
     if not 0 < observe_iterations <= train_from < iterations:
@@ -304,9 +333,10 @@ def finetune(
     settings = {"iterations": iterations, "observe_iterations": observe_iterations, "train_from": train_from}
     settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every, "students": list(students)}
     run = _Progress(stream, tuners, History(scores={name: [] for name in students}))
-    if checkpoint is not None and (state := load_checkpoint(checkpoint.path, settings)) is not None:
+    if checkpoint is not None and (state := load_checkpoint(checkpoint.path, settings, checkpoint.anew)):
         run.load_state_dict(state)
-    began = time.perf_counter() - run.history.seconds
+    written = time.perf_counter()
+    began = written - run.history.seconds
     for drawn in track(range(run.drawn, generator_warmup + iterations), label):
         batch = stream.next_batch()
         iteration = drawn - generator_warmup  # below 0 the generator learns alone
@@ -325,9 +355,12 @@ def finetune(
                     run.history.scores[name].append((done, evaluate(student.network)))
             if on_evaluation is not None:
                 on_evaluation(run.history)
-        run.history.seconds = time.perf_counter() - began
-        if checkpoint is not None and (done == iterations or run.drawn % checkpoint.every == 0):
+        now = time.perf_counter()
+        run.history.seconds = now - began
+        if checkpoint is not None and (done == iterations or checkpoint.due(run.drawn, now - written)):
+            _read_losses(run.history, stream, tuners, train_from)  # from a broken state nothing could go on
             save_checkpoint(checkpoint.path, settings, run.state_dict())
+            written = time.perf_counter()
     _read_losses(run.history, stream, tuners, train_from)
     return run.history
 
@@ -385,11 +418,11 @@ class _Tuner:
         loss = student.loss(student.network, batch)
         loss.backward()
         self.optimizer.step()
-        self.losses.append(loss.detach())
+        self.losses.append(kept(loss))
 
     def state_dict(self) -> dict[str, Any]:
         network, optimizer = self.student.network.state_dict(), self.optimizer.state_dict()
-        return {"network": network, "optimizer": optimizer, "losses": _numbers(self.losses)}
+        return {"network": network, "optimizer": optimizer, "losses": numbers(self.losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.network.load_state_dict(state["network"])
@@ -399,19 +432,8 @@ class _Tuner:
 
 
 def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
-    """Bring the losses from the device, all at once, and stop where one is not finite."""
-    history.generator = _numbers(getattr(stream, "losses", []))
-    history.students = {name: _numbers(tuner.losses) for name, tuner in tuners.items()}
-    for name, first, losses in [
-        ("the generator", 0, history.generator),
-        *((f"student {name!r}", train_from, losses) for name, losses in history.students.items()),
-    ]:
-        for step, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise RuntimeError(
-                    f"{name} diverged: its loss is {loss} at iteration {first + step + 1}; lower its lr."
-                )
-
-
-def _numbers(scalars: list[Tensor]) -> list[float]:
-    return torch.stack(scalars).tolist() if scalars else []
+    """Bring the losses from the device; RuntimeError where one is not finite."""
+    history.generator = read_losses(stream)
+    for name, tuner in tuners.items():
+        before = f"student {name!r} diverged: its loss is"
+        history.students[name] = finite_numbers(tuner.losses, before, LOWER, train_from + 1)

@@ -17,6 +17,7 @@ from dfqlib.losses import hast_loss
 from dfqlib.models import Teacher
 from dfqlib.statistics import BatchNormInputs, Layer, sample_mean_std
 from dfqlib.synthesis import synthesise
+from dfqlib.terms import add_up
 
 # Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much harder samples count.
 PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5)}
@@ -152,7 +153,8 @@ class _Loss:
         bns_weight = 1.0 if self.centres is None else 0.4
         loss = hast_loss(logits, self.labels, self.norms.layers, self.beta, self.gamma, bns_weight)
         if self.centres is not None:
-            loss = loss + 0.02 * centre_gap(self.norms.layers, self.labels, self.centres)
+            gap = 0.02 * centre_gap(self.norms.layers, self.labels, self.centres)
+            loss = add_up({"": loss, "gap to the centres": gap})
         return loss
 
 

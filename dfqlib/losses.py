@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfqlib.statistics import Layer, batch_mean_var, sample_mean_std, weighted_mean_var
+from dfqlib.terms import add_up
 
 EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
 
@@ -60,12 +61,12 @@ def generator_loss(
     ``teacher_logits`` (B, classes); ``labels`` (B,) integers or (B, classes) probabilities. A weight of 0 drops its
     term; ``statistics_loss`` takes the place of L_BNS. Source: GDFQ, knowledge matching generator.
     """
-    terms = []
+    terms = {}
     if ce_weight:
-        terms.append(ce_weight * F.cross_entropy(teacher_logits, labels))
+        terms["CE"] = ce_weight * F.cross_entropy(teacher_logits, labels)
     if bns_weight:
-        terms.append(bns_weight * statistics_loss(layers))
-    return torch.stack(terms).sum()
+        terms["L_BNS"] = bns_weight * statistics_loss(layers)
+    return add_up(terms)
 
 
 def distillation_kl(
@@ -96,12 +97,12 @@ def student_loss(
     Logits are (B, classes), labels (B,) integers or (B, classes) probabilities; ``kl_weight`` is the paper's alpha.
     A weight of 0 drops its term. Source: GDFQ, fine-tuning with fake data.
     """
-    terms = []
+    terms = {}
     if ce_weight:
-        terms.append(ce_weight * F.cross_entropy(student_logits, labels))
+        terms["CE"] = ce_weight * F.cross_entropy(student_logits, labels)
     if kl_weight:
-        terms.append(kl_weight * distillation_kl(teacher_logits, student_logits, temperature, mean_over_classes))
-    return torch.stack(terms).sum()
+        terms["KL"] = kl_weight * distillation_kl(teacher_logits, student_logits, temperature, mean_over_classes)
+    return add_up(terms)
 
 
 def difficulty(logits: Tensor, labels: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def hast_loss(
     # A root of 0 has no slope: where the teacher is sure, the difficulty is held above 0.
     weights = difficulty(teacher_logits, labels).clamp(min=1e-8).pow(gamma)
     hard = (weights * cross_entropy).mean()
-    return bns_weight * bns_loss(layers) + beta * hard
+    return add_up({"L_BNS": bns_weight * bns_loss(layers), "hard CE": beta * hard})
 
 
 def selective_cross_entropy(

@@ -51,13 +51,18 @@ def write_page(root: Path, papers: list[tuple[Paper, pd.DataFrame, pd.DataFrame,
     sources = [Path(module).read_text(encoding="utf-8") for module in (__file__, TEMPLATE)]
     made_from = digest(*sources, json.dumps(content), rows.to_json())
     path = root / "report.html"
-    if path.is_file() and made_from in path.read_text(encoding="utf-8"):
+    if path.is_file() and _is_whole(path.read_text(encoding="utf-8", errors="replace"), made_from):
         return
     from jinja2 import Environment
 
     page = Environment(autoescape=True).from_string(sources[-1])
     overview = [as_svg(accuracy_against_time(rows)), as_svg(spread_over_seeds(rows))]
     write_text(path, page.render(**content, overview=overview, made_from=made_from))
+
+
+def _is_whole(text: str, made_from: str) -> bool:
+    """Whether a page was made from just this, and not cut off afterwards."""
+    return made_from in text and text.rstrip().endswith("</html>")
 
 
 def table_lines(rows: pd.DataFrame) -> list[dict[str, Any]]:

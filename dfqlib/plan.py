@@ -96,8 +96,31 @@ class PlannedRun:
 
 
 def complete(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / NOTEBOOK).is_file() and (folder / METRICS).is_file()
+    """Whether a folder holds a finished run: one without a notebook, or with a broken metrics.json, is none."""
+    return (folder / NOTEBOOK).is_file() and read_metrics(folder) is not None
+
+
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder measured; None if metrics.json is not there, or not whole."""
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return metrics if isinstance(metrics, dict) and "run" in metrics else None
+
+
+def broken_files(results: Path) -> Iterable[str]:
+    """A sentence for each file of a results folder that was cut off in the middle: its name, and what becomes of it."""
+    for path in sorted(results.glob(f"*/*/[!.]*/{METRICS}")):
+        aside = path.parent.name.endswith((".unfinished", ".broken"))
+        if not aside and read_metrics(path.parent) is None:
+            yield (
+                f"{path} is broken: its run counts as not finished; a call that asks for it runs it again and keeps "
+                f"this folder as {path.parent.name}.broken."
+            )
+    for path in sorted([*results.glob("results.csv"), *results.glob("*/results.csv")]):
+        if not path.read_bytes().endswith(b"\n"):
+            yield f"{path} is broken: its whole lines are kept, and a copy of it as {path.name}.broken."
 
 
 def expected_seconds(runs: Iterable[PlannedRun], results: Path) -> dict[str, float | None]:

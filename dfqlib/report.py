@@ -7,6 +7,7 @@ schedule, those of the present call or else the latest. A paper without any run 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Collection, Iterable
@@ -18,7 +19,7 @@ import pandas as pd
 from dfqlib import preflight, profiles, published, tables
 from dfqlib.files import atomic_path, write_text
 from dfqlib.page import write_page
-from dfqlib.plan import METRICS, code_identity, complete, digest
+from dfqlib.plan import code_identity, complete, digest, read_metrics
 from dfqlib.profiles import COMMON, Paper, Profile
 from dfqlib.published import Published
 
@@ -47,7 +48,7 @@ def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -
     folders = [folder for folder in folders if complete(folder) and not folder.name.endswith(".unfinished")]
     code = code_identity(paper.notebook) if folders else ""
     for folder in folders:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        metrics = read_metrics(folder)
         run, provenance = metrics["run"], metrics["provenance"]
         current = run["depends"]["code"] == code
         own = {name: value for name, value in metrics["parameters"].items() if name not in COMMON}
@@ -135,10 +136,19 @@ def _write_tidy(path: Path, rows: pd.DataFrame) -> None:
     """Every row of every run behind the tables, one line per seed; papers without a run here keep their lines."""
     tidy = rows.drop(columns=["rank", "version", "folder", "figures", "order"])
     if path.is_file():
-        before = pd.read_csv(path, dtype=object, keep_default_na=False)
+        before = _whole_lines(path)
         tidy = pd.concat([tidy, before[~before["paper"].isin(tidy["paper"])]])
     with atomic_path(path) as temporary:
         tidy.to_csv(temporary, index=False)
+
+
+def _whole_lines(path: Path) -> pd.DataFrame:
+    """The lines of a table; if it was cut off, those that are whole, and a copy of it stays as ``<name>.broken``."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole, newline, rest = text.rpartition("\n")
+    if rest or not newline:
+        shutil.copyfile(path, path.with_name(f"{path.name}.broken"))
+    return pd.read_csv(io.StringIO(whole if newline else "paper"), dtype=object, keep_default_na=False)
 
 
 def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataFrame, figures: Iterable[Path]) -> None:
@@ -181,7 +191,7 @@ def _write_readme(root: Path, papers: dict[str, Paper], failures: dict[tuple[str
     for paper in papers.values():
         table = root / "tables" / f"{paper.key}.md"
         if table.is_file():
-            text.append(table.read_text(encoding="utf-8").replace("(../figures/", "(figures/"))
+            text.append(table.read_text(encoding="utf-8", errors="replace").replace("(../figures/", "(figures/"))
         elif paper.methods:
             missing = not_run(pd.DataFrame(), paper.methods, failures)
             text += [f"## {paper.title}\n", "Not run here.\n", tables.markdown(tables.present_missing(missing))]

@@ -23,7 +23,7 @@ import torch
 
 from dfqlib import profiles, tables
 from dfqlib.errors import UserError
-from dfqlib.files import CHECKPOINTS, atomic_path, write_json
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, atomic_path, write_json
 from dfqlib.runtime import code_version, describe_hardware, pick_device
 
 if TYPE_CHECKING:
@@ -113,12 +113,16 @@ class Run:
     def checkpoint(self, name: str) -> Checkpoint | None:
         """Where the fine-tuning ``name`` of this run is kept against a stop; None outside a batch.
 
-        ``run_all.py`` names the folder in ``DFQ_CHECKPOINTS``: it outlives the run's own until the run is complete.
+        ``run_all.py`` names the folder in ``DFQ_CHECKPOINTS``: it outlives the run's own until the run is complete. It
+        is written every ``DFQ_CHECKPOINT_SECONDS``; one that cannot be read is begun anew, since a batch could not ask.
         """
         from dfqlib.finetune import Checkpoint
 
         folder = os.environ.get(CHECKPOINTS)
-        return Checkpoint(Path(folder, re.sub(r"[^\w.-]+", "-", name) + ".ckpt")) if folder else None
+        if not folder:
+            return None
+        path = Path(folder, re.sub(r"[^\w.-]+", "-", name) + ".ckpt")
+        return Checkpoint(path, seconds=float(os.environ.get(CHECKPOINT_SECONDS, 60)), anew=True)
 
     def record(self, name: str, value: Any) -> None:
         """Keep any other number, series or table under ``name``: curves, bit widths per layer, sensitivities."""

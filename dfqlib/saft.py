@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfqlib.errors import UserError, check_choice, check_range, parse_bits
-from dfqlib.finetune import Batch, Stream, Student
+from dfqlib.finetune import Batch, Stream, Student, read_losses
 from dfqlib.losses import attention_gap, distillation_kl, selective_cross_entropy
 from dfqlib.models import Teacher
 from dfqlib.quantize import quantize_model
+from dfqlib.terms import add_up
 from dfqlib.views import LAYERS, View, Viewer
 
 
@@ -73,6 +74,10 @@ class Seen:
             seen = self.teacher(batch.images, saliency=True).detach()
         return SeenBatch(batch.images, batch.labels, seen.logits, seen)
 
+    def read_losses(self) -> list[float]:
+        """The stream's."""
+        return read_losses(self.stream)
+
     def state_dict(self) -> dict[str, Any]:
         """The stream's."""
         return self.stream.state_dict()
@@ -87,15 +92,15 @@ def agreement(student: View, teacher: View, labels: Tensor, terms: Terms, attent
 
     ``attention=False`` leaves FA out. Source: SynQ, equation 6; SaFT; FA from HAST, feature alignment.
     """
-    total = student.logits.new_zeros(())
+    parts = {}
     if terms.kl_weight:
-        total = total + terms.kl_weight * distillation_kl(teacher.logits, student.logits, terms.temperature)
+        parts["KL"] = terms.kl_weight * distillation_kl(teacher.logits, student.logits, terms.temperature)
     if terms.ce_weight:
         cross_entropy = selective_cross_entropy(student.logits, teacher.logits, labels, terms.easy_below)
-        total = total + terms.ce_weight * cross_entropy
+        parts["CE"] = terms.ce_weight * cross_entropy
     if terms.attention_weight and attention:
-        total = total + terms.attention_weight * attention_gap(student.attentions, teacher.attentions)
-    return total
+        parts["FA"] = terms.attention_weight * attention_gap(student.attentions, teacher.attentions)
+    return add_up(parts) if parts else student.logits.new_zeros(())
 
 
 def promote(images: Tensor, loss: Tensor, epsilon: float) -> Tensor:
@@ -129,15 +134,16 @@ class Alignment:
         moves = terms.epsilon > 0 and (terms.kl_weight or terms.ce_weight or terms.attention_weight)
         images = batch.images.detach().requires_grad_(bool(moves))
         ours = self.student(images, saliency=terms.saliency_weight > 0)
-        total = agreement(ours, batch.seen, batch.labels, terms)
+        parts = {"": agreement(ours, batch.seen, batch.labels, terms)}
         if moves:
-            harder = promote(images, total, terms.epsilon)
+            harder = promote(images, parts[""], terms.epsilon)
             with torch.no_grad():
                 theirs = self.teacher(harder)
-            total = total + agreement(self.student(harder), theirs, batch.labels, terms, terms.perturbed_attention)
+            copies = agreement(self.student(harder), theirs, batch.labels, terms, terms.perturbed_attention)
+            parts["perturbed copies"] = copies
         if terms.saliency_weight:
-            total = total + terms.saliency_weight * F.mse_loss(ours.saliency, batch.seen.saliency)
-        return total
+            parts["saliency"] = terms.saliency_weight * F.mse_loss(ours.saliency, batch.seen.saliency)
+        return add_up(parts)
 
 
 def make_student(

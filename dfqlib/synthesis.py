@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dfqlib.errors import check_range
 from dfqlib.progress import track
+from dfqlib.terms import finite_numbers, kept
 
 
 def synthesise(
@@ -26,7 +26,7 @@ def synthesise(
     ``images`` is (B, 3, H, W), normalised, and stays as given; ``loss_function`` maps it to a scalar. The learning rate
     is divided by 10 when more than ``patience`` iterations in a row brought no gain, down to ``min_learning_rate``.
     Returns the images after the last iteration and the loss before each one. UserError for a setting out of range;
-    RuntimeError, naming the iteration, as soon as a loss that is not finite is read.
+    RuntimeError, naming the iteration and the term that broke, as soon as a loss that is not finite is read.
     """
     check_range("learning_rate", learning_rate, 1e-12, 1e6)
     check_range("iterations", iterations, 1, 10**9)
@@ -35,6 +35,10 @@ def synthesise(
     images = images.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=learning_rate)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=patience, min_lr=min_learning_rate)
+    advice = (
+        f"; learning_rate={learning_rate:g} may be too high, or the teacher's weights or the images hold values that "
+        "are not finite."
+    )
     history: list[float] = []
     unread: list[Tensor] = []
     for iteration in track(range(iterations), label):
@@ -42,21 +46,12 @@ def synthesise(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        unread.append(loss.detach())
+        unread.append(kept(loss))
         # Reading a loss waits for the device. The learning rate cannot fall before so many more losses are in, so
         # reading them all only then changes nothing and leaves an accelerator free to run ahead.
         if len(unread) > patience - plateau.num_bad_epochs or iteration == iterations - 1:
-            for value in torch.stack(unread).tolist():
-                _check_finite(value, len(history), label, learning_rate)
+            for value in finite_numbers(unread, f"{label}: the loss is", advice, len(history)):
                 plateau.step(value)
                 history.append(value)
             unread.clear()
     return images.detach(), history
-
-
-def _check_finite(loss: float, iteration: int, label: str, learning_rate: float) -> None:
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"{label}: the loss is {loss} at iteration {iteration}; learning_rate={learning_rate:g} may be too high, "
-            "or the teacher's weights or the images hold values that are not finite."
-        )

@@ -18,6 +18,7 @@ from dfqlib.losses import bns_loss
 from dfqlib.progress import track
 from dfqlib.statistics import BatchNormInputs
 from dfqlib.synthesis import synthesise
+from dfqlib.terms import add_up
 
 SIDE = 4.0  # points lie in [-SIDE, SIDE] on both axes
 
@@ -50,13 +51,14 @@ def train_classifier(points: Tensor, labels: Tensor, iterations: int = 200, lr: 
 def zeroq_points(teacher: nn.Module, count: int = 500, iterations: int = 200, lr: float = 0.1) -> Tensor:
     """Points (count, 2) moved from Gaussian noise until the teacher's batch-norm inputs have its running statistics.
 
-    A point has no pixels to average over, so the statistics are the batch's, where ZeroQ's images use each sample's.
+    RuntimeError if the loss diverges. A point has no pixels to average over, so the statistics are the batch's, where
+    ZeroQ's images use each sample's.
     """
     with BatchNormInputs(teacher) as norms:
 
         def loss(points: Tensor) -> Tensor:
             teacher(points)
-            return bns_loss(norms.layers)
+            return add_up({"L_BNS": bns_loss(norms.layers)})
 
         points, _ = synthesise(torch.randn(count, 2), loss, lr, iterations, 100, 1e-4, label="toy ZeroQ")
     return points
@@ -79,9 +81,13 @@ class PointGenerator(nn.Module):
 def gdfq_points(
     teacher: nn.Module, count: int = 500, iterations: int = 200, lr: float = 1e-2, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Points (count, 2) of a generator trained by L_G = CE + 0.1 L_BNS, and the labels (count,) it was asked for."""
+    """Points (count, 2) of a generator trained by L_G = CE + 0.1 L_BNS, and the labels (count,) it was asked for.
+
+    RuntimeError if the loss diverges.
+    """
     stream = GeneratorStream(teacher, PointGenerator(), iterations, batch=count, lr=lr, decay="cosine", seed=seed)
     for _ in track(range(iterations), "toy GDFQ"):
         stream.next_batch()
+    stream.read_losses()
     batch = stream.next_batch()
     return batch.images, batch.labels

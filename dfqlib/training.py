@@ -6,6 +6,7 @@ the optimizer, the schedule, and the epoch loop with its checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -196,7 +197,8 @@ def train_teacher(
     input; ``evaluate`` gives its top-1 in per cent after each epoch (it chooses nothing). Averaged weights get
     batch-norm statistics of their own, over all images once, augmented (Izmailov et al., "Averaging weights leads to
     wider optima and better generalization", UAI 2018, section 3.1).
-    Training computes on the device the network is on and writes the checkpoint after every epoch.
+    Training computes on the device the network is on and writes the checkpoint after every epoch. RuntimeError, naming
+    the epoch, if the loss is no longer finite: the checkpoint is then that of the epoch before.
     """
     checkpoint = Path(checkpoint)
     device = next(network.parameters()).device
@@ -237,11 +239,16 @@ def train_teacher(
         network.eval()
         if recipe.averaged(epoch):
             mean.update_parameters(network)
+        mean_loss = float(losses.mean())
+        if not math.isfinite(mean_loss):
+            raise RuntimeError(
+                f"the teacher diverged: its cross-entropy is {mean_loss} in epoch {epoch + 1}; lower its lr."
+            )
         entry = {
             "epoch": epoch + 1,
             "size": size,
             "images": steps * recipe.batch,
-            "loss": float(losses.mean()),
+            "loss": mean_loss,
             "top1": evaluate(network),
         }
         history.append(entry)

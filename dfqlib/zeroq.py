@@ -14,6 +14,7 @@ from dfqlib.models import Teacher
 from dfqlib.quantize import Bits, observing, quantize_model, trace
 from dfqlib.statistics import BatchNormInputs, sample_mean_std
 from dfqlib.synthesis import synthesise
+from dfqlib.terms import add_up
 
 
 def start_images(batch: int, size: int, seed: int = 0) -> Tensor:
@@ -49,7 +50,7 @@ def distill(
 
         def loss(images: Tensor) -> Tensor:
             teacher.network(images)
-            return zeroq_statistics_loss(images, taps.layers)
+            return add_up({"statistics": zeroq_statistics_loss(images, taps.layers)})
 
         return synthesise(
             images, loss, learning_rate, iterations, patience, min_learning_rate, f"distilling {batch} images"

@@ -1,0 +1,278 @@
+"""A batch that never loses a run: files cut in half, a full disk, losses that break, checkpoints at chosen times."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pandas as pd
+import pytest
+import torch
+from stub_kit import write_kit
+from test_finetune import make_stream, make_student, small_teacher
+from test_run_all import call, kit, start, wait_for  # noqa: F401 - kit is a fixture
+
+from dfqlib.checkpoint import load_checkpoint, save_checkpoint
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS
+from dfqlib.finetune import Batch, Checkpoint, FirstThen, finetune
+from dfqlib.plan import broken_files, read_metrics
+from dfqlib.saft import Seen
+from dfqlib.synthesis import synthesise
+from dfqlib.terms import add_up, finite_numbers, kept
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_run_with_a_broken_metrics_file_is_run_again_and_kept(kit, tmp_path, capsys, share):  # noqa: F811
+    results = tmp_path / "results"
+    assert call(results, "--papers", "gdfq", "--seeds", "0", "1") == 0
+    (broken,) = results.glob("quick/gdfq/*-s0-*")
+    metrics = (broken / "metrics.json").read_bytes()
+    half = metrics[: int(share * len(metrics))]
+    (broken / "metrics.json").write_bytes(half)
+    capsys.readouterr()
+
+    assert call(results, "--papers", "gdfq", "--seeds", "1") == 0  # it is not asked for, so it stays as it is
+    printed = capsys.readouterr().out
+    assert f"{broken / 'metrics.json'} is broken: its run counts as not finished" in printed
+    table = pd.read_csv(results / "tables" / "gdfq.csv")
+    assert list(table[table["status"] == "run"]["seeds"].astype(int)) == [1, 1]
+
+    assert call(results, "--papers", "gdfq", "--seeds", "0", "1") == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": done") == 1 and printed.count(": found") == 1
+    assert read_metrics(broken)["run"]["id"] == broken.name
+    aside = broken.with_name(f"{broken.name}.broken")
+    assert (aside / "metrics.json").read_bytes() == half and (aside / "notebook.ipynb").is_file()
+    assert not list(broken_files(results))
+
+
+@pytest.mark.parametrize(("cut", "kept_lines"), [("half a line", 1), ("half the header", 0), ("all", 0)])
+def test_a_results_file_cut_in_half_gives_its_whole_lines(kit, tmp_path, capsys, cut, kept_lines):  # noqa: F811
+    results = tmp_path / "results"
+    path = results / "results.csv"
+    results.mkdir()
+    text = "paper,method,top1\nzeroq,zeroq,61.0\nzeroq,zer"  # of runs that are not in this folder
+    half = {"half a line": text, "half the header": text[:9], "all": ""}[cut]
+    path.write_text(half)
+    assert call(results, "--papers", "gdfq") == 0
+    assert f"{path} is broken" in capsys.readouterr().out
+    rows = pd.read_csv(path)
+    assert list(rows[rows["paper"] == "zeroq"]["top1"]) == [61.0] * kept_lines
+    assert list(rows["paper"]).count("gdfq") == 2
+    assert (results / "results.csv.broken").read_text() == half
+
+
+def test_a_report_cut_in_half_is_drawn_again(kit, tmp_path):  # noqa: F811
+    results = tmp_path / "results"
+    assert call(results, "--papers", "gdfq") == 0
+    page = results / "report.html"
+    text = page.read_bytes()
+    page.write_bytes(text[: len(text) // 2])
+    assert call(results, "--papers", "gdfq") == 0
+    assert page.read_bytes().endswith(b"</html>")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_broken_checkpoint_in_a_batch_is_begun_anew(tmp_path, monkeypatch, share):
+    from dfqlib.results import Run
+
+    monkeypatch.setenv(CHECKPOINTS, str(tmp_path))
+    monkeypatch.setenv(CHECKPOINT_SECONDS, "9")
+    run = Run("gdfq", {}, fp32_top1=90.0)
+    checkpoint = run.checkpoint("GDFQ w4a4")
+    assert checkpoint.seconds == 9
+    save_checkpoint(checkpoint.path, {}, {"a": torch.ones(99)})
+    whole = checkpoint.path.read_bytes()
+    checkpoint.path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.warns(UserWarning, match=r"GDFQ-w4a4\.ckpt' cannot be read .*: the computation begins anew"):
+        history = finetune(
+            make_stream(small_teacher()), {"s": make_student(small_teacher())}, 3, 1, checkpoint=checkpoint
+        )
+    assert len(history.students["s"]) == 2
+    assert load_checkpoint(checkpoint.path, {})["drawn"] == 3
+
+
+class Slow:
+    """A stream, with a look at the checkpoint before each batch; each batch takes a second of the clock."""
+
+    def __init__(self, path, clock):
+        self.stream, self.path, self.clock, self.written = make_stream(small_teacher()), path, clock, []
+
+    def next_batch(self) -> Batch:
+        self.clock[0] += 1
+        self.written.append(load_checkpoint(self.path, {})["drawn"] if self.path.exists() else 0)
+        return self.stream.next_batch()
+
+    def state_dict(self):
+        return self.stream.state_dict()
+
+
+def test_a_checkpoint_is_written_after_so_many_seconds(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("dfqlib.finetune.time.perf_counter", lambda: clock[0])
+    path = tmp_path / "run.ckpt"
+    stream = Slow(path, clock)
+    finetune(stream, {"s": make_student(small_teacher())}, 8, 1, checkpoint=Checkpoint(path, seconds=3))
+    assert stream.written == [0, 0, 0, 3, 3, 3, 6, 6]
+    assert load_checkpoint(path, {})["drawn"] == 8
+
+
+def test_checkpoint_every_reaches_the_notebooks_and_is_checked(kit, tmp_path, capsys):  # noqa: F811
+    write_kit(kit, zeroq=f"import os\nassert os.environ['{CHECKPOINT_SECONDS}'] == '7'")
+    assert call(tmp_path / "results", "--papers", "zeroq", "--checkpoint-every", "7") == 0
+    capsys.readouterr()
+    for value, sentence in [("0", "checkpoint-every=0 is out of range"), ("often", "invalid int value: 'often'")]:
+        assert call(tmp_path / "results", "--checkpoint-every", value) == 2
+        printed = capsys.readouterr()
+        assert sentence in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "dfqlib-test", os.fspath(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk can be mounted by root on Linux only")
+    yield folder
+    subprocess.run(["umount", "--lazy", os.fspath(folder)], check=True)
+
+
+def fill(folder) -> None:
+    """Write until there is no room left."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
+def test_a_full_disk_fails_a_run_and_leaves_the_others(kit, small_disk, capsys):  # noqa: F811
+    results = small_disk / "results"
+    assert call(results, "--papers", "gdfq") == 0
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    write_kit(kit, zeroq=f"open({str(small_disk / 'filler')!r}, 'wb', buffering=0).write(bytes(2**21))")
+    capsys.readouterr()
+    assert call(results) == 1
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.out.partition(": failed")[2].partition("\n")[0]
+    assert "Traceback" not in printed.out + printed.err
+    assert {path: path.read_bytes() for path in before} == before
+
+    fill(small_disk)
+    assert call(results) == 1  # not even room to begin
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.out + printed.err and "Traceback" not in printed.out + printed.err
+    assert {path: path.read_bytes() for path in before} == before
+
+    (small_disk / "filler").unlink()
+    write_kit(kit)
+    assert call(results) == 0
+    assert (results / "tables" / "zeroq.csv").is_file() and len(list(results.glob("quick/*/[!.]*/metrics.json"))) == 2
+
+
+def test_a_full_disk_is_named_by_a_checkpoint(small_disk):
+    path = small_disk / "run.ckpt"
+    save_checkpoint(path, {}, {"a": 1})
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(path, {}, {"a": torch.zeros(10**6)})
+    assert load_checkpoint(path, {}) == {"a": 1} and list(small_disk.iterdir()) == [path]
+
+
+def test_a_run_that_diverges_is_named_in_the_tables_and_the_others_go_on(kit, tmp_path, capsys):  # noqa: F811
+    sentence = "student 'w4a4' diverged: its loss is nan (KL is nan) at iteration 9; lower its lr."
+    write_kit(kit, gdfq=f"raise RuntimeError({sentence!r})")
+    results = tmp_path / "results"
+    assert call(results) == 1
+    assert "failed" in capsys.readouterr().out
+    assert len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) == 1
+    assert f"failed: RuntimeError: {sentence}" in (results / "README.md").read_text()
+
+
+def test_an_interrupt_writes_the_tables_of_what_is_finished(kit, tmp_path):  # noqa: F811
+    results, flag = tmp_path / "results", tmp_path / "started"
+    write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
+    process = start(results)
+    wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")))
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "All tables" in printed
+    table = pd.read_csv(results / "tables" / "zeroq.csv")
+    assert list(table[table["status"] == "run"]["top1"]) == [60.0, 60.0]
+    assert list(pd.read_csv(results / "results.csv")["paper"]) == ["zeroq", "zeroq"]
+    assert "stopped: interrupted" in (results / "README.md").read_text()
+
+
+def test_terms_of_sums_of_sums_and_the_first_loss_that_breaks():
+    one, nan, inf = (torch.tensor(value) for value in (1.0, float("nan"), float("inf")))
+    inner = add_up({"KL": one, "CE": one})
+    assert inner == 2
+    outer = add_up({"": inner, "copies": add_up({"KL": nan, "CE": inf}), "saliency": one})
+    losses = [kept(inner), kept(outer), kept(nan)]
+    with pytest.raises(RuntimeError) as error:
+        finite_numbers(losses, "It is", "!", 10)
+    assert str(error.value) == "It is nan (KL of copies is nan, CE of copies is inf) at iteration 11!"
+    with pytest.raises(RuntimeError, match="It is nan at iteration 0"):
+        finite_numbers([kept(nan)], "It is", "!")
+    assert finite_numbers([kept(one)], "", "") == [1.0] and finite_numbers([], "", "") == []
+
+
+def test_synthesis_names_the_term_that_breaks():
+    count = iter(range(100))
+
+    def loss(images):
+        cross_entropy = torch.tensor(float("inf") if next(count) == 7 else 0.0)
+        return add_up({"statistics": images.square().sum(), "CE": cross_entropy})
+
+    settings = {"learning_rate": 0.1, "iterations": 20, "patience": 3, "min_learning_rate": 1e-4}
+    with pytest.raises(RuntimeError, match=r"the loss is inf \(CE is inf\) at iteration 7; learning_rate=0\.1"):
+        synthesise(torch.zeros(1, 3, 2, 2), loss, **settings)
+
+
+def breaks_at(iteration):
+    """A statistics loss for a generator that is no number at one iteration, counted from 1."""
+    count = iter(range(1, 100))
+
+    def loss(logits, labels, layers):
+        bns = layers[0][1].square().mean() * (float("nan") if next(count) == iteration else 1.0)
+        return add_up({"CE": logits.square().mean(), "L_BNS": bns})
+
+    return loss
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: FirstThen(s, 99, None), lambda s: Seen(s, None)])
+def test_the_generator_is_named_with_its_term_also_behind_other_streams(wrap):
+    stream = make_stream(small_teacher(), iterations=6, loss=breaks_at(3))
+    for _ in range(4):
+        stream.next_batch()
+    with pytest.raises(RuntimeError, match=r"the generator diverged: its loss is nan \(L_BNS is nan\) at iteration 3;"):
+        wrap(stream).read_losses()
+
+
+def test_a_students_term_is_named_before_a_checkpoint_of_it_is_written(tmp_path):
+    calls = iter(range(1, 100))
+
+    def loss(network, batch):
+        kl = network(batch.images).square().mean() * (float("inf") if next(calls) == 3 else 1.0)
+        return add_up({"KL": kl, "CE": torch.tensor(1.0)})
+
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=4)
+    student = make_student(small_teacher(), loss=loss)
+    with pytest.raises(RuntimeError, match=r"student 's' diverged: its loss is inf \(KL is inf\) at iteration 5;"):
+        finetune(make_stream(small_teacher(), 40), {"s": student}, 40, 2, evaluate_every=38, checkpoint=checkpoint)
+    assert load_checkpoint(checkpoint.path, {})["drawn"] == 4
+
+
+def test_the_real_notebook_names_what_diverged(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("DFQ_PROFILES", raising=False)
+    arguments = ["--profile", "smoke", "--papers", "gdfq", "--set", "student_lr=1e3", "iterations=12", "device=cpu"]
+    assert call(tmp_path, *arguments) == 1
+    printed = capsys.readouterr().out
+    assert "student 'w4a4' diverged: its loss is nan (CE is nan, KL is nan) at iteration" in printed
+    (folder,) = tmp_path.glob("smoke/gdfq/*.unfinished")
+    assert "lower its lr" in (folder / "error.txt").read_text()
