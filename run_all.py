@@ -189,7 +189,8 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             settings = options.scheduler, options.workers or 2, options.jobs, options.checkpoint_every
             executor = stack.enter_context(Cluster(*settings))
         seconds = plan.expected_seconds(able, results)
-        console.print(forecast(able, results, seconds, executor, options.force))
+        for sentence in [*origins(able), forecast(able, results, seconds, executor, options.force)]:
+            console.print(sentence, markup=False, soft_wrap=True)
         screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
         work = batch.Batch(results, screen, executor, options.force, options.keep_going)
         outcomes = work.execute(able, lambda planned: seconds[planned.identity] or 0)
@@ -208,6 +209,21 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
         return 1
     states = {outcome.state for outcome in outcomes}
     return 130 if "stopped" in states else 1 if "failed" in states else 0
+
+
+def origins(runs: list[plan.PlannedRun]) -> list[str]:
+    """Where the test images come from, a sentence for each data set."""
+    sentences = []
+    for run in runs:
+        dataset = run.parameters.get("dataset", "")
+        folder = plan.data_folder(dataset, run.parameters)
+        embedded = (
+            f"the 2,000 test images in the package; for the full set put it into $DFQ_DATA/{dataset}, or name its "
+            "folder with --set data_folder=FOLDER"
+        )
+        if dataset:
+            sentences.append(f"{dataset}: {f'the images in {folder}' if folder else embedded}.")
+    return list(dict.fromkeys(sentences))
 
 
 def forecast(

@@ -143,7 +143,9 @@ def expected_seconds(runs: Iterable[PlannedRun], results: Path) -> dict[str, flo
 
 def _recorded(folder: Path, kind: str, latest: int = 3) -> float | None:
     """Median seconds of the latest complete runs in ``folder`` whose ids begin with ``kind``."""
-    files = [file for file in folder.glob(f"{kind}-*/{METRICS}") if file.parent.suffix != ".unfinished"]
+    files = [
+        file for file in folder.glob(f"{kind}-*/{METRICS}") if file.parent.suffix not in (".unfinished", ".broken")
+    ]
     seconds = []
     for file in sorted(files, key=lambda file: file.stat().st_mtime)[-latest:]:
         with contextlib.suppress(OSError, ValueError, KeyError):  # a file that cannot be read tells nothing

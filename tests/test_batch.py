@@ -139,6 +139,27 @@ def test_code_identity_follows_imports(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text("x = 1\n")
 
 
+def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):
+    runs = plan.plan(Selection(seeds=[0, 1, 2]))
+    zeroq = [run for run in runs if run.paper.key == "zeroq"]
+    for run, seconds in zip(zeroq[:2], (10.0, 30.0), strict=True):
+        folder = run.folder(tmp_path)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"run": {"seconds": seconds}}))
+    broken = zeroq[2].folder(tmp_path)
+    broken.mkdir()
+    (broken / "metrics.json").write_text('{"run": {"sec')
+    expected = plan.expected_seconds(runs, tmp_path)
+    assert {run.paper.key: expected[run.identity] for run in runs} == {"zeroq": 20.0, "gdfq": 60.0}
+    unknown = plan.expected_seconds(plan.plan(Selection(profile="paper", papers=["zeroq"])), tmp_path)
+    assert set(unknown.values()) == {None}
+
+
+def test_makespan_takes_the_longest_first():
+    assert plan.makespan([1, 2, 3, 4], 2) == 5
+    assert plan.makespan([5, 1], 1) == 6 and plan.makespan([], 3) == 0
+
+
 def test_run_id_is_a_folder_name(kit):
     (run,) = plan.plan(Selection("paper", papers=["zeroq"], models=["torchvision/resnet18"]))
     assert run.id.startswith("imagenet-torchvision_resnet18-s0-") and "/" not in run.id

@@ -54,6 +54,8 @@ def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
     assert call(results) == 0
     printed = capsys.readouterr().out
     assert "[1/2] zeroq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0: starts" in printed
+    assert printed.count("cifar10: the 2,000 test images in the package; for the full set") == 1
+    assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
     assert "90.11" in printed  # the published value of GDFQ W4A4 beside ours
     first = run_folders(results)
     assert [name.partition("/")[0] for name in first] == ["gdfq", "zeroq"]
