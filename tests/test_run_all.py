@@ -209,8 +209,9 @@ def start(results: Path, *arguments: str, background: bool = False) -> subproces
         f"plan.ASSETS = pathlib.Path({str(plan.ASSETS)!r})\n"
         f"sys.exit(run_all.main({['--results', str(results), *arguments]!r}))"
     )
-    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if background else None
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ignore)
+    # Said either way: these tests may run in the background themselves.
+    ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ctrl_c)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
