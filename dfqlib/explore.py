@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,6 @@ def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str
     there is none, show the figure itself. Raises UserError for a default that is not among the choices.
     """
     import ipywidgets
-    from IPython.display import display
 
     made = {}
     for name, allowed in choices.items():
@@ -70,10 +70,16 @@ def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str
             made[name] = ipywidgets.SelectionSlider(continuous_update=False, **settings)
         else:
             made[name] = ipywidgets.Dropdown(**settings)
+    # A picture, not an Output widget: nbclient waits for ever for a cell that fills one of these.
+    picture = ipywidgets.Image(format="png")
 
-    def show(**chosen: Any) -> None:
-        figure = draw(**chosen)
+    def show(_: object = None) -> None:
+        figure, png = draw(**{name: control.value for name, control in made.items()}), io.BytesIO()
+        figure.savefig(png, format="png", bbox_inches="tight")
         plt.close(figure)  # or the notebook would show it a second time
-        display(figure)
+        picture.value = png.getvalue()
 
-    return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), ipywidgets.interactive_output(show, made)])
+    for control in made.values():
+        control.observe(show, names="value")
+    show()
+    return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), picture])
