@@ -233,7 +233,7 @@ def test_embedded_teacher_is_as_good_as_its_card_says(name):
     assert teacher.card["sha256"] == sha256(ASSETS / f"{name}.safetensors")
     assert "the package" in teacher.source
     assert (teacher.card["test"], teacher.card["test_images"]) == (MODELS[name].dataset, 10_000)
-    assert teacher.card["top1"] >= {"cifar10": 92.0, "cifar100": 67.5}[MODELS[name].dataset]
+    assert teacher.card["top1"] >= {"cifar10": 92.5, "cifar100": 67.5}[MODELS[name].dataset]
     assert read_weights(ASSETS / f"{name}.safetensors").keys() == build(name).state_dict().keys()
     # The card's number is a whole image of 2,000 apart where another processor rounds a tie the other way.
     assert top1(teacher.network, load_test(MODELS[name].dataset), teacher) == pytest.approx(
