@@ -148,8 +148,10 @@ class Cluster:
         inputs = None if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
         key = f"{run.paper.key}-{run.id}-{secrets.token_hex(4)}"
-        self._sent[number].task = self._client.submit(work, order, inputs, key=key, pure=False, resources=resources)
-        return self._sent[number].task
+        sent = self._sent[number]
+        sent.started = False
+        sent.task = self._client.submit(work, order, inputs, key=key, pure=False, resources=resources)
+        return sent.task
 
     def _report(self, event: tuple[float, dict[str, Any]]) -> None:
         """Show what a worker tells of a run."""
@@ -209,7 +211,7 @@ def _work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
     host = get_address_host(worker.address)
     machine = Machine(order.hosts.get(host, worker.state.nthreads), order.checkpoint_every)
     machine.variables |= dict.fromkeys(THREADS, str(machine.threads))
-    if order.shared and Path(order.data_root).is_dir():
+    if order.shared and order.data_root and Path(order.data_root).is_dir():
         machine.variables["DFQ_DATA"] = order.data_root
     if inputs:
         machine.locations = unpack_inputs(inputs, own / "inputs")
