@@ -49,7 +49,7 @@ def write_page(root: Path, papers: list[tuple[Paper, pd.DataFrame, pd.DataFrame,
     choices = {name: list(dict.fromkeys(line[name] for s in sections for line in s["lines"])) for name in FILTERS}
     content = {"papers": sections, "choices": choices, "runs": [run_details(root, Path(f)) for f in runs["folder"]]}
     sources = [Path(module).read_text(encoding="utf-8") for module in (__file__, TEMPLATE)]
-    made_from = digest(*sources, json.dumps(content), rows.to_json())
+    made_from = digest(*sources, json.dumps(content), rows.drop(columns="rank", errors="ignore").to_json())
     path = root / "report.html"
     if path.is_file() and _is_whole(path.read_text(encoding="utf-8", errors="replace"), made_from):
         return
