@@ -27,7 +27,8 @@ def test_links_lead_to_files():
 
 
 def test_example_quantizes_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    _, _, section = README.partition("### Your own model")
+    example = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]
     random = np.random.default_rng(0)
     for label in range(10):
         folder = tmp_path / "path" / "to" / "validation" / f"class{label}"
