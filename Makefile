@@ -16,7 +16,7 @@ tables: $(INSTALLED)
 	$(BIN)/python run_all.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lab: $(INSTALLED)
 	$(BIN)/python -m jupyterlab --notebook-dir=notebooks $(ARGS)

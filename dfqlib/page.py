@@ -110,7 +110,8 @@ def accuracy_against_time(rows: pd.DataFrame) -> Figure:
     figure, axes = pyplot.subplots(figsize=(8, 4))
     sns.scatterplot(timed, x="seconds", y="top1", hue="method", style="method", s=40, ax=axes)
     axes.set(xscale="log", xlabel="seconds", ylabel="top-1 (%)", title="Accuracy against time, every row")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if len(timed):
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
