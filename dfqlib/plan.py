@@ -8,7 +8,6 @@ so that planning takes no time.
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import hashlib
 import heapq
@@ -31,6 +30,8 @@ ASSETS = PACKAGE / "assets"
 NOTEBOOK = "notebook.ipynb"
 NOTEBOOK_PAGE = "notebook.html"
 METRICS = "metrics.json"
+#: Ends of the names of folders that hold what is left of a run, not its results.
+ASIDE = (".unfinished", ".broken")
 #: Modules that show results but do not make them: a change in them does not make a finished run another one.
 SHOWING = {"dfqlib.progress", "dfqlib.profiles", "dfqlib.published", "dfqlib.tables"}
 #: Parameters that have an option of their own.
@@ -112,8 +113,7 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
 def broken_files(results: Path) -> Iterable[str]:
     """A sentence for each file of a results folder that was cut off in the middle: its name, and what becomes of it."""
     for path in sorted(results.glob(f"*/*/[!.]*/{METRICS}")):
-        aside = path.parent.name.endswith((".unfinished", ".broken"))
-        if not aside and read_metrics(path.parent) is None:
+        if path.parent.suffix not in ASIDE and read_metrics(path.parent) is None:
             yield (
                 f"{path} is broken: its run counts as not finished; a call that asks for it runs it again and keeps "
                 f"this folder as {path.parent.name}.broken."
@@ -143,13 +143,10 @@ def expected_seconds(runs: Iterable[PlannedRun], results: Path) -> dict[str, flo
 
 def _recorded(folder: Path, kind: str, latest: int = 3) -> float | None:
     """Median seconds of the latest complete runs in ``folder`` whose ids begin with ``kind``."""
-    files = [
-        file for file in folder.glob(f"{kind}-*/{METRICS}") if file.parent.suffix not in (".unfinished", ".broken")
-    ]
-    seconds = []
-    for file in sorted(files, key=lambda file: file.stat().st_mtime)[-latest:]:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a file that cannot be read tells nothing
-            seconds.append(json.loads(file.read_text(encoding="utf-8"))["run"]["seconds"])
+    files = [file for file in folder.glob(f"{kind}-*/{METRICS}") if file.parent.suffix not in ASIDE]
+    newest = sorted(files, key=lambda file: file.stat().st_mtime)[-latest:]
+    read = [metrics for file in newest if (metrics := read_metrics(file.parent))]
+    seconds = [metrics["run"]["seconds"] for metrics in read]
     return statistics.median(seconds) if seconds else None
 
 

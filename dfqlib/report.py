@@ -19,7 +19,7 @@ import pandas as pd
 from dfqlib import preflight, profiles, published, tables
 from dfqlib.files import atomic_path, write_text
 from dfqlib.page import write_page
-from dfqlib.plan import code_identity, complete, digest, read_metrics
+from dfqlib.plan import ASIDE, code_identity, complete, digest, read_metrics
 from dfqlib.profiles import COMMON, Paper, Profile
 from dfqlib.published import Published
 
@@ -45,7 +45,7 @@ def collect(results: Path, names: Iterable[str], papers: Iterable[Paper], presen
 
 def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -> Iterable[dict[str, Any]]:
     folders = sorted((results / profile / paper.key).glob("[!.]*"))
-    folders = [folder for folder in folders if complete(folder) and not folder.name.endswith(".unfinished")]
+    folders = [folder for folder in folders if complete(folder) and folder.suffix not in ASIDE]
     code = code_identity(paper.notebook) if folders else ""
     for folder in folders:
         metrics = read_metrics(folder)
