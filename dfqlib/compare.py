@@ -133,7 +133,7 @@ def _qimera(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor
 
 
 def _generated(stream: GeneratorStream, budget: Budget) -> tuple[Tensor, Tensor]:
-    """Images of a generator that has been trained, and the labels they were asked for; RuntimeError if it diverged."""
+    """Images of a generator that has been trained, and the labels they were asked for; Diverged if it diverged."""
     for _ in track(range(budget.synthesis_iterations), "training a generator"):
         stream.next_batch()
     stream.read_losses()

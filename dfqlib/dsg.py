@@ -172,7 +172,7 @@ def synthesise_diverse(
     loss = aligned statistics + spatial correlation / L + label_weight CE to random labels + prior_weight image prior,
     the last on a copy rolled by a random offset; see ``dfqlib.losses``. A weight of 0 drops its term. ``gaps`` are
     those of :func:`noise_gaps`, and ``label`` names the loop. The defaults are those of the published script.
-    UserError if a setting is out of range; RuntimeError if the loss diverges. Source: DSG, and its official code.
+    UserError if a setting is out of range; Diverged if the loss diverges. Source: DSG, and its official code.
     """
     for name, weight in (("label_weight", label_weight), ("prior_weight", prior_weight)):
         check_range(name, weight, 0, 10**6)

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Input a user can correct; the message names the parameter, its value and what is allowed."""
 
 
+class Diverged(RuntimeError):
+    """A loss that is no longer finite; the message names whose, which of its terms and the iteration."""
+
+
 def check_choice(parameter: str, value: T, allowed: Iterable[T]) -> T:
     """``value`` if it is among ``allowed``; otherwise a :class:`UserError` that lists them, nearest first."""
     allowed = list(allowed)

@@ -144,7 +144,7 @@ class GeneratorStream:
         return batch
 
     def read_losses(self) -> list[float]:
-        """The loss of each step so far; RuntimeError, naming step and term, if one is not finite."""
+        """The loss of each step so far; Diverged, naming step and term, if one is not finite."""
         return finite_numbers(self.losses, "the generator diverged: its loss is", LOWER, 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class ImageStream:
 
 
 def read_losses(stream: Stream) -> list[float]:
-    """The losses of the generator behind a stream, none if there is none; RuntimeError if one is not finite."""
+    """The losses of the generator behind a stream, none if there is none; Diverged if one is not finite."""
     return stream.read_losses() if hasattr(stream, "read_losses") else []
 
 
@@ -319,7 +319,7 @@ def finetune(
     training, after every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then.
 
     With a ``checkpoint`` a run that was stopped goes on from its file, if that exists, and on a CPU ends with the very
-    same numbers as one that was not. Raises RuntimeError, naming the student or the generator, the iteration and the
+    same numbers as one that was not. Raises Diverged, naming the student or the generator, the iteration and the
     term that broke, if a loss is no longer finite, at the next evaluation or checkpoint; UserError if the spans leave
     nothing to do, or the checkpoint is another run's.
     """
@@ -432,7 +432,7 @@ class _Tuner:
 
 
 def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
-    """Bring the losses from the device; RuntimeError where one is not finite."""
+    """Bring the losses from the device; Diverged where one is not finite."""
     history.generator = read_losses(stream)
     for name, tuner in tuners.items():
         before = f"student {name!r} diverged: its loss is"

@@ -64,7 +64,7 @@ def hard_images(
     teacher sees them in every second iteration, as published for ImageNet with :class:`dfqlib.crops.RandomCrops`. With
     ``centres`` the loss is 0.4 L_BNS + beta hard + 0.02 :func:`centre_gap`; TexQ's three weights 0.4, 1, 0.02 are read
     in this order. Drawn on the CPU, so a seed gives the same start on every device. UserError for settings out of
-    range; RuntimeError if the loss diverges. Source: HAST, hard sample synthesis; the defaults are for CIFAR-10.
+    range; Diverged if the loss diverges. Source: HAST, hard sample synthesis; the defaults are for CIFAR-10.
     """
     check_range("count", count, 1, 10**7)
     check_range("batch", batch, 2, 2**20)

@@ -26,7 +26,7 @@ def synthesise(
     ``images`` is (B, 3, H, W), normalised, and stays as given; ``loss_function`` maps it to a scalar. The learning rate
     is divided by 10 when more than ``patience`` iterations in a row brought no gain, down to ``min_learning_rate``.
     Returns the images after the last iteration and the loss before each one. UserError for a setting out of range;
-    RuntimeError, naming the iteration and the term that broke, as soon as a loss that is not finite is read.
+    Diverged, naming the iteration and the term that broke, as soon as a loss that is not finite is read.
     """
     check_range("learning_rate", learning_rate, 1e-12, 1e6)
     check_range("iterations", iterations, 1, 10**9)

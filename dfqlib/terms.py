@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dfqlib.errors import Diverged
+
 
 def add_up(terms: Mapping[str, Tensor]) -> Tensor:
     """The sum of one or more weighted ``terms``, in their order; it carries them along, without their graphs.
@@ -40,7 +42,7 @@ def numbers(losses: Sequence[Tensor]) -> list[float]:
 def finite_numbers(losses: Sequence[Tensor], before: str, after: str, first: int = 0) -> list[float]:
     """:func:`numbers` of some :func:`kept` losses; the terms of finite ones are forgotten, as nobody will ask again.
 
-    Raises RuntimeError where one is not finite: ``before``, the loss and those of its terms that are not finite, its
+    Raises Diverged where one is not finite: ``before``, the loss and those of its terms that are not finite, its
     iteration, counted from ``first``, and ``after``.
     """
     values = numbers(losses)
@@ -48,6 +50,6 @@ def finite_numbers(losses: Sequence[Tensor], before: str, after: str, first: int
         if not math.isfinite(value):
             terms = {name: term.item() for name, term in getattr(loss, "terms", {}).items()}
             broken = ", ".join(f"{name} is {term}" for name, term in terms.items() if not math.isfinite(term))
-            raise RuntimeError(f"{before} {value}{f' ({broken})' if broken else ''} at iteration {iteration}{after}")
+            raise Diverged(f"{before} {value}{f' ({broken})' if broken else ''} at iteration {iteration}{after}")
         vars(loss).clear()
     return values

@@ -51,7 +51,7 @@ def train_classifier(points: Tensor, labels: Tensor, iterations: int = 200, lr: 
 def zeroq_points(teacher: nn.Module, count: int = 500, iterations: int = 200, lr: float = 0.1) -> Tensor:
     """Points (count, 2) moved from Gaussian noise until the teacher's batch-norm inputs have its running statistics.
 
-    RuntimeError if the loss diverges. A point has no pixels to average over, so the statistics are the batch's, where
+    Diverged if the loss diverges. A point has no pixels to average over, so the statistics are the batch's, where
     ZeroQ's images use each sample's.
     """
     with BatchNormInputs(teacher) as norms:
@@ -83,7 +83,7 @@ def gdfq_points(
 ) -> tuple[Tensor, Tensor]:
     """Points (count, 2) of a generator trained by L_G = CE + 0.1 L_BNS, and the labels (count,) it was asked for.
 
-    RuntimeError if the loss diverges.
+    Diverged if the loss diverges.
     """
     stream = GeneratorStream(teacher, PointGenerator(), iterations, batch=count, lr=lr, decay="cosine", seed=seed)
     for _ in track(range(iterations), "toy GDFQ"):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
+from dfqlib.errors import Diverged
 from dfqlib.progress import track
 
 
@@ -197,7 +198,7 @@ def train_teacher(
     input; ``evaluate`` gives its top-1 in per cent after each epoch (it chooses nothing). Averaged weights get
     batch-norm statistics of their own, over all images once, augmented (Izmailov et al., "Averaging weights leads to
     wider optima and better generalization", UAI 2018, section 3.1).
-    Training computes on the device the network is on and writes the checkpoint after every epoch. RuntimeError, naming
+    Training computes on the device the network is on and writes the checkpoint after every epoch. Diverged, naming
     the epoch, if the loss is no longer finite: the checkpoint is then that of the epoch before.
     """
     checkpoint = Path(checkpoint)
@@ -241,7 +242,7 @@ def train_teacher(
             mean.update_parameters(network)
         mean_loss = float(losses.mean())
         if not math.isfinite(mean_loss):
-            raise RuntimeError(
+            raise Diverged(
                 f"the teacher diverged: its cross-entropy is {mean_loss} in epoch {epoch + 1}; lower its lr."
             )
         entry = {

@@ -41,7 +41,7 @@ def distill(
 
     Returns them with the loss before each iteration (:func:`dfqlib.losses.zeroq_statistics_loss`). The defaults are the
     paper's (section 3.1). UserError if a setting is out of range or the teacher has no batch-norm statistics;
-    RuntimeError if the loss diverges.
+    Diverged if the loss diverges.
     """
     images = start_images(batch, teacher.entry.input_size, seed).to(teacher.device)
     # As the teacher's weights: on a CPU the loop takes two thirds of the time.
