@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import pandas as pd
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib import data, dsg, gdfq, hast, qimera, saft, zeroq
+from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import check_choice, check_range, parse_bits
-from dfqlib.finetune import GeneratorStream, ImageStream, finetune
+from dfqlib.finetune import Checkpoint, GeneratorStream, ImageStream, Stream, Student, finetune
 from dfqlib.models import Teacher
 from dfqlib.progress import track
 from dfqlib.views import Viewer
@@ -67,20 +68,41 @@ class Pool:
     seconds: float
 
 
-def make_pool(source: str, teacher: Teacher, budget: Budget, seed: int = 0) -> Pool:
-    """``budget.images`` images of ``source``, a key of :data:`SOURCES`. UserError for another, and for real images of
-    a data set of which the package has none."""
+def make_pool(
+    source: str, teacher: Teacher, budget: Budget, seed: int = 0, checkpoint: Checkpoint | None = None
+) -> Pool:
+    """``budget.images`` images of ``source``, a key of :data:`SOURCES`; those in ``checkpoint``, if it was written.
+
+    UserError for another source, for real images of a data set of which the package has none, and for a checkpoint of
+    other settings; Diverged if a loss is no longer finite.
+    """
     check_choice("source", source, SOURCES)
+    settings = {"source": source, "seed": seed} | asdict(budget)
+    if checkpoint is not None and (made := load_checkpoint(checkpoint.path, settings, checkpoint.anew)):
+        return Pool(made["images"].to(teacher.device), made["labels"].to(teacher.device), made["seconds"])
     began = time.perf_counter()
     images, labels = SOURCES[source](teacher, budget, seed)
-    return Pool(images, labels, time.perf_counter() - began)
+    pool = Pool(images, labels, time.perf_counter() - began)
+    if checkpoint is not None:
+        save_checkpoint(checkpoint.path, settings, vars(pool))
+    return pool
 
 
 def make_students(
-    use: str, teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int = 0
-) -> dict[str, nn.Module]:
-    """A quantized copy of the teacher for each of ``bits``, made of the ``pool`` by ``use``, a key of :data:`USES`."""
-    return USES[check_choice("use", use, USES)](teacher, pool, bits, budget, seed)
+    use: str,
+    teacher: Teacher,
+    pool: Pool,
+    bits: Sequence[str],
+    budget: Budget,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[dict[str, nn.Module], float]:
+    """A quantized copy of the teacher for each of ``bits``, made of the ``pool`` by ``use``, a key of :data:`USES`.
+
+    And the seconds of the calibration or fine-tuning. With a ``checkpoint`` a fine-tuning that was stopped goes on.
+    UserError for another use; Diverged if a loss is no longer finite.
+    """
+    return USES[check_choice("use", use, USES)](teacher, pool, bits, budget, seed, checkpoint)
 
 
 def top_class(teacher: Teacher, images: Tensor) -> Tensor:
@@ -159,36 +181,44 @@ SOURCES: Mapping[str, Callable[[Teacher, Budget, int], tuple[Tensor, Tensor]]] =
 }
 
 
-def _ranges(teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int) -> dict[str, nn.Module]:
+def _ranges(teacher: Teacher, pool: Pool, bits: Sequence[str], *_: object) -> tuple[dict[str, nn.Module], float]:
     """One pass of the pool sets the activation ranges, nothing is trained: ZeroQ and DSG, post-training."""
-    return {width: zeroq.calibrated(teacher.network, *parse_bits(width), pool.images) for width in bits}
+    began = time.perf_counter()
+    students = {width: zeroq.calibrated(teacher.network, *parse_bits(width), pool.images) for width in bits}
+    return students, time.perf_counter() - began
 
 
-def _tune_gdfq(teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int) -> dict[str, nn.Module]:
+def _tune_gdfq(
+    teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int, checkpoint: Checkpoint | None
+) -> tuple[dict[str, nn.Module], float]:
     """Cross-entropy and distillation on the pool."""
     stream = ImageStream(teacher.network, pool.images, pool.labels, budget.batch, seed=seed)
     students = {width: gdfq.make_student(teacher, width, budget.schedule) for width in bits}
-    return _tuned(stream, students, budget, "GDFQ's fine-tuning")
+    return _tuned(stream, students, budget, "GDFQ's fine-tuning", checkpoint)
 
 
-def _tune_saft(teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int) -> dict[str, nn.Module]:
+def _tune_saft(
+    teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int, checkpoint: Checkpoint | None
+) -> tuple[dict[str, nn.Module], float]:
     """Distillation with selective cross-entropy, attention and saliency, on the pool and on harder copies of it."""
     labels = pool.labels if pool.labels.ndim == 1 else pool.labels.argmax(1)
     terms = saft.Terms()
     viewer = Viewer(teacher.network, terms.saliency_of)
     stream = saft.Seen(ImageStream(teacher.network, pool.images, labels, budget.batch, seed=seed), viewer)
     students = {width: saft.make_student(teacher, viewer, width, terms, budget.student_lr, "cosine") for width in bits}
-    return _tuned(stream, students, budget, "SaFT's fine-tuning")
+    return _tuned(stream, students, budget, "SaFT's fine-tuning", checkpoint)
 
 
-def _tuned(stream, students, budget: Budget, label: str) -> dict[str, nn.Module]:
+def _tuned(
+    stream: Stream, students: Mapping[str, Student], budget: Budget, label: str, checkpoint: Checkpoint | None
+) -> tuple[dict[str, nn.Module], float]:
     observed = max(1, round(WARM_UP * budget.tuning_iterations))
-    finetune(stream, students, budget.tuning_iterations, observed, label=label)
-    return {width: student.network for width, student in students.items()}
+    history = finetune(stream, students, budget.tuning_iterations, observed, label=label, checkpoint=checkpoint)
+    return {width: student.network for width, student in students.items()}, history.seconds
 
 
 #: What is done with the images.
-USES: Mapping[str, Callable[..., dict[str, nn.Module]]] = {
+USES: Mapping[str, Callable[..., tuple[dict[str, nn.Module], float]]] = {
     "ranges": _ranges,
     "gdfq": _tune_gdfq,
     "saft": _tune_saft,

@@ -8,6 +8,7 @@ import torch
 
 from dfqlib.compare import SOURCES, USES, Budget, Pool, make_pool, make_students, variance_shares
 from dfqlib.errors import UserError
+from dfqlib.finetune import Checkpoint
 from dfqlib.models import load_teacher
 
 BUDGET = Budget(images=6, synthesis_iterations=1, batch=4, tuning_iterations=3)
@@ -53,8 +54,8 @@ def test_images_without_labels_get_the_teachers(teacher, pools):
 @pytest.mark.parametrize("use", USES)
 def test_every_use_makes_a_student_of_every_width_and_leaves_the_teacher(use, teacher, pools):
     before = copy.deepcopy(teacher.network.state_dict())
-    students = make_students(use, teacher, pools["gdfq"], ["w4a4", "w3a3"], BUDGET)
-    assert list(students) == ["w4a4", "w3a3"]
+    students, seconds = make_students(use, teacher, pools["gdfq"], ["w4a4", "w3a3"], BUDGET)
+    assert list(students) == ["w4a4", "w3a3"] and seconds > 0
     with torch.no_grad():
         logits = [student(pools["real"].images) for student in students.values()]
     assert all(each.isfinite().all() for each in logits) and not torch.equal(*logits)
@@ -62,10 +63,30 @@ def test_every_use_makes_a_student_of_every_width_and_leaves_the_teacher(use, te
         assert torch.equal(before[name], value)
 
 
+def test_what_is_finished_is_not_made_again(teacher, pools, tmp_path, monkeypatch):
+    kept = Checkpoint(tmp_path / "pool.ckpt"), Checkpoint(tmp_path / "students.ckpt")
+
+    def make():
+        pool = make_pool("gdfq", teacher, BUDGET, 1, kept[0])
+        students, seconds = make_students("gdfq", teacher, pool, ["w4a4"], BUDGET, checkpoint=kept[1])
+        return pool, students["w4a4"].state_dict(), seconds
+
+    pool, weights, seconds = make()
+    assert torch.equal(pool.images, pools["gdfq"].images)
+    monkeypatch.setattr("dfqlib.finetune.GeneratorStream.next_batch", None)  # nobody may ask for it again
+    monkeypatch.setattr("dfqlib.finetune.ImageStream.next_batch", None)
+    again, same_weights, same_seconds = make()
+    assert torch.equal(again.images, pool.images) and again.images.stride() == pool.images.stride()
+    assert torch.equal(again.labels, pool.labels) and (again.seconds, same_seconds) == (pool.seconds, seconds)
+    assert all(torch.equal(weights[name], value) for name, value in same_weights.items())
+    with pytest.raises(UserError, match="seed=2"):
+        make_pool("gdfq", teacher, BUDGET, 2, kept[0])
+
+
 def test_only_fine_tuning_changes_weights(teacher, pools):
     name = "features.init_block.conv.weight"
     for use in USES:
-        student = make_students(use, teacher, pools["gdfq"], ["w4a4"], BUDGET)["w4a4"]
+        student = make_students(use, teacher, pools["gdfq"], ["w4a4"], BUDGET)[0]["w4a4"]
         same = torch.equal(student.get_parameter(name), teacher.network.get_parameter(name))
         assert same == (use == "ranges")
 
