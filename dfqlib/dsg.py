@@ -24,7 +24,8 @@ from dfqlib.losses import (
     slack_bns_loss,
 )
 from dfqlib.models import Teacher
-from dfqlib.statistics import BatchNormInputs, batch_mean_var, pooled_mean_var, sample_mean_std
+from dfqlib.runtime import channels_last
+from dfqlib.statistics import BatchNormInputs, pooled_mean_var
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up
 
@@ -104,10 +105,10 @@ def noise_gaps(teacher: Teacher, count: int = 1024, seed: int = 0) -> NoiseGaps:
     with BatchNormInputs(teacher.network) as norms:
         for part in counts:
             noise = torch.randn(part, 3, size, size, generator=random).to(teacher.device)
-            teacher.network(noise.contiguous(memory_format=torch.channels_last))
-            for place, (name, inputs, norm) in enumerate(norms.layers):
+            teacher.network(channels_last(noise))
+            for place, layer in enumerate(norms.layers):
                 # A batch norm that runs twice in a pass has two places.
-                statistics.setdefault((place, name, norm), []).append(batch_mean_var(inputs))
+                statistics.setdefault((place, layer.name, layer.norm), []).append(layer.mean_var())
     weights = torch.tensor(counts, dtype=torch.float32, device=teacher.device)
     gaps: list[tuple[Tensor, ...]] = []
     for (_, _, norm), parts in statistics.items():
@@ -177,7 +178,7 @@ def synthesise_diverse(
     for name, weight in (("label_weight", label_weight), ("prior_weight", prior_weight)):
         check_range(name, weight, 0, 10**6)
     size, device = teacher.entry.input_size, teacher.device
-    images = start_images(batch, size, seed, parts.published).to(device).contiguous(memory_format=torch.channels_last)
+    images = channels_last(start_images(batch, size, seed, parts.published).to(device))
     random = torch.Generator().manual_seed(seed + 1)
     labels = torch.randint(teacher.entry.classes, (batch,), generator=random).to(device)
     shift = max(1, round(SHIFT * size))
@@ -185,10 +186,10 @@ def synthesise_diverse(
     layers = len(gaps.layers)
     weights = layer_weights(parts, layers, batch, device)
     correlation = CorrelationWithNoise(layers, device, seed)
-    with BatchNormInputs(teacher.network) as norms:
+    with BatchNormInputs(teacher.folded) as norms:
 
         def loss(images: Tensor) -> Tensor:
-            logits = teacher.network(images)
+            logits = teacher.folded(images)
             terms = {"statistics": dsg_statistics_loss(images, norms.layers, margins, weights)}
             if parts.correlation:
                 terms["correlation"] = correlation(images)
@@ -238,9 +239,7 @@ def share_within(network: nn.Module, images: Tensor, margins: Margins) -> list[f
     with BatchNormInputs(network) as norms:
         network(images)
         layers = zip(norms.layers, margins.mean, strict=True)
-        gaps = (
-            (sample_mean_std(inputs)[0] - norm.running_mean).abs() <= margin for (_, inputs, norm), margin in layers
-        )
+        gaps = ((layer.sample_mean_std()[0] - layer.norm.running_mean).abs() <= margin for layer, margin in layers)
         return [within.float().mean().item() for within in gaps]
 
 
@@ -254,8 +253,9 @@ def deviations(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with BatchNormInputs(network) as norms:
         network(images)
         return {
-            name: (sample_mean_std(inputs)[0] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-            for name, inputs, norm in norms.layers
+            layer.name: (layer.sample_mean_std()[0] - layer.norm.running_mean)
+            / (layer.norm.running_var + layer.norm.eps).sqrt()
+            for layer in norms.layers
         }
 
 

@@ -27,6 +27,7 @@ from weakref import WeakSet
 from filelock import FileLock, Timeout
 
 from dfqlib import kernels
+from dfqlib.acceleration import OFF_VARIABLE
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
 from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, PlannedRun, complete, imports_of, notebook_cells
 from dfqlib.progress import FILE_VARIABLE
@@ -160,6 +161,7 @@ class Machine:
         log = partial / "kernel.log"
         log.touch()
         variables = {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)} | self.variables
+        variables[OFF_VARIABLE] = run.depends.get("without", "")
         folder = run.paper.notebook.parent
         manager = kernels.kernel_manager(folder, variables, log, self.threads, self.forks, self.kernels)
         try:

@@ -23,6 +23,7 @@ from dfqlib.generators import draw_one_label
 from dfqlib.losses import generator_loss, student_loss
 from dfqlib.progress import track
 from dfqlib.quantize import observing
+from dfqlib.runtime import channels_last
 from dfqlib.statistics import BatchNormInputs
 from dfqlib.terms import add_up, finite_numbers, kept, numbers
 
@@ -212,8 +213,7 @@ class ImageStream:
             self.order = torch.cat([self.order, torch.randperm(len(self.labels), generator=self.random)])
         chosen, self.order = self.order[: self.batch].to(self.labels.device), self.order[self.batch :]
         images = self.images[chosen] if self.vary is None else self.vary(self.images[chosen])
-        if images.device.type != "mps":  # as the networks' weights; Apple's backend gains nothing from it
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = channels_last(images)
         return Batch(images, self.labels[chosen], self.teacher(images))
 
     def state_dict(self) -> dict[str, Any]:

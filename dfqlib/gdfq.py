@@ -15,6 +15,7 @@ from dfqlib.generators import Generator, draw_one_label
 from dfqlib.losses import bns_loss, generator_loss, student_loss
 from dfqlib.models import Teacher
 from dfqlib.quantize import quantize_model
+from dfqlib.runtime import channels_last
 from dfqlib.statistics import BatchNormInputs
 
 LARGE = 32  # above this size in pixels the generator is conditional, as published for 224
@@ -70,9 +71,9 @@ def make_stream(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = build()
-    generator = generator.to(teacher.device, memory_format=torch.channels_last)
+    generator = channels_last(generator.to(teacher.device))
     return GeneratorStream(
-        teacher.network,
+        teacher.folded,
         generator,
         schedule.generator_iterations,
         batch=schedule.batch,

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfqlib.acceleration import uses
 from dfqlib.errors import UserError
+from dfqlib.runtime import channels_last
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -21,6 +23,8 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not uses("folded_upsampling"):
+            return super().forward(F.interpolate(x, scale_factor=2))
         b, _, h, w = x.shape
         rows = []
         for row, tall in enumerate(add_neighbours(self.weight, dim=2)):
@@ -100,7 +104,7 @@ class GeneratorBody(nn.Module):
         self.norm3 = nn.BatchNorm2d(3, affine=False)
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
-        x = self.linear(latent).view(-1, 128, self.side, self.side).contiguous(memory_format=torch.channels_last)
+        x = channels_last(self.linear(latent).view(-1, 128, self.side, self.side))
         x = self.norm0(x, labels)
         x = F.leaky_relu(self.norm1(self.conv1(x), labels), 0.2)
         x = F.leaky_relu(self.norm2(self.conv2(x), labels), 0.2)

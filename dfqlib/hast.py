@@ -15,7 +15,8 @@ from torch import Tensor
 from dfqlib.errors import check_range
 from dfqlib.losses import hast_loss
 from dfqlib.models import Teacher
-from dfqlib.statistics import BatchNormInputs, Layer, sample_mean_std
+from dfqlib.runtime import channels_last
+from dfqlib.statistics import BatchNormInputs, Layer
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up
 
@@ -75,7 +76,7 @@ def hard_images(
     labels = torch.randint(teacher.entry.classes, (count,), generator=random).to(teacher.device)
     for number, part in enumerate(labels.split(batch), 1):
         start = torch.randn(len(part), 3, *[teacher.entry.input_size] * 2, generator=random)
-        with BatchNormInputs(teacher.network) as norms:
+        with BatchNormInputs(teacher.folded) as norms:
             loss = _Loss(teacher, norms, part, beta, gamma, crops, centres)
             label = f"hard images, batch {number} of {-(-count // batch)}"
             images, curve = _optimise(
@@ -100,14 +101,14 @@ def calibration_centres(
     """
     classes = torch.arange(teacher.entry.classes, device=teacher.device)
     start = torch.randn(len(classes), 3, *[teacher.entry.input_size] * 2, generator=torch.Generator().manual_seed(seed))
-    with BatchNormInputs(teacher.network) as norms:
+    with BatchNormInputs(teacher.folded) as norms:
         loss = _Loss(teacher, norms, classes, beta=1.0, gamma=0.0)
         images, _ = _optimise(
             start, teacher, loss, learning_rate, iterations, patience, min_learning_rate, "calibration centres"
         )
         with torch.no_grad():
-            teacher.network(images)
-            statistics = {name: sample_mean_std(inputs) for name, inputs, _ in deeper_half(norms.layers)}
+            teacher.folded(images)
+            statistics = {layer.name: layer.sample_mean_std() for layer in deeper_half(norms.layers)}
     return Centres(images, statistics)
 
 
@@ -123,8 +124,8 @@ def centre_gap(layers: Sequence[Layer], labels: Tensor, centres: Centres) -> Ten
     channels; those of means and deviations add up. Source: TexQ, calibration centres.
     """
     gaps = []
-    for name, inputs, _ in deeper_half(layers):
-        (mean, std), (centre_mean, centre_std) = sample_mean_std(inputs), centres.statistics[name]
+    for layer in deeper_half(layers):
+        (mean, std), (centre_mean, centre_std) = layer.sample_mean_std(), centres.statistics[layer.name]
         gaps.append(F.mse_loss(mean, centre_mean[labels]) + F.mse_loss(std, centre_std[labels]))
     return torch.stack(gaps).mean()
 
@@ -149,7 +150,7 @@ class _Loss:
     def __call__(self, images: Tensor) -> Tensor:
         self.calls += 1
         seen = self.crops(images) if self.crops and self.calls % 2 == 0 else images
-        logits = self.teacher.network(seen)
+        logits = self.teacher.folded(seen)
         bns_weight = 1.0 if self.centres is None else 0.4
         loss = hast_loss(logits, self.labels, self.norms.layers, self.beta, self.gamma, bns_weight)
         if self.centres is not None:
@@ -160,7 +161,4 @@ class _Loss:
 
 def _optimise(start: Tensor, teacher: Teacher, loss: _Loss, *settings: float | str) -> tuple[Tensor, list[float]]:
     """:func:`dfqlib.synthesis.synthesise` on the teacher's device and in its memory format."""
-    images = start.to(teacher.device)
-    if teacher.device.type != "mps":
-        images = images.contiguous(memory_format=torch.channels_last)
-    return synthesise(images, loss, *settings)
+    return synthesise(channels_last(start.to(teacher.device)), loss, *settings)

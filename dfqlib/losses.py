@@ -1,8 +1,7 @@
 """The losses of the papers, one short function each.
 
 ``layers`` is what :class:`dfqlib.statistics.BatchNormInputs` collected in the forward pass of the teacher: for every
-batch norm, in execution order, its name, the tensor that entered it, and the module with the statistics of the
-training data.
+batch norm, in execution order, the statistics of what entered it, and the module with those of the training data.
 """
 
 from __future__ import annotations
@@ -13,38 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfqlib.statistics import Layer, batch_mean_var, sample_mean_std, weighted_mean_var
+from dfqlib.statistics import EPSILON, Layer, sample_mean_std
 from dfqlib.terms import add_up
-
-EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
 
 
 def zeroq_statistics_loss(images: Tensor, layers: Sequence[Layer]) -> Tensor:
     """Squared gap of each sample's channel means and standard deviations to the batch-norm statistics.
 
-    ``images`` (B, 3, H, W) normalised, compared with mean 0 and standard deviation 1; each batch norm's input
-    (B, C, h, w) with its running mean and variance. Sums over channels and layers, mean over the batch.
+    ``images`` (B, 3, H, W) normalised, compared with mean 0 and standard deviation 1; what enters each batch norm with
+    its running mean and variance. Sums over channels and layers, mean over the batch.
     Source: ZeroQ, generation of distilled data.
     """
     mean, std = sample_mean_std(images)
     total = mean.square().sum() + (1 - std).square().sum()
-    for _, inputs, norm in layers:
-        mean, std = sample_mean_std(inputs)
-        total = total + (norm.running_mean - mean).square().sum()
-        total = total + ((norm.running_var + EPSILON).sqrt() - std).square().sum()
+    for layer in layers:
+        mean, std = layer.sample_mean_std()
+        total = total + (layer.norm.running_mean - mean).square().sum()
+        total = total + ((layer.norm.running_var + EPSILON).sqrt() - std).square().sum()
     return total / len(images)
 
 
 def bns_loss(layers: Sequence[Layer]) -> Tensor:
     """L_BNS: gap of the batch's means and variances to the batch-norm statistics, mean over channels and layers.
 
-    Each input is (B, C, ...); its mean and biased variance over everything but channels are compared with the running
-    mean and the running variance by mean squared error. Source: GDFQ, knowledge matching generator.
+    The mean and the biased variance, over everything but channels, of what enters each batch norm are compared with its
+    running mean and running variance by mean squared error. Source: GDFQ, knowledge matching generator.
     """
     gaps = []
-    for _, inputs, norm in layers:
-        mean, variance = batch_mean_var(inputs)
-        gaps.append(F.mse_loss(mean, norm.running_mean) + F.mse_loss(variance, norm.running_var))
+    for layer in layers:
+        mean, variance = layer.mean_var()
+        gaps.append(F.mse_loss(mean, layer.norm.running_mean) + F.mse_loss(variance, layer.norm.running_var))
     return torch.stack(gaps).mean()
 
 
@@ -193,10 +190,10 @@ def dsg_statistics_loss(
     """
     mean, std = sample_mean_std(images)
     total = mean.square().sum() + (1 - std).square().sum()
-    for (_, inputs, norm), of_mean, of_std, weight in zip(layers, *margins, weights, strict=True):
-        mean, std = sample_mean_std(inputs)
-        gaps = slack(mean - norm.running_mean, of_mean).square()
-        gaps = gaps + slack(std - (norm.running_var + EPSILON).sqrt(), of_std).square()
+    for layer, of_mean, of_std, weight in zip(layers, *margins, weights, strict=True):
+        mean, std = layer.sample_mean_std()
+        gaps = slack(mean - layer.norm.running_mean, of_mean).square()
+        gaps = gaps + slack(std - (layer.norm.running_var + EPSILON).sqrt(), of_std).square()
         total = total + (weight * gaps.sum(1)).sum()
     return total / len(images)
 
@@ -209,10 +206,10 @@ def slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Tensor], weig
     ones give L_BNS. Source: DSG, slack distribution alignment and layerwise enhancement, for a generator.
     """
     terms = []
-    for (_, inputs, norm), of_mean, of_variance, weight in zip(layers, *margins, weights, strict=True):
-        mean, variance = weighted_mean_var(inputs, weight)
-        gaps = slack(mean - norm.running_mean, of_mean).square()
-        terms.append((gaps + slack(variance - norm.running_var, of_variance).square()).mean())
+    for layer, of_mean, of_variance, weight in zip(layers, *margins, weights, strict=True):
+        mean, variance = layer.weighted_mean_var(weight)
+        gaps = slack(mean - layer.norm.running_mean, of_mean).square()
+        terms.append((gaps + slack(variance - layer.norm.running_var, of_variance).square()).mean())
     return torch.stack(terms).mean()
 
 
@@ -224,10 +221,10 @@ def published_slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Ten
     C times larger than GDFQ's. Source: the official code.
     """
     terms = []
-    for index, ((_, inputs, norm), of_mean, of_variance) in enumerate(zip(layers, *margins, strict=True)):
-        mean, variance = batch_mean_var(inputs)
-        gaps = ((mean - norm.running_mean).abs() - of_mean).square()
-        gaps = gaps + ((variance - norm.running_var).abs() - of_variance).square()
+    for index, (layer, of_mean, of_variance) in enumerate(zip(layers, *margins, strict=True)):
+        mean, variance = layer.mean_var()
+        gaps = ((mean - layer.norm.running_mean).abs() - of_mean).square()
+        gaps = gaps + ((variance - layer.norm.running_var).abs() - of_variance).square()
         own = gaps[index : index + 1].sum() if enhance else 0.0  # empty where a layer has fewer channels
         terms.append(gaps.sum() + own)
     return torch.stack(terms).mean()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqlib import published
+from dfqlib.acceleration import off_from_start
 from dfqlib.errors import UserError, check_choice
 from dfqlib.files import sha256
 from dfqlib.profiles import Paper, Profile, load
@@ -65,7 +66,7 @@ class PlannedRun:
     paper: Paper
     profile: str
     parameters: dict[str, Any]
-    depends: dict[str, str]  # what the run's identity is made of: code, teacher, data
+    depends: dict[str, str]  # what the run's identity is made of: code, teacher, data, accelerations turned off
 
     @property
     def name(self) -> str:
@@ -191,6 +192,8 @@ def plan(selection: Selection) -> list[PlannedRun]:
                     "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
                     "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters)),
                 }
+                if off := ",".join(sorted(off_from_start())):  # rounding differs, so it is another run
+                    depends["without"] = off
                 run = PlannedRun(paper, profile.name, parameters, depends)
                 runs[run.identity] = run
     if not runs:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfqlib.acceleration import uses
 from dfqlib.errors import UserError, check_bits, check_range
 
 
@@ -21,8 +22,15 @@ def scale_and_zero_point(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, 
     return scale, torch.round(scale * low) + 2 ** (bits - 1)
 
 
+def round_to_grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """The nearest of the ``2^bits`` levels over (low, high) to each element of ``x``."""
+    scale, zero = scale_and_zero_point(low, high, bits)
+    half = 2 ** (bits - 1)
+    return (torch.round(scale * x - zero).clamp(-half, half - 1) + zero) / scale
+
+
 class _StraightThrough(torch.autograd.Function):
-    """Round to the grid forward, identity backward: nothing is saved, the gradient is passed on as it is."""
+    """:func:`round_to_grid` forward, identity backward: nothing is saved, the gradient is passed on as it is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -45,7 +53,10 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     straight-through identity for every element, also for clipped ones; none flows to low and high.
     Source: the quantizer of ZeroQ, GDFQ, Qimera, DSG, HAST and SaFT alike. Raises UserError for bits outside 2 to 8.
     """
-    return _StraightThrough.apply(x, low, high, check_bits("bits", bits))
+    check_bits("bits", bits)
+    if uses("fused_rounding"):
+        return _StraightThrough.apply(x, low, high, bits)
+    return x + (round_to_grid(x, low, high, bits) - x).detach()
 
 
 def fake_quantize_per_channel(weight: Tensor, bits: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, seeds, and the description of both that every result carries."""
+"""Where and how a run computes: device, memory layout, seeds, and the description that every result carries."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import platform
 import random
 import subprocess
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from dfqlib.acceleration import uses
 from dfqlib.errors import UserError, check_choice
+
+ImagesOrNetwork = TypeVar("ImagesOrNetwork", Tensor, nn.Module)
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -26,6 +31,19 @@ def pick_device(device: str = "auto") -> torch.device:
     if index and not (index.isdigit() and int(index) < (torch.cuda.device_count() if kind == "cuda" else 1)):
         raise UserError(f"device={device!r} names no device of this machine; use device='auto'.")
     return torch.device(device)
+
+
+def channels_last(x: ImagesOrNetwork) -> ImagesOrNetwork:
+    """Images (B, C, H, W), or a network's weights, in the order in which convolutions take them fastest.
+
+    On a CPU they run about 1.5 times faster so. Apple's backend gains nothing: there, ``x`` stays as it is.
+    """
+    tensor = x if isinstance(x, Tensor) else next(x.parameters(), None)
+    if not uses("channels_last") or tensor is None or tensor.device.type == "mps":
+        return x
+    if isinstance(x, Tensor):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.to(memory_format=torch.channels_last)
 
 
 def seed_everything(seed: int) -> None:

@@ -4,23 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dfqlib.acceleration import uses
 from dfqlib.errors import UserError
+from dfqlib.folding import FoldedNorm
 
-Layer = tuple[str, Tensor, nn.Module]
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FoldedNorm)
+EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+class Layer(NamedTuple):
+    """What a batch norm of some name is given, (B, C, ...), and the module that keeps the training data's statistics.
+
+    Where the batch norm is folded into the convolution before it, ``tensor`` is what would leave it; the methods tell
+    the statistics of what enters it all the same.
+    """
+
+    name: str
+    tensor: Tensor
+    norm: nn.Module
+
+    def mean_var(self) -> tuple[Tensor, Tensor]:
+        """:func:`batch_mean_var` of what enters: (C,) each."""
+        return self._before(*batch_mean_var(self.tensor))
+
+    def weighted_mean_var(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`weighted_mean_var` of what enters: (C,) each, for weights (B,) of the samples."""
+        return self._before(*weighted_mean_var(self.tensor, weights))
+
+    def sample_mean_std(self) -> tuple[Tensor, Tensor]:
+        """:func:`sample_mean_std` of what enters: (B, C) each."""
+        mean, variance = self._before(*sample_mean_var(self.tensor))
+        return mean, (variance + EPSILON).sqrt()
+
+    def _before(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm.before(mean, variance) if isinstance(self.norm, FoldedNorm) else (mean, variance)
 
 
 class BatchNormInputs:
     """Collects what enters each batch norm of ``network``, while open as a context manager.
 
-    ``layers`` holds (name, input (B, C, ...), module) of the latest forward pass, in the order the batch norms ran, so
-    it does not depend on the order in which a network registers its layers. The inputs are not detached: a loss on them
+    ``layers`` holds a :class:`Layer` for each in the latest forward pass, in the order the batch norms ran, so it does
+    not depend on the order in which a network registers its layers. Their tensors are not detached: a loss on them
     reaches the images. On exit the hooks are gone and ``layers`` is empty. :class:`UserError` if the network has no
     batch norm with running statistics, for then there is nothing to compare with.
     """
@@ -57,7 +87,7 @@ class BatchNormInputs:
 
     def _collector(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def collect(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.layers.append((name, inputs[0], norm))
+            self.layers.append(Layer(name, inputs[0], norm))
 
         return collect
 
@@ -90,23 +120,36 @@ class _MeanVariance(torch.autograd.Function):
         return torch.addcmul(grad_mean / ctx.count - gain * mean, gain, x), None, None
 
 
+def _mean_var(x: Tensor, dims: Sequence[int], correction: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance over ``dims``, kept as size 1."""
+    if uses("fused_statistics"):
+        return _MeanVariance.apply(x, dims, correction)
+    variance, mean = torch.var_mean(x, dims, correction=correction, keepdim=True)
+    return mean, variance
+
+
 def batch_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of ``x`` (B, C, ...) over everything but channels: what a batch norm computes."""
     dims = (0, *range(2, x.dim()))
-    mean, variance = _MeanVariance.apply(x, dims, 0)
+    mean, variance = _mean_var(x, dims, 0)
     return mean.flatten(), variance.flatten()
 
 
-def sample_mean_std(x: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, C) of each sample and channel of ``x`` (B, C, h, w, ...) over space.
+def sample_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (B, C) of each sample and channel of ``x`` (B, C, h, w, ...) over space.
 
-    The variance is unbiased, with ``epsilon`` added under the root (ZeroQ, section 3.1, as its code computes it).
     ValueError if there are fewer than two positions, for then a sample has no spread of its own.
     """
     if math.prod(x.shape[2:]) < 2:
         raise ValueError(f"x of shape {tuple(x.shape)} has no spread over space; allowed: (B, C, h, w), h * w >= 2.")
-    mean, variance = _MeanVariance.apply(x, tuple(range(2, x.dim())), 1)
-    return mean.flatten(1), (variance + epsilon).sqrt().flatten(1)
+    mean, variance = _mean_var(x, tuple(range(2, x.dim())), 1)
+    return mean.flatten(1), variance.flatten(1)
+
+
+def sample_mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`sample_mean_var`, with the standard deviation: root of the variance + 1e-6 (ZeroQ, section 3.1)."""
+    mean, variance = sample_mean_var(x)
+    return mean, (variance + EPSILON).sqrt()
 
 
 def pooled_mean_var(mean: Tensor, variance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,5 +162,5 @@ def pooled_mean_var(mean: Tensor, variance: Tensor, weights: Tensor) -> tuple[Te
 def weighted_mean_var(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`batch_mean_var`, with sample i of ``x`` (B, C, ...) counting ``weights[i]`` times, (B,)."""
     x = x if x.dim() > 2 else x.unsqueeze(2)
-    mean, variance = _MeanVariance.apply(x, tuple(range(2, x.dim())), 0)
+    mean, variance = _mean_var(x, tuple(range(2, x.dim())), 0)
     return pooled_mean_var(mean.flatten(1), variance.flatten(1), weights)

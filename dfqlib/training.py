@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import Diverged
 from dfqlib.progress import track
+from dfqlib.runtime import channels_last
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     out = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     if size != h:
         out = F.interpolate(out, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return out.contiguous(memory_format=torch.channels_last)
+    return channels_last(out)
 
 
 def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -203,7 +204,7 @@ def train_teacher(
     """
     checkpoint = Path(checkpoint)
     device = next(network.parameters()).device
-    network = accept_any_size(network).to(memory_format=torch.channels_last)
+    network = channels_last(accept_any_size(network))
     mean = AveragedModel(network)
     steppers = optimizers(network, recipe)
     generator = torch.Generator().manual_seed(recipe.seed)

@@ -12,7 +12,8 @@ from dfqlib.errors import check_range
 from dfqlib.losses import zeroq_statistics_loss
 from dfqlib.models import Teacher
 from dfqlib.quantize import Bits, observing, quantize_model, trace
-from dfqlib.statistics import BatchNormInputs, sample_mean_std
+from dfqlib.runtime import channels_last
+from dfqlib.statistics import EPSILON, BatchNormInputs
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up
 
@@ -43,13 +44,11 @@ def distill(
     paper's (section 3.1). UserError if a setting is out of range or the teacher has no batch-norm statistics;
     Diverged if the loss diverges.
     """
-    images = start_images(batch, teacher.entry.input_size, seed).to(teacher.device)
-    # As the teacher's weights: on a CPU the loop takes two thirds of the time.
-    images = images.contiguous(memory_format=torch.channels_last)
-    with BatchNormInputs(teacher.network) as taps:
+    images = channels_last(start_images(batch, teacher.entry.input_size, seed).to(teacher.device))
+    with BatchNormInputs(teacher.folded) as taps:
 
         def loss(images: Tensor) -> Tensor:
-            teacher.network(images)
+            teacher.folded(images)
             return add_up({"statistics": zeroq_statistics_loss(images, taps.layers)})
 
         return synthesise(
@@ -73,7 +72,7 @@ def calibrated(
 
 
 @torch.no_grad()
-def statistics_gaps(network: nn.Module, images: Tensor, epsilon: float = 1e-6) -> pd.DataFrame:
+def statistics_gaps(network: nn.Module, images: Tensor) -> pd.DataFrame:
     """How far ``images`` (B, 3, H, W) are from the batch-norm statistics: one row per layer, in execution order.
 
     ``mean_gap`` and ``std_gap`` are root mean squares, over samples and channels, of mean - mu and of std - sigma,
@@ -82,11 +81,11 @@ def statistics_gaps(network: nn.Module, images: Tensor, epsilon: float = 1e-6) -
     rows = []
     with BatchNormInputs(network) as taps:
         network(images)
-        for name, inputs, norm in taps.layers:
-            mean, std = sample_mean_std(inputs, epsilon)
-            sigma = (norm.running_var + epsilon).sqrt()
-            squares = [(mean - norm.running_mean).square().mean(), (std - sigma).square().mean()]
-            rows.append((name, *((square / sigma.square().mean()).sqrt().item() for square in squares)))
+        for layer in taps.layers:
+            mean, std = layer.sample_mean_std()
+            sigma = (layer.norm.running_var + EPSILON).sqrt()
+            squares = [(mean - layer.norm.running_mean).square().mean(), (std - sigma).square().mean()]
+            rows.append((layer.name, *((square / sigma.square().mean()).sqrt().item() for square in squares)))
     return pd.DataFrame(rows, columns=["layer", "mean_gap", "std_gap"]).set_index("layer")
 
 

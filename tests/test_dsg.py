@@ -34,7 +34,7 @@ from dfqlib.losses import (
 )
 from dfqlib.models import Teacher
 from dfqlib.quantizer import OBSERVERS
-from dfqlib.statistics import BatchNormInputs, batch_mean_var, weighted_mean_var
+from dfqlib.statistics import BatchNormInputs, Layer, batch_mean_var, weighted_mean_var
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_statistics_loss_equals_the_official_one(official, forward):
     # The recorded number pairs inputs in the order of execution with statistics in the order of registration, which
     # differ where a residual unit registers its shortcut last and runs it first.
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    recorded = [(name, inputs, norm) for (name, inputs, _), norm in zip(layers, norms, strict=True)]
+    recorded = [layer._replace(norm=norm) for layer, norm in zip(layers, norms, strict=True)]
     margins = official["dsg_margin_mean"], official["dsg_margin_std"]
     weights = sample_weights(len(layers), len(official["images"]), published=True)
     loss = dsg_statistics_loss(official["images"], recorded, margins, weights)
@@ -102,7 +102,7 @@ def test_every_sample_has_a_layer_of_its_own():
 def test_statistics_loss_by_hand():
     # Two samples of one channel; the images are 0 with a standard deviation of about 0, so they cost 3 channels each.
     inputs = torch.tensor([[1.0, 5.0], [2.0, 2.0]]).view(2, 1, 1, 2)  # means 3 and 2, deviations 8^0.5 and 0
-    layer = ("norm", inputs, norm_of([0.0], [1.0]))
+    layer = Layer("norm", inputs, norm_of([0.0], [1.0]))
     margins = torch.tensor([1.0]), torch.tensor([0.5])
     weights = torch.tensor([[2.0, 1.0]])
     first = 2**2 + (8**0.5 - 1 - 0.5) ** 2
@@ -115,7 +115,7 @@ def test_statistics_loss_by_hand():
 
 def test_slack_bns_by_hand():
     inputs = torch.tensor([[1.0, 5.0], [2.0, 2.0]]).view(2, 1, 1, 2).repeat(1, 2, 1, 1)
-    layer = ("norm", inputs, norm_of([0.0, 2.0], [1.0, 1.0]))
+    layer = Layer("norm", inputs, norm_of([0.0, 2.0], [1.0, 1.0]))
     margins = torch.tensor([1.0]), torch.tensor([0.25])
     # The first sample counts twice: mean (1 + 5 + 1 + 5 + 2 + 2) / 6, mean square (2 * 26 + 8) / 6.
     mean, square = 16 / 6, 60 / 6

@@ -15,7 +15,7 @@ from dfqlib.crops import RandomCrops
 from dfqlib.errors import UserError
 from dfqlib.losses import bns_loss, difficulty, hast_loss
 from dfqlib.models import Teacher, load_teacher
-from dfqlib.statistics import BatchNormInputs, sample_mean_std
+from dfqlib.statistics import BatchNormInputs, Layer
 
 DATA = Path(__file__).parent / "data" / "losses.npz"
 
@@ -46,7 +46,7 @@ def test_loss_by_hand():
     # p_y = 3/4 and 1/2: (1/4)^2 log(4/3) and (1/2)^2 log 2
     logits, labels = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
     norm = nn.BatchNorm2d(1)
-    layers = [("norm", torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), norm)]  # mean 2, variance 1 against 0, 1
+    layers = [Layer("norm", torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), norm)]  # mean 2, variance 1 against 0, 1
     torch.testing.assert_close(difficulty(logits, labels), torch.tensor([0.25, 0.5]))
     hard = (math.log(4 / 3) / 16 + math.log(2) / 4) / 2
     torch.testing.assert_close(hast_loss(logits, labels, layers, 10, 2), torch.tensor(4 + 10 * hard))
@@ -57,7 +57,7 @@ def test_loss_by_hand():
 
 def test_easy_samples_lose_their_pull_and_stay_finite():
     logits = torch.tensor([[40.0, 0.0], [0.0, 1.0]], requires_grad=True)
-    layers = [("norm", torch.zeros(2, 1, 1, 1), nn.BatchNorm2d(1))]
+    layers = [Layer("norm", torch.zeros(2, 1, 1, 1), nn.BatchNorm2d(1))]
     for gamma in (0.5, 2.0):
         (gradient,) = torch.autograd.grad(hast_loss(logits, torch.tensor([0, 0]), layers, 1, gamma), logits)
         assert gradient.isfinite().all()
@@ -107,7 +107,7 @@ def test_centres_are_one_image_a_class_that_the_teacher_names_so(small):
     assert list(centres.statistics) == ["4"]  # of two batch norms the deeper one
     with BatchNormInputs(small.network) as norms:
         small.network(centres.images)
-        expected = sample_mean_std(norms.layers[1][1])
+        expected = norms.layers[1].sample_mean_std()
         assert hast.centre_gap(norms.layers, torch.arange(4), centres) < 1e-12
         assert hast.centre_gap(norms.layers, torch.tensor([1, 0, 2, 3]), centres) > 0
     for ours, theirs in zip(centres.statistics["4"], expected, strict=True):
@@ -116,7 +116,7 @@ def test_centres_are_one_image_a_class_that_the_teacher_names_so(small):
 
 def test_centre_gap_by_hand():
     # One sample of two positions 1 and 3: mean 2, unbiased variance 2. Its class's centre: mean 0, deviation 1.
-    layers = [("deep", torch.tensor([1.0, 3.0]).view(1, 1, 1, 2), nn.BatchNorm2d(1))]
+    layers = [Layer("deep", torch.tensor([1.0, 3.0]).view(1, 1, 1, 2), nn.BatchNorm2d(1))]
     centres = hast.Centres(torch.empty(0), {"deep": (torch.tensor([[9.0], [0.0]]), torch.tensor([[9.0], [1.0]]))})
     by_hand = torch.tensor(4 + ((2 + 1e-6) ** 0.5 - 1) ** 2)
     torch.testing.assert_close(hast.centre_gap(layers, torch.tensor([1]), centres), by_hand)
