@@ -2,6 +2,28 @@
 
 import os
 
+import pytest
+from stub_kit import write_kit
+
+from dfqlib import plan
 from dfqlib.kernels import cores
 
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch):
+    """A folder with two working notebooks; the teacher counts as present, so that nothing is loaded or downloaded."""
+    monkeypatch.setenv("DFQ_PROFILES", str(write_kit(tmp_path / "kit")))
+    monkeypatch.delenv("DFQ_DATA", raising=False)
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    for name in (
+        "resnet20_cifar10.safetensors",
+        "resnet20_cifar100.safetensors",
+        "cifar10-2k.webp",
+        "cifar100-2k.webp",
+    ):
+        (assets / name).write_bytes(name.encode())
+    monkeypatch.setattr(plan, "ASSETS", assets)
+    return tmp_path / "kit"

@@ -1,9 +1,20 @@
-"""A table of two small notebooks that import nothing heavy, for tests of the runner."""
+"""A table of two small notebooks that import nothing heavy, and run_all.py called on it, for tests of the runner."""
 
 from __future__ import annotations
 
+import functools
 import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import run_all
+from dfqlib import plan
+
+ROOT = Path(run_all.__file__).resolve().parent
 
 PARAMETERS = """\
 profile = "quick"
@@ -49,22 +60,16 @@ datasets = ["cifar10"]
 
 [profiles.paper]
 about = "days"
+"""
 
-[zeroq]
-notebook = "a.ipynb"
-title = "ZeroQ"
-methods = ["zeroq"]
-scheme = "ptq"
-smoke = { iterations = 1 }
-paper = { iterations = 100, imagenet = { iterations = 200 }, resnet50 = { lr = 0.5 } }
-
-[gdfq]
-notebook = "b.ipynb"
-title = "GDFQ"
-methods = ["gdfq"]
-scheme = "qat"
-smoke = { iterations = 1 }
-paper = { iterations = 100 }
+METHOD = """
+[{key}]
+notebook = "{key}.ipynb"
+title = "{key}"
+methods = ["{key}"]
+scheme = "{scheme}"
+smoke = {{ iterations = 1 }}
+paper = {{ iterations = 100, imagenet = {{ iterations = 200 }}, resnet50 = {{ lr = 0.5 }} }}
 """
 
 
@@ -89,8 +94,39 @@ def write_notebook(path: Path, key: str, scheme: str, body: str) -> None:
 def write_kit(folder: Path, zeroq: str = "1 + 1", gdfq: str = "1 + 1") -> Path:
     """The table and its notebooks in ``folder``; returns the table, for ``$DFQ_PROFILES``."""
     folder.mkdir(exist_ok=True)
-    write_notebook(folder / "a.ipynb", "zeroq", "ptq", zeroq)
-    write_notebook(folder / "b.ipynb", "gdfq", "qat", gdfq)
+    text = TABLE
+    for key, scheme, body in (("zeroq", "ptq", zeroq), ("gdfq", "qat", gdfq)):
+        write_notebook(folder / f"{key}.ipynb", key, scheme, body)
+        text += METHOD.format(key=key, scheme=scheme)
     table = folder / "profiles.toml"
-    table.write_text(TABLE)
+    table.write_text(text)
     return table
+
+
+def call(results: Path, *arguments: str) -> int:
+    """run_all.py in this process; its exit code."""
+    return run_all.main(["--results", str(results), *arguments])
+
+
+def run_folders(results: Path, suffix: str = "") -> list[str]:
+    """Folders of quick runs, as ``paper/id``, whose names end with ``suffix``."""
+    return sorted(f"{p.parent.name}/{p.name}" for p in results.glob(f"quick/*/*{suffix}") if p.name[0] != ".")
+
+
+def start(results: Path, *arguments: str, background: bool = False) -> subprocess.Popen:
+    """run_all.py as a process of its own, with the same assets as the test; in the background it ignores Ctrl-C."""
+    code = (
+        "import sys, pathlib, run_all; from dfqlib import plan\n"
+        f"plan.ASSETS = pathlib.Path({str(plan.ASSETS)!r})\n"
+        f"sys.exit(run_all.main({['--results', str(results), *arguments]!r}))"
+    )
+    # Said either way: these tests may run in the background themselves.
+    ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ctrl_c)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

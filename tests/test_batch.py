@@ -15,13 +15,6 @@ from dfqlib.plan import Selection
 from dfqlib.screen import Line, Screen
 
 
-@pytest.fixture
-def kit(tmp_path, monkeypatch):
-    monkeypatch.setenv("DFQ_PROFILES", str(write_kit(tmp_path / "kit")))
-    monkeypatch.delenv("DFQ_DATA", raising=False)
-    return tmp_path / "kit"
-
-
 def names(selection: Selection) -> list[str]:
     return [run.name for run in plan.plan(selection)]
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stub_kit import write_kit
-from test_run_all import ROOT, call, kit, run_folders, start, wait_for  # noqa: F401
+from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
 from dfqlib import cluster, plan, preflight
 from dfqlib.errors import UserError
@@ -62,7 +61,7 @@ class Processes:
 
 
 @pytest.fixture
-def processes(kit, tmp_path):  # noqa: F811
+def processes(kit, tmp_path):
     started = Processes(tmp_path)
     yield started
     started.end()
@@ -85,7 +84,7 @@ def notes(tmp_path: Path) -> Counter[str]:
     return Counter(file.read_text().splitlines()) if file.exists() else Counter()
 
 
-def test_workers_started_here(kit, tmp_path, capsys):  # noqa: F811
+def test_workers_started_here(kit, tmp_path, capsys):
     assert call(tmp_path / "results", "--executor", "dask", "--workers", "2") == 0
     printed = capsys.readouterr().out
     assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
@@ -94,7 +93,7 @@ def test_workers_started_here(kit, tmp_path, capsys):  # noqa: F811
     assert call(tmp_path / "results") == 0 and capsys.readouterr().out.count(": found") == 2
 
 
-def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes):  # noqa: F811
+def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes):
     write_kit(kit, zeroq=diary(tmp_path, seconds=2))
     seeds = [str(seed) for seed in range(12)]
     results = tmp_path / "results"
@@ -120,7 +119,7 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
     assert printed.count(": done") + printed.count(": found") == 12
 
 
-def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):  # noqa: F811
+def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):
     write_kit(kit, zeroq=diary(tmp_path, seconds=600))
     options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address]
     batch = start(tmp_path / "results", *options, "--seeds", "0", "1", "2")
@@ -132,7 +131,7 @@ def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):  # noqa: F8
     assert len(run_folders(tmp_path / "results", ".unfinished")) == 2
 
 
-def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkeypatch):  # noqa: F811
+def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "_shared", lambda client, results: False)
     weights = tmp_path / "own.safetensors"
     weights.write_text("weights")
@@ -148,7 +147,7 @@ def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkey
     assert (tmp_path / "results" / "quick" / folder / "error.txt").is_file()
 
 
-def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):  # noqa: F811
+def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "one.png").write_bytes(b"12345")
     (run,) = plan.plan(plan.Selection(papers=["zeroq"], settings={"data_folder": str(tmp_path / "images")}))
@@ -169,7 +168,7 @@ def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):  # noqa: F81
         (["--executor", "dask", "--scheduler", "nowhere"], "scheduler='nowhere' does not answer"),
     ],
 )
-def test_wrong_options_are_one_sentence(kit, tmp_path, capsys, monkeypatch, arguments, sentence):  # noqa: F811
+def test_wrong_options_are_one_sentence(kit, tmp_path, capsys, monkeypatch, arguments, sentence):
     monkeypatch.setattr(cluster, "ANSWER", 1)
     assert call(tmp_path / "results", *arguments) == 2
     errors = capsys.readouterr().err

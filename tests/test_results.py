@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from stub_kit import write_kit
 
 from dfqlib import preflight, profiles, published, report, tables
 from dfqlib.data import DATASETS, load_test
@@ -28,12 +27,6 @@ PARAMETERS = {
     "device": "cpu",
     "out": "",
 }
-
-
-@pytest.fixture
-def kit(tmp_path, monkeypatch):
-    """A table of two small notebooks in place of the real one."""
-    monkeypatch.setenv("DFQ_PROFILES", str(write_kit(tmp_path / "kit")))
 
 
 def make_run(out: Path | str = "", seed: int = 0, fp32_top1: float = 93.0, **parameters) -> Run:

@@ -9,11 +9,11 @@ import subprocess
 import pandas as pd
 import pytest
 import torch
-from stub_kit import write_kit
+from stub_kit import call, start, wait_for, write_kit
 from test_finetune import make_stream, make_student, small_teacher
-from test_run_all import call, kit, start, wait_for  # noqa: F401 - kit is a fixture
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
+from dfqlib.errors import Diverged
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS
 from dfqlib.finetune import Batch, Checkpoint, FirstThen, finetune
 from dfqlib.plan import broken_files, read_metrics
@@ -23,7 +23,7 @@ from dfqlib.terms import add_up, finite_numbers, kept
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_run_with_a_broken_metrics_file_is_run_again_and_kept(kit, tmp_path, capsys, share):  # noqa: F811
+def test_a_run_with_a_broken_metrics_file_is_run_again_and_kept(kit, tmp_path, capsys, share):
     results = tmp_path / "results"
     assert call(results, "--papers", "gdfq", "--seeds", "0", "1") == 0
     (broken,) = results.glob("quick/gdfq/*-s0-*")
@@ -48,7 +48,7 @@ def test_a_run_with_a_broken_metrics_file_is_run_again_and_kept(kit, tmp_path, c
 
 
 @pytest.mark.parametrize(("cut", "kept_lines"), [("half a line", 1), ("half the header", 0), ("all", 0)])
-def test_a_results_file_cut_in_half_gives_its_whole_lines(kit, tmp_path, capsys, cut, kept_lines):  # noqa: F811
+def test_a_results_file_cut_in_half_gives_its_whole_lines(kit, tmp_path, capsys, cut, kept_lines):
     results = tmp_path / "results"
     path = results / "results.csv"
     results.mkdir()
@@ -63,7 +63,7 @@ def test_a_results_file_cut_in_half_gives_its_whole_lines(kit, tmp_path, capsys,
     assert (results / "results.csv.broken").read_text() == half
 
 
-def test_a_report_cut_in_half_is_drawn_again(kit, tmp_path):  # noqa: F811
+def test_a_report_cut_in_half_is_drawn_again(kit, tmp_path):
     results = tmp_path / "results"
     assert call(results, "--papers", "gdfq") == 0
     page = results / "report.html"
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_written_after_so_many_seconds(tmp_path, monkeypatch):
     assert load_checkpoint(path, {})["drawn"] == 8
 
 
-def test_checkpoint_every_reaches_the_notebooks_and_is_checked(kit, tmp_path, capsys):  # noqa: F811
+def test_checkpoint_every_reaches_the_notebooks_and_is_checked(kit, tmp_path, capsys):
     write_kit(kit, zeroq=f"import os\nassert os.environ['{CHECKPOINT_SECONDS}'] == '7'")
     assert call(tmp_path / "results", "--papers", "zeroq", "--checkpoint-every", "7") == 0
     capsys.readouterr()
@@ -152,7 +152,7 @@ def fill(folder) -> None:
             return
 
 
-def test_a_full_disk_fails_a_run_and_leaves_the_others(kit, small_disk, capsys):  # noqa: F811
+def test_a_full_disk_fails_a_run_and_leaves_the_others(kit, small_disk, capsys):
     results = small_disk / "results"
     assert call(results, "--papers", "gdfq") == 0
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
@@ -184,17 +184,17 @@ def test_a_full_disk_is_named_by_a_checkpoint(small_disk):
     assert load_checkpoint(path, {}) == {"a": 1} and list(small_disk.iterdir()) == [path]
 
 
-def test_a_run_that_diverges_is_named_in_the_tables_and_the_others_go_on(kit, tmp_path, capsys):  # noqa: F811
+def test_a_run_that_diverges_is_named_in_the_tables_and_the_others_go_on(kit, tmp_path, capsys):
     sentence = "student 'w4a4' diverged: its loss is nan (KL is nan) at iteration 9; lower its lr."
-    write_kit(kit, gdfq=f"raise RuntimeError({sentence!r})")
+    write_kit(kit, gdfq=f"from dfqlib.errors import Diverged\nraise Diverged({sentence!r})")
     results = tmp_path / "results"
     assert call(results) == 1
     assert "failed" in capsys.readouterr().out
     assert len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) == 1
-    assert f"failed: RuntimeError: {sentence}" in (results / "README.md").read_text()
+    assert f"failed: Diverged: {sentence}" in (results / "README.md").read_text()
 
 
-def test_an_interrupt_writes_the_tables_of_what_is_finished(kit, tmp_path):  # noqa: F811
+def test_an_interrupt_writes_the_tables_of_what_is_finished(kit, tmp_path):
     results, flag = tmp_path / "results", tmp_path / "started"
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
     process = start(results)
@@ -214,10 +214,10 @@ def test_terms_of_sums_of_sums_and_the_first_loss_that_breaks():
     assert inner == 2
     outer = add_up({"": inner, "copies": add_up({"KL": nan, "CE": inf}), "saliency": one})
     losses = [kept(inner), kept(outer), kept(nan)]
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(Diverged) as error:
         finite_numbers(losses, "It is", "!", 10)
     assert str(error.value) == "It is nan (KL of copies is nan, CE of copies is inf) at iteration 11!"
-    with pytest.raises(RuntimeError, match="It is nan at iteration 0"):
+    with pytest.raises(Diverged, match="It is nan at iteration 0"):
         finite_numbers([kept(nan)], "It is", "!")
     assert finite_numbers([kept(one)], "", "") == [1.0] and finite_numbers([], "", "") == []
 
@@ -230,7 +230,7 @@ def test_synthesis_names_the_term_that_breaks():
         return add_up({"statistics": images.square().sum(), "CE": cross_entropy})
 
     settings = {"learning_rate": 0.1, "iterations": 20, "patience": 3, "min_learning_rate": 1e-4}
-    with pytest.raises(RuntimeError, match=r"the loss is inf \(CE is inf\) at iteration 7; learning_rate=0\.1"):
+    with pytest.raises(Diverged, match=r"the loss is inf \(CE is inf\) at iteration 7; learning_rate=0\.1"):
         synthesise(torch.zeros(1, 3, 2, 2), loss, **settings)
 
 
@@ -250,7 +250,7 @@ def test_the_generator_is_named_with_its_term_also_behind_other_streams(wrap):
     stream = make_stream(small_teacher(), iterations=6, loss=breaks_at(3))
     for _ in range(4):
         stream.next_batch()
-    with pytest.raises(RuntimeError, match=r"the generator diverged: its loss is nan \(L_BNS is nan\) at iteration 3;"):
+    with pytest.raises(Diverged, match=r"the generator diverged: its loss is nan \(L_BNS is nan\) at iteration 3;"):
         wrap(stream).read_losses()
 
 
@@ -263,7 +263,7 @@ def test_a_students_term_is_named_before_a_checkpoint_of_it_is_written(tmp_path)
 
     checkpoint = Checkpoint(tmp_path / "run.ckpt", every=4)
     student = make_student(small_teacher(), loss=loss)
-    with pytest.raises(RuntimeError, match=r"student 's' diverged: its loss is inf \(KL is inf\) at iteration 5;"):
+    with pytest.raises(Diverged, match=r"student 's' diverged: its loss is inf \(KL is inf\) at iteration 5;"):
         finetune(make_stream(small_teacher(), 40), {"s": student}, 40, 2, evaluate_every=38, checkpoint=checkpoint)
     assert load_checkpoint(checkpoint.path, {})["drawn"] == 4
 

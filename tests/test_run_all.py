@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
-from stub_kit import write_kit
+from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
-import run_all
-from dfqlib import plan
 from dfqlib.kernels import cores
-
-ROOT = Path(run_all.__file__).resolve().parent
-
-
-@pytest.fixture
-def kit(tmp_path, monkeypatch):
-    """A folder with two working notebooks; the teacher counts as present, so that nothing is loaded or downloaded."""
-    monkeypatch.setenv("DFQ_PROFILES", str(write_kit(tmp_path / "kit")))
-    monkeypatch.delenv("DFQ_DATA", raising=False)
-    assets = tmp_path / "assets"
-    assets.mkdir()
-    for name in (
-        "resnet20_cifar10.safetensors",
-        "resnet20_cifar100.safetensors",
-        "cifar10-2k.webp",
-        "cifar100-2k.webp",
-    ):
-        (assets / name).write_bytes(name.encode())
-    monkeypatch.setattr(plan, "ASSETS", assets)
-    return tmp_path / "kit"
-
-
-def call(results: Path, *arguments: str) -> int:
-    return run_all.main(["--results", str(results), *arguments])
-
-
-def run_folders(results: Path, suffix: str = "") -> list[str]:
-    return sorted(f"{p.parent.name}/{p.name}" for p in results.glob(f"quick/*/*{suffix}") if p.name[0] != ".")
 
 
 def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
@@ -200,25 +167,6 @@ def test_planning_does_not_import_torch(kit):
         "import sys, run_all; run_all.main(['--dry-run']); run_all.main(['--list']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-def start(results: Path, *arguments: str, background: bool = False) -> subprocess.Popen:
-    """run_all.py as a process of its own, with the same assets as the test; in the background it ignores Ctrl-C."""
-    code = (
-        "import sys, pathlib, run_all; from dfqlib import plan\n"
-        f"plan.ASSETS = pathlib.Path({str(plan.ASSETS)!r})\n"
-        f"sys.exit(run_all.main({['--results', str(results), *arguments]!r}))"
-    )
-    # Said either way: these tests may run in the background themselves.
-    ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ctrl_c)
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
