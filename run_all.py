@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--scheduler", default="", metavar="ADDRESS", help="with dask: that of a cluster, such as tcp://host:8786")
     add("--workers", type=int, metavar="N", help="with dask and no scheduler: processes to start here (default: 2)")
     add("--checkpoint-every", type=int, default=60, metavar="SECONDS", help="how often a fine-tuning is kept, to go on "
-        "from there after a stop (default: 60)")  # fmt: skip
+        "from there after a stop; 0: after every batch (default: 60)")  # fmt: skip
     add("--force", action="store_true", help="run again what is already there")
     add("--keep-going", action="store_true", help="after a failure, also try the other runs of the same notebook")
     add("--list", action="store_true", help="list the published rows, what each needs and whether it can run here")
@@ -95,7 +95,7 @@ def call(options: argparse.Namespace) -> int:
     for name in ("jobs", "workers"):
         if getattr(options, name) is not None:
             check_range(name, getattr(options, name), 1, 1000)
-    check_range("checkpoint-every", options.checkpoint_every, 1, 10**6)
+    check_range("checkpoint-every", options.checkpoint_every, 0, 10**6)
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     chosen = selection(options)
     runs = plan.plan(chosen)

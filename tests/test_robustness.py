@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import random
 import signal
 import subprocess
+from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
-from stub_kit import call, start, wait_for, write_kit
+from stub_kit import ROOT, call, start, wait_for, write_kit
 from test_finetune import make_stream, make_student, small_teacher
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
@@ -122,10 +127,55 @@ def test_checkpoint_every_reaches_the_notebooks_and_is_checked(kit, tmp_path, ca
     write_kit(kit, zeroq=f"import os\nassert os.environ['{CHECKPOINT_SECONDS}'] == '7'")
     assert call(tmp_path / "results", "--papers", "zeroq", "--checkpoint-every", "7") == 0
     capsys.readouterr()
-    for value, sentence in [("0", "checkpoint-every=0 is out of range"), ("often", "invalid int value: 'often'")]:
+    for value, sentence in [("-1", "checkpoint-every=-1 is out of range"), ("often", "invalid int value: 'often'")]:
         assert call(tmp_path / "results", "--checkpoint-every", value) == 2
         printed = capsys.readouterr()
         assert sentence in printed.err and printed.err.count("\n") == 1
+
+
+TUNING = f"""
+import json, pathlib, sys, time
+sys.path.insert(0, {os.fspath(ROOT / "tests")!r})
+from test_finetune import make_stream, make_student, small_teacher
+from dfqlib.checkpoint import load_checkpoint
+from dfqlib.finetune import finetune
+from dfqlib.results import Run
+
+kept = Run("zeroq", dict(seed=seed), out=out, fp32_top1=90.0).checkpoint("tuning")
+began_at = (load_checkpoint(kept.path, {{}}) or {{"drawn": 0}})["drawn"]
+student = make_student(small_teacher())
+slowly = lambda network: time.sleep(0.1) or 50.0
+history = finetune(make_stream(small_teacher(), 30), {{"s": student}}, 30, 2, None, slowly, 1, checkpoint=kept)
+weights = {{name: value.tolist() for name, value in student.network.state_dict().items()}}
+numbers = dict(losses=history.students, generator=history.generator, scores=history.scores, weights=weights)
+pathlib.Path(out, "numbers.json").write_text(json.dumps([began_at, numbers]))
+"""
+
+
+def test_a_run_killed_at_a_random_point_and_called_again_ends_with_the_same_numbers(kit, tmp_path):
+    write_kit(kit, zeroq=TUNING)
+    arguments = ["--papers", "zeroq", "--checkpoint-every", "0"]
+    assert call(tmp_path / "whole", *arguments) == 0
+
+    results, point = tmp_path / "killed", random.Random(5).randrange(1, 25)
+    process = start(results, *arguments)
+    files = functools.partial(results.glob, "quick/zeroq/.*.checkpoints/tuning.ckpt")
+    wait_for(lambda: any(drawn(file) >= point for file in files()), 300)
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        member.kill()
+    process.communicate()
+    assert not list(results.glob("quick/zeroq/[!.]*"))
+    assert call(results, *arguments) == 0
+
+    ends = [next(tmp_path.glob(f"{name}/quick/zeroq/*/numbers.json")) for name in ("whole", "killed")]
+    (from_nothing, numbers), (from_checkpoint, same) = (json.loads(end.read_text()) for end in ends)
+    assert from_nothing == 0 and point <= from_checkpoint < 30
+    assert numbers == same and len(numbers["losses"]["s"]) == 28
+
+
+def drawn(checkpoint: Path) -> int:
+    """How many batches a fine-tuning had drawn when it wrote its checkpoint."""
+    return load_checkpoint(checkpoint, {})["drawn"]
 
 
 @pytest.fixture
