@@ -1,0 +1,32 @@
+"""The published steps that the kit's cost is measured against compute what the kit computes."""
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES, make_case
+from dfqlib.models import load_teacher
+
+ITERATIONS = 2  # in the first one students observe, in the second one they learn
+
+
+@pytest.fixture
+def teacher():
+    """In double precision: in single precision a student of few bits turns rounding errors into other levels."""
+    torch.set_default_dtype(torch.float64)
+    teacher = load_teacher("resnet20_cifar10")
+    teacher.network.double()
+    yield teacher
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_step_computes_the_same(teacher, name):
+    case = make_case(name, teacher, batch=2)
+    ticks = []
+    ours, theirs = case.ours(ITERATIONS, lambda: ticks.append(1)), case.published()
+    losses = [theirs.step() for _ in range(ITERATIONS)]
+    assert len(ticks) == ITERATIONS
+    for found, expected in zip(ours.losses, losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+    for found, expected in zip(ours.trained, theirs.trained, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8, check_stride=False)
