@@ -166,7 +166,7 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
 
     batch.check_folder(results)
     failures: dict[tuple[str, str, str], str] = {}
-    able = []
+    able, missing = [], []
     for planned in runs:
         known = not options.force and plan.complete(planned.folder(results))
         why = "" if known else preflight.obstacle(planned)
@@ -177,19 +177,20 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             console.print(f"{planned.name}: not run; {why}", markup=False, soft_wrap=True)
         else:
             able.append(planned)
+            missing += [] if known else [planned]
     if not able:
         raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
     for sentence in plan.broken_files(results):
         console.print(sentence, markup=False, soft_wrap=True)
     with contextlib.ExitStack() as stack:
         executor: batch.Executor = execution.Machine(options.jobs or 2, options.checkpoint_every)
-        if options.executor == "dask":
+        if options.executor == "dask" and missing:
             from dfqlib.cluster import Cluster
 
             settings = options.scheduler, options.workers or 2, options.jobs, options.checkpoint_every
             executor = stack.enter_context(Cluster(*settings))
         seconds = plan.expected_seconds(able, results)
-        for sentence in [*origins(able), forecast(able, results, seconds, executor, options.force)]:
+        for sentence in [*origins(able), forecast(missing, len(able) - len(missing), seconds, executor)]:
             console.print(sentence, markup=False, soft_wrap=True)
         screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
         work = batch.Batch(results, screen, executor, options.force, options.keep_going)
@@ -226,14 +227,10 @@ def origins(runs: list[plan.PlannedRun]) -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
-def forecast(
-    runs: list[plan.PlannedRun], results: Path, seconds: dict[str, float | None], executor: Executor, force: bool
-) -> str:
+def forecast(missing: list[plan.PlannedRun], there: int, seconds: dict[str, float | None], executor: Executor) -> str:
     """How much is to do, and how long that will take."""
-    missing = [run.identity for run in runs if force or not plan.complete(run.folder(results))]
-    there = len(runs) - len(missing)
     text = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {there} already there"
-    known = [seconds[identity] for identity in missing if seconds[identity] is not None]
+    known = [seconds[run.identity] for run in missing if seconds[run.identity] is not None]
     if not known:
         return text + "."
     minutes = plan.makespan(known, executor.places) / 60

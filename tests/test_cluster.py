@@ -157,6 +157,13 @@ def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):
         cluster.inputs_of(run)
 
 
+def test_no_cluster_is_asked_for_when_nothing_is_missing(kit, tmp_path, capsys):
+    assert call(tmp_path / "results", "--papers", "zeroq") == 0
+    nobody = ["--executor", "dask", "--scheduler", "nowhere"]
+    assert call(tmp_path / "results", "--papers", "zeroq", *nobody) == 0
+    assert ": found" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
