@@ -1,0 +1,136 @@
+"""Accuracy against iterations, of the published schedule and of the fast one: ``python benchmarks/schedules.py``.
+
+Each run is one generator and one student of ``--bits``, with the settings of ``--profile`` in dfqlib/profiles.toml; a
+published run may be cut after ``--until`` iterations, as all 80,000 take days on a CPU. A run is added to
+``schedules.csv`` when it ends, so that several calls fill one table, and the figure is drawn from all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+from dfqlib import gdfq, plotting, profiles, qimera
+from dfqlib.data import load_test
+from dfqlib.errors import parse_bits
+from dfqlib.files import atomic_path
+from dfqlib.finetune import Checkpoint, History, finetune
+from dfqlib.models import load_teacher, top1
+from dfqlib.published import find
+from dfqlib.runtime import code_version, describe_hardware, pick_device, seed_everything
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TABLE, FIGURE = RESULTS / "schedules.csv", RESULTS / "schedules.png"
+KEY = ["method", "dataset", "bits", "profile", "seed"]
+
+
+class Reached(Exception):
+    """The iteration at which a run is cut."""
+
+
+def schedule_of(method: str, profile: str, dataset: str) -> gdfq.Schedule:
+    """The notebook's schedule under ``profile``."""
+    values = profiles.paper(method).parameters(profile, dataset, f"resnet20_{dataset}")
+    values |= {"generator_decay": values["decay"], "student_decay": values["decay"]}
+    return gdfq.Schedule(**{name: value for name, value in values.items() if name in gdfq.Schedule.__annotations__})
+
+
+def run(method: str, dataset: str, bits: str, profile: str, seed: int, until: int, every: int) -> pd.DataFrame:
+    """Top-1 after every so many iterations, those of the generator's warm-up included."""
+    seed_everything(seed)
+    schedule = schedule_of(method, profile, dataset)
+    device = pick_device()
+    teacher, test = load_teacher(f"resnet20_{dataset}", device=device), load_test(dataset)
+    if method == "qimera":
+        stream = qimera.make_stream(teacher, schedule, qimera.published_setting(teacher.name, bits), seed=seed)
+    else:
+        stream = gdfq.make_stream(teacher, schedule, seed=seed)
+    student = gdfq.make_student(teacher, bits, schedule)
+    seen: list[History] = []
+
+    def look(history: History) -> None:
+        seen[:] = [history]
+        if until and schedule.generator_warmup + history.scores[bits][-1][0] >= until:
+            raise Reached
+
+    label = f"{method} {bits} {profile} seed {seed}"
+    checkpoint = Checkpoint(RESULTS / f".{label.replace(' ', '-')}.pt", seconds=60.0)
+    spans = schedule.iterations, schedule.observe_iterations, schedule.train_from
+    score = partial(top1, image_set=test, normalise=teacher)
+    try:
+        finetune(stream, {bits: student}, *spans, score, every, look, label, schedule.generator_warmup, checkpoint)
+    except Reached:
+        pass
+    checkpoint.path.unlink(missing_ok=True)
+    table = pd.DataFrame(seen[0].scores[bits], columns=["iteration", "top1"])
+    table["iteration"] += schedule.generator_warmup
+    fixed = dict(zip(KEY, (method, dataset, bits, profile, seed), strict=True))
+    fixed |= {"seconds": round(seen[0].seconds), "batch": schedule.batch, "data": test.name}
+    fixed |= {"teacher": top1(teacher.network, test, teacher), "hardware": describe_hardware(device)}
+    return table.assign(**fixed, torch=torch.__version__, commit=code_version())
+
+
+def add(table: pd.DataFrame) -> pd.DataFrame:
+    """All runs so far with ``table`` in the place of an older one of the same run, as they are now on the disk."""
+    if TABLE.exists():
+        before = pd.read_csv(TABLE)
+        same = (before[KEY].astype(str) == table[KEY].iloc[0].astype(str)).all(axis=1)
+        table = pd.concat([before[~same], table], ignore_index=True)
+    with atomic_path(TABLE) as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+def draw(table: pd.DataFrame) -> None:
+    """A panel for each method: drop from the teacher against iterations, the published drop as a line."""
+    plotting.style()
+    methods = list(dict.fromkeys(table["method"]))
+    figure, grid = plt.subplots(1, len(methods), figsize=(4.5 * len(methods), 3.4), squeeze=False, sharey=True)
+    for axes, method in zip(grid[0], methods, strict=True):
+        part = table[table["method"] == method]
+        for colour, marker, (profile, runs) in zip(plotting.COLOURS, "os^", part.groupby("profile"), strict=False):
+            for number, (_, one) in enumerate(runs.groupby("seed")):
+                name = f"{profile}, {runs['seed'].nunique()} seed(s), batch {one['batch'].iloc[0]}"
+                drop = one["teacher"] - one["top1"]
+                axes.plot(one["iteration"], drop, color=colour, marker=marker, label=None if number else name)
+        bits, dataset = part[["bits", "dataset"]].iloc[0]
+        published = published_drop(method, dataset, bits)
+        axes.axhline(published, color="0.3", linestyle=":", marker="", label=f"published, 80,000: {published:.1f}")
+        axes.set(title=f"{method}, {dataset}, {bits.upper()}", xlabel="iteration", yscale="log")
+        axes.legend(fontsize="small")
+    grid[0][0].set_ylabel("points below the teacher")
+    figure.savefig(FIGURE, dpi=120, bbox_inches="tight")
+
+
+def published_drop(method: str, dataset: str, bits: str) -> float:
+    """How far below its teacher the paper ends."""
+    row = find(method, dataset, f"resnet20_{dataset}", *parse_bits(bits))[0]
+    return row.fp32_top1 - row.top1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=["gdfq", "qimera"], choices=["gdfq", "qimera"])
+    parser.add_argument("--profiles", nargs="+", default=["fast"], help="rows of dfqlib/profiles.toml")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--dataset", default="cifar10", choices=["cifar10", "cifar100"])
+    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--until", type=int, default=0, help="cut runs after so many iterations; 0 leaves them whole")
+    parser.add_argument("--every", type=int, default=50, help="iterations between two tests")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for method in options.methods:
+        for profile in options.profiles:
+            for seed in options.seeds:
+                table = run(method, options.dataset, options.bits, profile, seed, options.until, options.every)
+                draw(add(table))
+                print(table[[*KEY, "iteration", "top1", "teacher", "seconds"]].tail(1).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
