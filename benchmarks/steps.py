@@ -1,93 +1,131 @@
-"""What the kit's shortcuts save, each against the plain way in the same run: ``python benchmarks/steps.py``.
+"""What an iteration of each method costs, against the step as published: ``python -m benchmarks.steps``.
 
-Both are called in turn. Prints a Markdown table of their median milliseconds and the ratio, which varies less between
-machines than the times do.
+Prints a table, and writes it as ``steps.csv`` with all columns and as ``steps.png``. Needs Linux, for the peak memory.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
+import argparse
+import datetime
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-from dfqlib.finetune import finetune
-from dfqlib.gdfq import Schedule, make_stream, make_student
-from dfqlib.generators import UpsampleConv2d
-from dfqlib.models import load_teacher
-from dfqlib.quantizer import fake_quantize
-from dfqlib.runtime import code_version, describe_hardware, seed_everything
-from dfqlib.statistics import batch_mean_var
+from benchmarks.cases import CASES, Case, make_case
+from benchmarks.measure import WARM_UP, Alternating, multiplication, operations, peaks_in_new_processes
+from dfqlib.models import MODELS, load_teacher
+from dfqlib.plotting import COLOURS, style
+from dfqlib.runtime import code_version, describe_hardware, pick_device, seed_everything
 
-WIDTHS = ("w3a3", "w4a4", "w5a5", "w8a8")
-SCHEDULE = replace(Schedule(), iterations=3, observe_iterations=1, train_from=1, generator_iterations=3, batch=32)
+RESULTS = Path(__file__).parent / "results"
 
 
-def compare(plain: Callable[[], object], ours: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds of both, called in turn so that a busy machine slows both alike; the first pair warms up."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats + 1):
-        for function, spent in zip((plain, ours), seconds, strict=True):
-            began = time.perf_counter()
-            function()
-            spent.append(time.perf_counter() - began)
-    return statistics.median(seconds[0][1:]), statistics.median(seconds[1][1:])
+def measure(case: Case, repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of an iteration of both sides, and of the floor: the kit's operations at the matrices' rate."""
+    multiply, count = multiplication(device)
+    times = Alternating(device, case.published().step, multiply)
+    case.ours(WARM_UP + repeats, times)
+    times.end()
+    ours, published, product = times.medians()
+    rate, work = count / product, operations(case)
+    return {
+        "published_s": published,
+        "ours_s": ours,
+        "times_faster": published / ours,
+        "published_images_per_s": case.batch / published,
+        "ours_images_per_s": case.batch / ours,
+        "gflop": work / 1e9,
+        "matrix_gflops": rate / 1e9,
+        "floor_s": work / rate,
+        "share_of_floor": work / rate / ours,
+    }
 
 
-def upsampling() -> tuple[Callable[[], object], Callable[[], object]]:
-    """The generator's second upsampling convolution, 128 to 64 channels at 32 x 32, forward and backward."""
-    conv = UpsampleConv2d(128, 64).to(memory_format=torch.channels_last)
-    x = torch.randn(32, 128, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-    def plain() -> None:
-        F.conv2d(F.interpolate(x, scale_factor=2.0), conv.weight, conv.bias, padding=1).sum().backward()
-
-    return plain, lambda: conv(x).sum().backward()
-
-
-def rounding() -> tuple[Callable[[], object], Callable[[], object]]:
-    """Fake quantization of one activation of ResNet-20's first stage, 32 images, against torch's own kernel."""
-    x, low, high = torch.rand(32, 16, 32, 32) * 6, torch.tensor(0.0), torch.tensor(6.0)
-    return lambda: torch.fake_quantize_per_tensor_affine(x, 6 / 15, 0, 0, 15), lambda: fake_quantize(x, low, high, 4)
+def provenance(device: torch.device, model: str) -> dict[str, object]:
+    """What the numbers depend on."""
+    return {
+        "model": model,
+        "hardware": describe_hardware(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": code_version(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+    }
 
 
-def statistics_of_a_batch() -> tuple[Callable[[], object], Callable[[], object]]:
-    """Mean and variance of one batch-norm input, with the gradient, against torch.var_mean."""
-    x = torch.randn(32, 16, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-    def plain() -> None:
-        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        (mean.square().sum() + variance.sum()).backward()
-
-    def ours() -> None:
-        mean, variance = batch_mean_var(x)
-        (mean.square().sum() + variance.sum()).backward()
-
-    return plain, ours
+def markdown(table: pd.DataFrame) -> str:
+    """The main columns, to read."""
+    columns = ("iteration", "batch", "published, s", "here, s", "times faster", "images/s", "floor, s", "floor / here")
+    columns += ("published, MB", "here, MB")
+    rows = [f"| {' | '.join(columns)} |", "| --- " + "| ---: " * 9 + "|"]
+    for row in table.itertuples():
+        seconds = f"{row.published_s:.3g} | {row.ours_s:.3g} | {row.times_faster:.1f} | {row.ours_images_per_s:.0f}"
+        floor = f"{row.floor_s:.3g} | {100 * row.share_of_floor:.0f} %"
+        rows.append(f"| {row.title} | {row.batch} | {seconds} | {floor} | {row.published_mb:.0f} | {row.ours_mb:.0f} |")
+    return "\n".join(rows)
 
 
-def table_of_widths() -> tuple[Callable[[], object], Callable[[], object]]:
-    """Three GDFQ iterations of 32 images for four bit widths: a generator for each, against one for all."""
-    teacher = load_teacher("resnet20_cifar10")
+def plot(table: pd.DataFrame) -> Figure:
+    """Bars of both sides and the floor, as shares of the published step, with the seconds beside them."""
+    style()
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.62 * len(table)))
+    for place, row in enumerate(table.itertuples()):
+        for offset, (seconds, colour) in enumerate(((row.published_s, COLOURS[5]), (row.ours_s, COLOURS[0]))):
+            length = 100 * seconds / row.published_s
+            axes.barh(place + 0.36 * offset, length, 0.34, color=colour)
+            axes.text(length + 1, place + 0.36 * offset, f"{seconds:.2g} s", va="center", fontsize="small")
+        floor = 100 * row.floor_s / row.published_s
+        axes.plot([floor, floor], [place + 0.17, place + 0.55], color=COLOURS[1], marker="", linewidth=3)
+    titles = [f"{row.title} (batch {row.batch})" for row in table.itertuples()]
+    axes.set_yticks([place + 0.18 for place in range(len(table))], titles)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 112), xlabel="time of an iteration, % of the step as published")
+    named = {
+        "as published": COLOURS[5],
+        "here": COLOURS[0],
+        "floor: its multiply-adds as one matrix product": COLOURS[1],
+    }
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in named.values()]
+    figure.legend(handles, named, loc="outside upper center", ncols=3)
+    axes.grid(False, axis="y")
+    return figure
 
-    def run(widths: tuple[str, ...]) -> None:
-        students = {name: make_student(teacher, name, SCHEDULE) for name in widths}
-        finetune(make_stream(teacher, SCHEDULE), students, SCHEDULE.iterations, 1, 1)
 
-    return lambda: [run((width,)) for width in WIDTHS], lambda: run(WIDTHS)
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--methods", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES)
+    )
+    parser.add_argument("--batch", type=int, help="images per iteration, for all methods (default: as published)")
+    parser.add_argument("--repeats", type=int, default=3, help="iterations that count, of each side (default: 3)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
+    parser.add_argument("--model", default="resnet20_cifar10", choices=MODELS, metavar="NAME", help="the teacher")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for steps.csv and steps.png")
+    return parser.parse_args()
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    device = pick_device(arguments.device)
     seed_everything(0)
-    print(f"{describe_hardware(torch.device('cpu'))}, torch {torch.__version__}, commit {code_version()}\n")
-    print("| what | plain, ms | here, ms | times faster |\n| --- | ---: | ---: | ---: |")
-    for make, repeats in ((upsampling, 15), (rounding, 51), (statistics_of_a_batch, 31), (table_of_widths, 3)):
-        plain, ours = compare(*make(), repeats)
-        name = (make.__doc__ or "").rstrip(".")
-        print(f"| {name} | {1000 * plain:.1f} | {1000 * ours:.1f} | {plain / ours:.2f} |", flush=True)
+    teacher = load_teacher(arguments.model, device=device)
+    rows = []
+    for name in arguments.methods:
+        case = make_case(name, teacher, arguments.batch)
+        times = measure(case, arguments.repeats, device)
+        rows.append({"method": name, "title": case.title, "batch": case.batch} | times)
+        print(f"{case.title}: {times['published_s']:.3g} s as published, {times['ours_s']:.3g} s here", flush=True)
+    peaks = peaks_in_new_processes(arguments.methods, arguments.batch, arguments.model, device)
+    for row, (published, ours) in zip(rows, peaks, strict=True):
+        row |= {"published_mb": published / 1e6, "ours_mb": ours / 1e6}
+    table = pd.DataFrame([row | provenance(device, arguments.model) for row in rows])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(arguments.out / "steps.csv", index=False, float_format="%.5g")
+    plot(table).savefig(arguments.out / "steps.png")
+    print(f"\n{describe_hardware(device)}, torch {torch.__version__}, commit {code_version()}\n\n{markdown(table)}")
 
 
 if __name__ == "__main__":

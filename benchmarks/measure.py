@@ -1,0 +1,136 @@
+"""Seconds, memory and multiply-adds of an iteration."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch._dynamo  # optimizers import it in their first step, where it would count as that step's memory
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.cases import Case, make_case
+from dfqlib.models import load_teacher
+
+SIDES = ("published", "ours")
+WARM_UP = 1  # iterations that do not count: in the first one students only observe
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once ``device`` has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes."""
+    began = now(device)
+    function()
+    return now(device) - began
+
+
+class Alternating:
+    """The tick of the kit's loop: measures its iterations, and calls some other functions in between, measured too.
+
+    So a machine that is busy for a while slows all alike.
+    """
+
+    def __init__(self, device: torch.device, *others: Callable[[], object]) -> None:
+        self.device, self.others = device, others
+        self.began: float | None = None
+        self.ours: list[float] = []
+        self.theirs: list[list[float]] = [[] for _ in others]
+
+    def __call__(self) -> None:
+        self.end()
+        for function, spent in zip(self.others, self.theirs, strict=True):
+            spent.append(seconds(function, self.device))
+        self.began = now(self.device)
+
+    def end(self) -> None:
+        """The kit's iteration is over, if there was one."""
+        if self.began is not None:
+            self.ours.append(now(self.device) - self.began)
+
+    def medians(self) -> list[float]:
+        """Median seconds of an iteration of the kit's and of each of the others, without the warm-up."""
+        return [statistics.median(spent[WARM_UP:]) for spent in (self.ours, *self.theirs)]
+
+
+def multiplication(device: torch.device) -> tuple[Callable[[], object], float]:
+    """A product of two float32 matrices, and its floating-point operations: it shows what the machine can do.
+
+    It may use TensorFloat-32 where convolutions may.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device)
+    return lambda: a @ b, 2.0 * size**3
+
+
+def operations(case: Case) -> int:
+    """Floating-point operations of one iteration of the kit's loop: those of convolutions and matrix products.
+
+    A multiply-add is two; forward and backward.
+    """
+    counter, before = FlopCounterMode(display=False), []
+    with counter:
+        case.ours(2, lambda: before.append(counter.get_total_flops()))
+    return counter.get_total_flops() - before[-1]
+
+
+def peak_bytes(case: Case, side: str, device: torch.device) -> int:
+    """The most memory that two iterations of one side take, beyond what there was before the first one."""
+    if device.type == "cuda":
+        start, peak = _reset_cuda, lambda: torch.cuda.max_memory_allocated(device)
+    else:
+        start, peak = _reset_process, lambda: _kilobytes("VmHWM") * 1024
+    marks: list[int] = []
+
+    def tick() -> None:
+        if not marks:
+            marks.append(start(device))
+
+    if side == "ours":
+        case.ours(2, tick)
+    else:
+        published = case.published()
+        tick()
+        published.step()
+        published.step()
+    return peak() - marks[0]
+
+
+def _reset_cuda(device: torch.device) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _reset_process(device: torch.device) -> int:
+    RESET.write_text("5", encoding="ascii")  # the peak so far becomes what there is now
+    return _kilobytes("VmRSS") * 1024
+
+
+def _kilobytes(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))[1])
+
+
+def peaks_in_new_processes(names: Sequence[str], batch: int | None, model: str, device: str) -> Iterator[list[int]]:
+    """For each case :func:`peak_bytes` of the two :data:`SIDES`, each in a process of its own (on Linux only)."""
+    # The fork server has imported everything and computed nothing, so its children start at once, and all alike.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "dfqlib.plotting"])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        for name in names:
+            yield list(pool.map(_peak, *zip(*((name, side, batch, model, device) for side in SIDES), strict=True)))
+
+
+def _peak(name: str, side: str, batch: int | None, model: str, device: str) -> int:
+    return peak_bytes(make_case(name, load_teacher(model, device=device), batch), side, torch.device(device))
