@@ -33,6 +33,7 @@ class Budget:
     images: int = 5120  # in a pool, at most: real images may be fewer
     synthesis_iterations: int = 500  # of an image optimisation, or of a generator's training
     batch: int = 64  # images an iteration, in a generator's training and in fine-tuning
+    image_lr: float = 0.5  # of Adam on pixels
     generator_lr: float = 1e-3
     tuning_iterations: int = 2000
     student_lr: float = 1e-5
@@ -126,22 +127,21 @@ def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> tuple[
 
 
 def _zeroq(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    images, _ = zeroq.distill(teacher, budget.images, budget.synthesis_iterations, seed=seed)
+    images, _ = zeroq.distill(teacher, budget.images, budget.synthesis_iterations, budget.image_lr, seed=seed)
     return images, top_class(teacher, images)
 
 
 def _dsg(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
     gaps = dsg.noise_gaps(teacher, seed=seed)
-    settings = {"batch": budget.images, "iterations": budget.synthesis_iterations, "seed": seed}
-    images, labels, _ = dsg.synthesise_diverse(teacher, gaps, **settings)
+    settings = {"batch": budget.images, "iterations": budget.synthesis_iterations, "learning_rate": budget.image_lr}
+    images, labels, _ = dsg.synthesise_diverse(teacher, gaps, **settings, seed=seed)
     return images, labels
 
 
 def _hast(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
     beta, gamma = hast.PUBLISHED.get(teacher.entry.dataset, hast.PUBLISHED["cifar10"])
-    made = hast.hard_images(
-        teacher, budget.images, beta, gamma, batch=256, iterations=budget.synthesis_iterations, seed=seed
-    )
+    settings = {"iterations": budget.synthesis_iterations, "learning_rate": budget.image_lr, "seed": seed}
+    made = hast.hard_images(teacher, budget.images, beta, gamma, batch=256, **settings)
     return made.images, made.labels
 
 
