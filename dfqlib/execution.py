@@ -11,6 +11,7 @@ the same time; it goes with the process that holds it, however that ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -18,10 +19,12 @@ import platform
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from filelock import FileLock, Timeout
@@ -32,6 +35,10 @@ from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
 from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, PlannedRun, complete, imports_of, notebook_cells
 from dfqlib.progress import FILE_VARIABLE
 
+if TYPE_CHECKING:
+    from nbconvert import HTMLExporter
+
+EXPORTING = threading.Lock()
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
 MACHINE = platform.node().replace(".", "-")
 OWNER = f"{MACHINE}-{os.getpid()}"
@@ -155,7 +162,6 @@ class Machine:
         # Here, since they take seconds that --list and a finished batch need not wait for.
         import papermill
         from nbclient.exceptions import DeadKernelError
-        from nbconvert import HTMLExporter
 
         logging.getLogger("papermill").setLevel(logging.ERROR)
         log = partial / "kernel.log"
@@ -176,7 +182,7 @@ class Machine:
                 shutdown_kernel="immediate",
                 on_cell_executed=lambda **_: on_cell(),
             )
-            write_text(partial / NOTEBOOK_PAGE, HTMLExporter().from_filename(os.fspath(partial / NOTEBOOK))[0])
+            write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
         except papermill.PapermillExecutionError as error:
             # The kit's own refusals are sentences; other errors need their type to be understood.
             sentence = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
@@ -186,6 +192,20 @@ class Machine:
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
             raise KernelFailure(line, f"{line}\n{tail}") from error
+
+
+def as_page(notebook: Path) -> str:
+    """An executed notebook as HTML; one at a time, since runs that end together share the exporter."""
+    with EXPORTING:
+        return html_exporter().from_filename(os.fspath(notebook))[0]
+
+
+@functools.cache
+def html_exporter() -> HTMLExporter:
+    """nbconvert's exporter; it compiles its templates for the first notebook, which takes longer than the rest."""
+    from nbconvert import HTMLExporter
+
+    return HTMLExporter()
 
 
 def set_aside(final: Path) -> None:

@@ -57,7 +57,7 @@ def write_page(root: Path, papers: list[tuple[Paper, pd.DataFrame, pd.DataFrame,
 
     page = Environment(autoescape=True).from_string(sources[-1])
     overview = [as_svg(accuracy_against_time(rows)), as_svg(spread_over_seeds(rows))]
-    write_text(path, page.render(**content, overview=overview, made_from=made_from))
+    write_text(path, page.render(**content, words=tables.WORDS, overview=overview, made_from=made_from))
 
 
 def _is_whole(text: str, made_from: str) -> bool:
@@ -124,12 +124,17 @@ def spread_over_seeds(rows: pd.DataFrame) -> Figure:
 
     plotting.style()
     own = rows[(rows["variant"] == "") & (rows["weight_bits"] < 32)]
-    own = own.assign(setting=own["method"] + " " + own["scheme"] + " " + bit_names(own) + ", " + own["data"])
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * own["setting"].nunique()))
-    sns.stripplot(own, x="top1", y="setting", ax=axes, color=plotting.COLOURS[1], jitter=False, size=4)
+    own = own.assign(setting=own["method"] + " " + own["scheme"] + " " + bit_names(own))
+    settings, sets = list(own["setting"].unique()), list(own["data"].unique()) or [""]
+    size = (8, 1 + 0.22 * len(settings))
+    figure, places = pyplot.subplots(1, len(sets), figsize=size, sharex=True, sharey=True, squeeze=False)
     look = {"linestyle": "none", "marker": "|", "color": plotting.COLOURS[0], "markersize": 9}
-    sns.pointplot(own, x="top1", y="setting", errorbar="sd", ax=axes, **look)
-    axes.set(xlabel="top-1 (%)", ylabel="", title="Seeds (points), mean and standard deviation; methods as published")
+    for axes, data in zip(places[0], sets, strict=True):
+        where = {"data": own[own["data"] == data], "x": "top1", "y": "setting", "order": settings, "ax": axes}
+        sns.stripplot(**where, color=plotting.COLOURS[1], jitter=False, size=4)
+        sns.pointplot(**where, errorbar="sd", **look)
+        axes.set(xlabel="top-1 (%)", ylabel="", title=data)
+    figure.suptitle("Methods as published: seeds (points), their mean and standard deviation", fontsize="medium")
     return figure
 
 

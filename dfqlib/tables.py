@@ -29,6 +29,9 @@ SETTING = [
     "variant",
     "ranges",
 ]
+#: Columns of words, which begin at the left; numbers end at the right.
+WORDS = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule"}
+WORDS |= {"reason", "needs", "source", "here"}
 NOTE = (
     "Top-1 in percent on the test images named under data, after the last iteration; best is the highest of all "
     "evaluations. Drop is the distance to the full-precision teacher of the same line, the fair measure where teachers "
@@ -175,9 +178,7 @@ def markdown(shown: pd.DataFrame) -> str:
     """A GitHub table; numbers to the right."""
     if shown.empty:
         return ""
-    words = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule", "reason", "needs", "source"}
-    words.add("here")
-    rule = ["---" if name in words else "---:" for name in shown.columns]
+    rule = ["---" if name in WORDS else "---:" for name in shown.columns]
     cells = [list(shown.columns), rule, *(shown.astype(str).values.tolist())]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells) + "\n"
 

@@ -107,6 +107,8 @@ def test_filters_work_in_a_browser_from_the_file_system(report, tmp_path, asked,
     lines = [line for line in attributes(done.stdout, "tr") if line.get("class") == "line"]
     assert [line["data-bits"] for line in lines if "hidden" not in line] == (shown or ["W3A3", "W4A4"])
     assert f"{len(shown or lines)} of 2 rows" in done.stdout
+    runs = [run["id"] for run in attributes(done.stdout, "details") if "id" in run and "hidden" not in run]
+    assert runs == ["run0", "run1"]
 
 
 def test_nested_facts_become_one_list():
