@@ -188,9 +188,9 @@ class GeneratorStream:
 class ImageStream:
     """Yields random batches of a fixed set of images (N, 3, H, W), normalised, with their labels (N,), round by round.
 
-    Every round shows each image once, in another order, drawn on the CPU from a stream seeded with ``seed``; the last
-    batch of a round is filled up from the next one. ``vary`` changes a batch of images before it is seen, for instance
-    :class:`dfqlib.crops.RandomCrops`; labels stay.
+    Every round shows each image once, in another order, from a stream seeded with ``seed`` and drawn where the labels
+    are, so that no batch waits for its order; the last batch of a round is filled up from the next one. ``vary``
+    changes a batch of images before it is seen, for instance :class:`dfqlib.crops.RandomCrops`; labels stay.
     """
 
     def __init__(
@@ -203,15 +203,16 @@ class ImageStream:
         seed: int = 0,
     ) -> None:
         self.teacher, self.images, self.labels, self.batch, self.vary = teacher, images, labels, batch, vary
-        self.random = torch.Generator().manual_seed(seed)
-        self.order = torch.empty(0, dtype=torch.long)
+        self.random = torch.Generator(labels.device).manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long, device=labels.device)
 
     @torch.no_grad()
     def next_batch(self) -> Batch:
         """The next images of the round."""
         while len(self.order) < self.batch:
-            self.order = torch.cat([self.order, torch.randperm(len(self.labels), generator=self.random)])
-        chosen, self.order = self.order[: self.batch].to(self.labels.device), self.order[self.batch :]
+            another = torch.randperm(len(self.labels), generator=self.random, device=self.labels.device)
+            self.order = torch.cat([self.order, another])
+        chosen, self.order = self.order[: self.batch], self.order[self.batch :]
         images = self.images[chosen] if self.vary is None else self.vary(self.images[chosen])
         images = channels_last(images)
         return Batch(images, self.labels[chosen], self.teacher(images))
@@ -224,7 +225,7 @@ class ImageStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, with the same batches to come."""
         self.random.set_state(state["random"])
-        self.order = state["order"]
+        self.order = state["order"].to(self.labels.device)
         if self.vary is not None:
             self.vary.load_state_dict(state["vary"])
 

@@ -1,0 +1,330 @@
+"""The methods on an accelerator: no tensor there meets one of the CPU, and no step of a loop waits for the host.
+
+No GPU is needed: torch's "meta" device stands for one. Its tensors have shapes and types but no values, so every
+operation can be checked for the devices that it mixes, and what asks for a value on the host is found out. What CUDA
+and MPS compute is not seen here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+from pytorchcv.models.resnet_cifar import CIFARResNet
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dfqlib import dsg, gdfq, hast, qimera, saft, zeroq
+from dfqlib.crops import RandomCrops
+from dfqlib.data import few_shot
+from dfqlib.errors import UserError
+from dfqlib.finetune import FirstThen, ImageStream, finetune
+from dfqlib.models import Teacher
+from dfqlib.quantize import observing, quantize_model
+from dfqlib.quantizer import OBSERVERS, FakeQuantize
+from dfqlib.runtime import pick_device
+from dfqlib.views import Viewer
+
+ACCELERATOR = torch.device("meta")
+GENERATOR = torch.Generator
+aten = torch.ops.aten
+READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
+TRANSFERS = {aten._to_copy.default, aten.copy_.default}
+
+
+class HostRead(Exception):
+    """A value was asked for on the host, which waits until the accelerator has done everything before it."""
+
+
+class Refused(Exception):
+    """CUDA or MPS would refuse this."""
+
+
+def there(tensor: torch.Tensor) -> bool:
+    return tensor.device == ACCELERATOR
+
+
+class Accelerator(TorchDispatchMode):
+    """Raises Refused and HostRead where they are due; ``operations`` and ``uploads`` count what else happened.
+
+    A single number of the CPU (0 dimensions) may enter elementwise operations, as kernels take it for an argument. An
+    upload is the copy of a CPU tensor, which waits for what runs on the accelerator unless it is ``non_blocking``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.uploads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if function in READS and any(map(there, given)):
+            raise HostRead(str(function))
+        elementwise = torch.Tag.pointwise in function.tags
+        if function not in TRANSFERS and any(map(there, given)):
+            strangers = [tensor for tensor in given if not there(tensor) and not (elementwise and tensor.dim() == 0)]
+            if strangers:
+                raise Refused(f"{function} of {[(tensor.device.type, tuple(tensor.shape)) for tensor in given]}")
+        try:
+            result = function(*args, **kwargs)
+        except NotImplementedError as error:
+            if function in TRANSFERS:
+                raise HostRead(str(function)) from error
+            raise
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and there(leaf)]
+        self.operations += bool(made)
+        if function in TRANSFERS and made and not there(given[-1]):
+            self.uploads += not (kwargs.get("non_blocking") or True in args[2:])
+        return result
+
+
+class ItsGenerator(torch.Generator):
+    """Random numbers of the accelerator."""
+
+    device = ACCELERATOR
+
+
+class Calls(TorchFunctionMode):
+    """Raises Refused where random numbers come from another device's generator, and for float64, which Apple's lack."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (generator := kwargs.get("generator")) is not None:
+            target = torch.device(kwargs.get("device") or "cpu")
+            if target.type != generator.device.type:
+                raise Refused(f"{function.__name__} for {target.type} from a generator of {generator.device.type}")
+        result = function(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and there(result) and result.dtype == torch.float64:
+            raise Refused(f"{function.__name__} gives float64")
+        return result
+
+
+@contextlib.contextmanager
+def at_work():
+    """Everything inside is watched: gives the :class:`Accelerator`."""
+    with Accelerator() as accelerator, Calls():
+        yield accelerator
+
+
+class Generators(torch.Generator):
+    """In the place of torch.Generator, which knows no generator for the accelerator."""
+
+    def __new__(cls, device="cpu"):
+        return ItsGenerator() if torch.device(device) == ACCELERATOR else GENERATOR(device)
+
+
+@pytest.fixture(autouse=True)
+def generators(monkeypatch):
+    monkeypatch.setattr(torch, "Generator", Generators)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    network = CIFARResNet(channels=[[4]], init_block_channels=4, bottleneck=False, in_size=(8, 8), num_classes=10)
+    teacher = Teacher.from_module(network, 10, (0.5,) * 3, (0.25,) * 3, input_size=8)
+    # Folding looks at the weights, which it does once, before any loop.
+    teacher.folded.to(ACCELERATOR)
+    teacher.network.to(ACCELERATOR)
+    return teacher
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """The losses, which are read all at once where that is due, are 0; gives how many were read each time."""
+    counts = []
+
+    def numbers(losses):
+        counts.append(len(losses))
+        return [0.0] * len(losses)
+
+    monkeypatch.setattr("dfqlib.terms.numbers", numbers)
+    return counts
+
+
+SCHEDULE = gdfq.Schedule(batch=4, generator_iterations=9)
+
+
+def students(teacher, *widths):
+    return {bits: known_ranges(gdfq.make_student(teacher, bits, SCHEDULE)) for bits in widths}
+
+
+def known_ranges(student):
+    """Each activation asks once, at the first forward pass without observing, whether it has a range: it has."""
+    for module in student.network.modules():
+        if isinstance(module, FakeQuantize):
+            module._has_range = True
+    return student
+
+
+def tune(stream, students, iterations):
+    """One iteration observes, the rest train; gives what the stream's and the students' tensors are."""
+    finetune(stream, students, iterations, observe_iterations=1, evaluate_every=1000)
+    batch = stream.next_batch()
+    parameters = [p for student in students.values() for p in student.network.parameters()]
+    return [batch.images, batch.labels, batch.teacher_logits, *parameters, *(p.grad for p in parameters)]
+
+
+def run_gdfq(teacher, iterations):
+    return tune(gdfq.make_stream(teacher, SCHEDULE), students(teacher, "w4a4", "w3a8"), iterations)
+
+
+def run_qimera(teacher, iterations):
+    setting = qimera.Setting(p=1.0, k=3, embedding="random")
+    return tune(qimera.make_stream(teacher, SCHEDULE, setting), students(teacher, "w4a4"), iterations)
+
+
+def run_dsg_qat(teacher, iterations, **parts):
+    gaps = dsg.noise_gaps(teacher, 8)
+    return tune(
+        dsg.make_stream(teacher, SCHEDULE, gaps, parts=dsg.Parts(**parts)), students(teacher, "w4a4"), iterations
+    )
+
+
+def run_saft(teacher, iterations):
+    """On a generator's images first, on photographs from the second batch on."""
+    terms = saft.Terms()
+    viewer = Viewer(teacher.network)
+    student = known_ranges(saft.make_student(teacher, viewer, "w4a4", terms))
+    shots = few_shot("cifar10", 1)
+    photographs = teacher.normalise(shots.images[..., 12:20, 12:20])
+    stream = ImageStream(teacher.network, photographs, shots.labels.to(teacher.device), 4)
+    stream = FirstThen(gdfq.make_stream(teacher, SCHEDULE), 1, stream)
+    return tune(saft.Seen(stream, viewer), {"w4a4": student}, iterations)
+
+
+def run_zeroq(teacher, iterations):
+    return [zeroq.distill(teacher, batch=4, iterations=iterations)[0]]
+
+
+def run_dsg_ptq(teacher, iterations):
+    return dsg.synthesise_diverse(teacher, dsg.noise_gaps(teacher, 8), batch=4, iterations=iterations)[:2]
+
+
+def run_hast(teacher, iterations, **options):
+    made = hast.hard_images(teacher, count=4, batch=4, iterations=iterations, **options)
+    return [made.images, made.labels]
+
+
+def run_texq(teacher, iterations):
+    """Guided by centres, on crops."""
+    centres = hast.calibration_centres(teacher, iterations=1)
+    return run_hast(teacher, iterations, crops=RandomCrops(8), centres=centres)
+
+
+LOOPS = {
+    "GDFQ": run_gdfq,
+    "Qimera": run_qimera,
+    "DSG, QAT": run_dsg_qat,
+    "DSG, QAT, published": partial(run_dsg_qat, published=True),
+    "SaFT": run_saft,
+    "ZeroQ": run_zeroq,
+    "DSG, PTQ": run_dsg_ptq,
+    "HAST": run_hast,
+    "TexQ": run_texq,
+}
+
+
+@pytest.mark.parametrize("run", LOOPS.values(), ids=LOOPS)
+def test_a_loop_stays_on_its_device_and_more_steps_wait_no_more_often(teacher, readings, run):
+    seen = []
+    for iterations in (2, 3):
+        readings.clear()
+        with at_work() as accelerator:
+            results = run(teacher, iterations)
+        assert all(map(there, results))
+        seen.append((accelerator.operations, accelerator.uploads, len(readings), sum(readings)))
+    (few, *before), (more, *after) = seen
+    assert few < more and before[-1] < after[-1]  # another step was taken, and its losses read with the others
+    assert before[:-1] == after[:-1]
+
+
+def test_what_an_accelerator_refuses_is_found():
+    here, far = torch.ones(2, 3), torch.ones(2, 3, device=ACCELERATOR)
+    rows = torch.tensor([0, 1])
+    for mix in (
+        lambda: far + here,
+        lambda: far @ here.T,
+        lambda: torch.nn.functional.conv2d(far.view(1, 2, 3, 1), here.view(3, 2, 1, 1)),
+        lambda: far[rows],
+        lambda: here[rows.to(ACCELERATOR)],
+        lambda: torch.stack([far.sum(), here.sum()]),
+        lambda: torch.randn(3, generator=torch.Generator(), device=ACCELERATOR),
+        lambda: torch.randn(3, generator=torch.Generator(ACCELERATOR)),
+        lambda: far.double(),
+    ):
+        with at_work(), pytest.raises((Refused, RuntimeError)):
+            mix()
+    with at_work():
+        assert there(far + here.sum()) and there(far[rows.to(ACCELERATOR)]) and far.add_(1) is far
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: torch.zeros(2, 3).copy_(x),
+        lambda x: x[0][x.argmax()],
+        lambda x: torch.equal(x, x),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_what_waits_for_an_accelerator_is_found(read):
+    with at_work(), pytest.raises(HostRead):
+        read(torch.ones(2, 3, device=ACCELERATOR))
+
+
+def test_a_step_that_reads_or_uploads_is_found(teacher):
+    """The counter-examples to the loops above: a step with an upload, and one with a read."""
+    for image_loss, uploads in ((lambda x: x.mean(), 0), (lambda x: torch.zeros(1).to(x).sum() + x.mean(), 1)):
+        stream = gdfq.make_stream(teacher, SCHEDULE, image_loss=image_loss)
+        with at_work() as accelerator:
+            stream.next_batch()
+        assert accelerator.uploads == uploads
+    stream = gdfq.make_stream(teacher, SCHEDULE, image_loss=lambda x: x.mean() * x.mean().item())
+    with at_work(), pytest.raises(HostRead):
+        stream.next_batch()
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_ranges_are_observed_without_a_look_at_them(name):
+    observer = OBSERVERS[name]().to(ACCELERATOR)
+    with at_work() as accelerator:
+        observer.observe(torch.rand(4, 3, device=ACCELERATOR), 4)
+    assert there(observer.low) and there(observer.high) and accelerator.uploads == 0
+
+
+def test_data_and_teacher_meet_on_the_teachers_device(teacher):
+    pixels = few_shot("cifar10", 1).images[..., 12:20, 12:20]
+    with at_work() as accelerator:
+        images = teacher.normalise(pixels)
+        assert there(images) and images.dtype == torch.float32 and there(teacher.network(images))
+    assert accelerator.uploads  # the pixels, before any loop
+    student = quantize_model(teacher.network, 4, 4)
+    with observing(student):
+        assert there(student(images))
+
+
+def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for cuda, mps, taken in [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert pick_device("auto") == torch.device(taken)
+        for name, present in (("cuda", cuda), ("cuda:1", cuda), ("mps", mps), ("mps:0", mps), ("cpu", True)):
+            if present:
+                assert pick_device(name) == torch.device(name)
+            else:
+                with pytest.raises(UserError, match=f"device='{name}' is not available"):
+                    pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("cuda:2", "cuda:x", "mps:1"):
+        with pytest.raises(UserError, match=f"device='{name}'"):
+            pick_device(name)
