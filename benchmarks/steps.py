@@ -78,7 +78,7 @@ def plot(table: pd.DataFrame) -> Figure:
             axes.barh(place + 0.36 * offset, length, 0.34, color=colour)
             axes.text(length + 1, place + 0.36 * offset, f"{seconds:.2g} s", va="center", fontsize="small")
         floor = 100 * row.floor_s / row.published_s
-        axes.plot([floor, floor], [place + 0.17, place + 0.55], color=COLOURS[1], marker="", linewidth=3)
+        axes.vlines(floor, place + 0.17, place + 0.55, color=COLOURS[1], linewidth=3)
     titles = [f"{row.title} (batch {row.batch})" for row in table.itertuples()]
     axes.set_yticks([place + 0.18 for place in range(len(table))], titles)
     axes.invert_yaxis()
