@@ -1,11 +1,13 @@
 """The cross table's two halves: pools of images from every source, students of any pool by every use."""
 
 import copy
+import functools
 
 import pandas as pd
 import pytest
 import torch
 
+from dfqlib import dsg
 from dfqlib.compare import SOURCES, USES, Budget, Pool, make_pool, make_students, variance_shares
 from dfqlib.errors import UserError
 from dfqlib.finetune import Checkpoint
@@ -19,90 +21,94 @@ def teacher():
     return load_teacher("resnet20_cifar10")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_noise():
+    """DSG's margins from 8 images of noise in place of 1,024, which would take longer than everything else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dsg, "noise_gaps", functools.partial(dsg.noise_gaps, count=8))
+        yield
+
+
 @pytest.fixture(scope="module")
-def pools(teacher):
-    return {source: make_pool(source, teacher, BUDGET, seed=1) for source in SOURCES}
+def pool(teacher):
+    """Called with a source: its pool, made when it is first asked for."""
+    return functools.cache(lambda source: make_pool(source, teacher, BUDGET, seed=1))
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source_keeps_to_the_budget(source, pools):
-    pool = pools[source]
-    assert pool.images.shape == (6, 3, 32, 32) and pool.images.isfinite().all()
-    assert len(pool.labels) == 6 and pool.seconds > 0
-    assert not pool.images.requires_grad
+def test_every_source_keeps_to_the_budget(source, pool):
+    made = pool(source)
+    assert made.images.shape == (6, 3, 32, 32) and made.images.isfinite().all()
+    assert len(made.labels) == 6 and made.seconds > 0
+    assert not made.images.requires_grad
 
 
 @pytest.mark.parametrize("source", ["noise", "dsg", "qimera", "hast"])
-def test_a_seed_decides_the_pool(source, teacher, pools):
+def test_a_seed_decides_the_pool(source, teacher, pool):
     again, other = (make_pool(source, teacher, BUDGET, seed=seed) for seed in (1, 2))
-    assert torch.equal(pools[source].images, again.images) and torch.equal(pools[source].labels, again.labels)
+    assert torch.equal(pool(source).images, again.images) and torch.equal(pool(source).labels, again.labels)
     assert not torch.equal(again.images, other.images)
 
 
-def test_real_images_come_with_their_own_labels(teacher, pools):
-    assert pools["real"].labels.tolist() == pools["few-shot"].labels.tolist() == [0, 1, 2, 3, 4, 5]
+def test_real_images_come_with_their_own_labels(teacher, pool):
+    assert pool("real").labels.tolist() == pool("few-shot").labels.tolist() == [0, 1, 2, 3, 4, 5]
     with torch.no_grad():
-        assert (teacher.network(pools["real"].images).argmax(1) == pools["real"].labels).sum() >= 4
+        assert (teacher.network(pool("real").images).argmax(1) == pool("real").labels).sum() >= 4
 
 
-def test_images_without_labels_get_the_teachers(teacher, pools):
+def test_images_without_labels_get_the_teachers(teacher, pool):
     for source in ("noise", "zeroq"):
         with torch.no_grad():
-            assert torch.equal(pools[source].labels, teacher.network(pools[source].images).argmax(1))
+            assert torch.equal(pool(source).labels, teacher.network(pool(source).images).argmax(1))
 
 
 @pytest.mark.parametrize("use", USES)
-def test_every_use_makes_a_student_of_every_width_and_leaves_the_teacher(use, teacher, pools):
+def test_every_use_makes_a_student_of_every_width_and_only_fine_tuning_changes_weights(use, teacher, pool):
     before = copy.deepcopy(teacher.network.state_dict())
-    students, seconds = make_students(use, teacher, pools["gdfq"], ["w4a4", "w3a3"], BUDGET)
+    students, seconds = make_students(use, teacher, pool("gdfq"), ["w4a4", "w3a3"], BUDGET)
     assert list(students) == ["w4a4", "w3a3"] and seconds > 0
     with torch.no_grad():
-        logits = [student(pools["real"].images) for student in students.values()]
+        logits = [student(pool("real").images) for student in students.values()]
     assert all(each.isfinite().all() for each in logits) and not torch.equal(*logits)
     for name, value in teacher.network.state_dict().items():
         assert torch.equal(before[name], value)
+    name = "features.init_block.conv.weight"
+    for student in students.values():
+        assert torch.equal(student.get_parameter(name), teacher.network.get_parameter(name)) == (use == "ranges")
 
 
-def test_what_is_finished_is_not_made_again(teacher, pools, tmp_path, monkeypatch):
+def test_what_is_finished_is_not_made_again(teacher, pool, tmp_path, monkeypatch):
     kept = Checkpoint(tmp_path / "pool.ckpt"), Checkpoint(tmp_path / "students.ckpt")
 
     def make():
-        pool = make_pool("gdfq", teacher, BUDGET, 1, kept[0])
-        students, seconds = make_students("gdfq", teacher, pool, ["w4a4"], BUDGET, checkpoint=kept[1])
-        return pool, students["w4a4"].state_dict(), seconds
+        made = make_pool("gdfq", teacher, BUDGET, 1, kept[0])
+        students, seconds = make_students("gdfq", teacher, made, ["w4a4"], BUDGET, checkpoint=kept[1])
+        return made, students["w4a4"].state_dict(), seconds
 
-    pool, weights, seconds = make()
-    assert torch.equal(pool.images, pools["gdfq"].images)
+    first, weights, seconds = make()
+    assert torch.equal(first.images, pool("gdfq").images)
     monkeypatch.setattr("dfqlib.finetune.GeneratorStream.next_batch", None)  # nobody may ask for it again
     monkeypatch.setattr("dfqlib.finetune.ImageStream.next_batch", None)
     again, same_weights, same_seconds = make()
-    assert torch.equal(again.images, pool.images) and again.images.stride() == pool.images.stride()
-    assert torch.equal(again.labels, pool.labels) and (again.seconds, same_seconds) == (pool.seconds, seconds)
+    assert torch.equal(again.images, first.images) and again.images.stride() == first.images.stride()
+    assert torch.equal(again.labels, first.labels) and (again.seconds, same_seconds) == (first.seconds, seconds)
     assert all(torch.equal(weights[name], value) for name, value in same_weights.items())
     with pytest.raises(UserError, match="seed=2"):
         make_pool("gdfq", teacher, BUDGET, 2, kept[0])
 
 
-def test_only_fine_tuning_changes_weights(teacher, pools):
-    name = "features.init_block.conv.weight"
-    for use in USES:
-        student = make_students(use, teacher, pools["gdfq"], ["w4a4"], BUDGET)[0]["w4a4"]
-        same = torch.equal(student.get_parameter(name), teacher.network.get_parameter(name))
-        assert same == (use == "ranges")
-
-
-def test_mixed_classes_are_used_by_every_tuning(teacher, pools):
-    soft = torch.nn.functional.one_hot(pools["gdfq"].labels, 10).float().mul(0.8).add(0.02)
-    pool = Pool(pools["gdfq"].images, soft, 0.0)
+def test_mixed_classes_are_used_by_every_tuning(teacher, pool):
+    soft = torch.nn.functional.one_hot(pool("gdfq").labels, 10).float().mul(0.8).add(0.02)
+    mixed = Pool(pool("gdfq").images, soft, 0.0)
     for use in ("gdfq", "saft"):
-        assert make_students(use, teacher, pool, ["w4a4"], BUDGET)
+        assert make_students(use, teacher, mixed, ["w4a4"], BUDGET)
 
 
-def test_unknown_names_and_budgets_are_refused(teacher, pools):
+def test_unknown_names_and_budgets_are_refused(teacher, pool):
     with pytest.raises(UserError, match="source='zero'"):
         make_pool("zero", teacher, BUDGET)
     with pytest.raises(UserError, match="use='tune'"):
-        make_students("tune", teacher, pools["real"], ["w4a4"], BUDGET)
+        make_students("tune", teacher, pool("real"), ["w4a4"], BUDGET)
     with pytest.raises(UserError, match="images=1"):
         Budget(images=1)
 
