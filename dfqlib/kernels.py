@@ -49,7 +49,7 @@ def warm_up(modules: Iterable[str], threads: int) -> bool:
     """
     if not FORKS:
         return False
-    names = {"ipykernel.kernelapp", *modules}
+    names = {"ipykernel.kernelapp", "ipykernel.debugger", *modules}  # a kernel imports the debugger as it starts
     if "torch" in names:
         names.add("torch._dynamo")  # which torch imports when the first optimizer is made
     before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
