@@ -10,7 +10,7 @@ UV_VERSION := 0.13.8
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: tables test lab lint format requirements
+.PHONY: tables test lab lint format requirements badges
 
 tables: $(INSTALLED)
 	$(BIN)/python run_all.py $(ARGS)
@@ -37,6 +37,10 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt || $(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# make badges REPOSITORY=owner/name, once the project has a place on GitHub.
+badges:
+	$(PYTHON) docs/badges.py $(REPOSITORY)
 
 # After a change of dependencies in pyproject.toml; ARGS=--upgrade moves every pin to its latest version.
 requirements: $(INSTALLED)

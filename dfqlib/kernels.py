@@ -55,6 +55,7 @@ def warm_up(modules: Iterable[str], threads: int) -> bool:
     before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
     forkserver.set_forkserver_preload(["__main__", *sorted(names)])
     os.environ.update(environment(threads))  # read by torch and matplotlib as they are imported
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or the debugger warns on the screen
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the batch, which stops its kernels
     try:
         forkserver.ensure_running()
