@@ -5,11 +5,13 @@ input sizes is in the way, and that a run which stops goes on, not accuracy.
 """
 
 import math
+import shutil
 
 import pytest
 import torch
 
 from dfqlib import dsg, gdfq, hast, published, saft, zeroq
+from dfqlib.checkpoint import load_checkpoint
 from dfqlib.finetune import Checkpoint, ImageStream, finetune
 from dfqlib.models import MODELS, Teacher, build
 from dfqlib.views import Viewer
@@ -41,29 +43,28 @@ def test_post_training_quantization_runs(teacher):
 
 
 def test_fine_tuning_on_a_generator_runs_and_goes_on_after_a_stop(teacher, tmp_path):
-    def stop(history):
-        if len(history.students["w4a4"]) == 1:
-            raise KeyboardInterrupt
+    checkpoint, stopped = (Checkpoint(tmp_path / name, every=1) for name in ("run.ckpt", "stopped.ckpt"))
 
-    def tune(checkpoint=None, on_evaluation=None):
+    def keep_the_first(history):
+        if len(history.students["w4a4"]) == 1:  # what a run that is stopped now leaves behind
+            shutil.copy(checkpoint.path, stopped.path)
+
+    def tune(checkpoint, on_evaluation=None):
         stream, student = gdfq.make_stream(teacher, SCHEDULE), gdfq.make_student(teacher, "w4a4", SCHEDULE)
+        before = [p.clone() for p in student.network.parameters()]
         spans = {"iterations": SCHEDULE.iterations, "observe_iterations": SCHEDULE.observe_iterations}
         watch = {"evaluate_every": 1, "on_evaluation": on_evaluation}
         history = finetune(stream, {"w4a4": student}, **spans, **watch, checkpoint=checkpoint)
-        return history, list(student.network.parameters()), stream
+        return history, before, list(student.network.parameters()), stream
 
-    before = [p.clone() for p in gdfq.make_student(teacher, "w4a4", SCHEDULE).network.parameters()]
-    history, tuned, stream = tune()
+    history, before, tuned, stream = tune(checkpoint, keep_the_first)
     size = teacher.entry.input_size
     assert stream.next_batch().images.shape == (2, 3, size, size)
     assert all(map(math.isfinite, history.generator + history.students["w4a4"]))
     assert any(not torch.equal(old, new) for old, new in zip(before, tuned, strict=True))
 
-    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=1)
-    with pytest.raises(KeyboardInterrupt):
-        tune(checkpoint, stop)
-    assert checkpoint.path.is_file()
-    again, continued, _ = tune(checkpoint)
+    assert load_checkpoint(stopped.path, {})["drawn"] == 1
+    again, _, continued, _ = tune(stopped)
     assert again == history
     assert all(torch.equal(one, other) for one, other in zip(tuned, continued, strict=True))
 
