@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo  # optimizers import it in their first step, where it would count as that step's memory
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import Case, make_case
 from dfqlib.models import load_teacher
@@ -75,15 +77,29 @@ def multiplication(device: torch.device) -> tuple[Callable[[], object], float]:
     return lambda: a @ b, 2.0 * size**3
 
 
-def operations(case: Case) -> int:
-    """Floating-point operations of one iteration of the kit's loop: those of convolutions and matrix products.
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of convolutions and matrix products; a multiply-add is two.
 
-    A multiply-add is two; forward and backward.
+    As torch's FlopCounterMode, whose hooks on modules do not bear the gradient of an image that SaFT asks for.
     """
-    counter, before = FlopCounterMode(display=False), []
-    with counter:
-        case.ours(2, lambda: before.append(counter.get_total_flops()))
-    return counter.get_total_flops() - before[-1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function.overloadpacket):
+            self.count += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def operations(case: Case) -> int:
+    """Floating-point operations of one iteration of the kit's loop, forward and backward."""
+    before: list[int] = []
+    with Operations() as operations:
+        case.ours(2, lambda: before.append(operations.count))
+    return operations.count - before[-1]
 
 
 def peak_bytes(case: Case, side: str, device: torch.device) -> int:
