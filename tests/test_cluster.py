@@ -94,7 +94,7 @@ def test_workers_started_here(kit, tmp_path, capsys):
 
 
 def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes):
-    write_kit(kit, zeroq=diary(tmp_path, seconds=2))
+    write_kit(kit, zeroq=diary(tmp_path, seconds=1))
     seeds = [str(seed) for seed in range(12)]
     results = tmp_path / "results"
     options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address, "--jobs", "12"]
