@@ -29,7 +29,7 @@ def points(batches: list[int], batch: int) -> Iterator[tuple[str, int, int, int,
     """What grows, how far, and with it batch, number of bit widths and depth; one grows at a time."""
     yield from (("batch", each, each, 1, 20) for each in batches)
     yield from (("widths", widths, batch, widths, 20) for widths in (1, 2, 4))
-    yield from (("depth", depth, batch, 1, depth) for depth in (20, 56, 110))
+    yield from (("depth", depth, batch, 1, depth) for depth in (20, 56))
 
 
 def seconds_per_iteration(batch: int, widths: int, depth: int, repeats: int, device: torch.device) -> float:
