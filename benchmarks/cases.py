@@ -202,7 +202,7 @@ def make_saft(teacher: Teacher, batch: int) -> Case:
     def ours(iterations: int, tick: Tick) -> Outcome:
         viewer = Viewer(teacher.network)
         student = saft.make_student(teacher, viewer, "w4a4", saft.Terms(), decay="constant")
-        stream = saft.Seen(Ticking(ImageStream(teacher.network, images, labels, batch, seed=SEED), tick), viewer)
+        stream = saft.Seen(Ticking(ImageStream(None, images, labels, batch, seed=SEED), tick), viewer)
         history = finetune(stream, {"w4a4": student}, iterations, observe_iterations=1)
         losses = [[], *([loss] for loss in history.students["w4a4"])]
         return Outcome(losses, published.by_name(student.network))

@@ -1,4 +1,4 @@
-"""Accuracy against iterations, of the published schedule and of the fast one: ``python benchmarks/schedules.py``.
+"""Accuracy against iterations, of the published schedule and of the fast one: ``python -m benchmarks.schedules``.
 
 Each run is one generator and one student of ``--bits``, with the settings of ``--profile`` in dfqlib/profiles.toml; a
 published run may be cut after ``--until`` iterations, as all 80,000 take days on a CPU. A run is added to
@@ -8,6 +8,7 @@ published run may be cut after ``--until`` iterations, as all 80,000 take days o
 from __future__ import annotations
 
 import argparse
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -62,10 +63,8 @@ def run(method: str, dataset: str, bits: str, profile: str, seed: int, until: in
     checkpoint = Checkpoint(RESULTS / f".{label.replace(' ', '-')}.pt", seconds=60.0)
     spans = schedule.iterations, schedule.observe_iterations, schedule.train_from
     score = partial(top1, image_set=test, normalise=teacher)
-    try:
+    with contextlib.suppress(Reached):
         finetune(stream, {bits: student}, *spans, score, every, look, label, schedule.generator_warmup, checkpoint)
-    except Reached:
-        pass
     checkpoint.path.unlink(missing_ok=True)
     table = pd.DataFrame(seen[0].scores[bits], columns=["iteration", "top1"])
     table["iteration"] += schedule.generator_warmup

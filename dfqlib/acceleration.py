@@ -18,7 +18,8 @@ OFF_VARIABLE = "DFQ_WITHOUT"
 ACCELERATIONS = {
     "channels_last": "images and weights lie in memory with the channels of a pixel side by side",
     "folded_batch_norms": "the network that synthesis looks at has its batch norms folded into its convolutions",
-    "folded_upsampling": "nearest x2 with the 3x3 convolution after it is four 2x2 convolutions",
+    "folded_upsampling": "nearest x2 with the 3x3 convolution after it is one transposed convolution",
+    "fused_optimizers": "Adam and SGD take a step over all weights in one kernel",
     "fused_rounding": "fake quantization makes one new tensor, and its gradient none",
     "fused_statistics": "mean and variance, and their gradient, each take as few passes as they can",
 }

@@ -23,7 +23,7 @@ from dfqlib.generators import draw_one_label
 from dfqlib.losses import generator_loss, student_loss
 from dfqlib.progress import track
 from dfqlib.quantize import observing
-from dfqlib.runtime import channels_last
+from dfqlib.runtime import channels_last, fused
 from dfqlib.statistics import BatchNormInputs
 from dfqlib.terms import add_up, finite_numbers, kept, numbers
 
@@ -33,11 +33,14 @@ DECAYS = ("step", "late_step", "cosine", "constant")
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, 3, H, W), labels (B,) or (B, classes), the teacher's logits (B, classes); none carries a gradient."""
+    """Images (B, 3, H, W), labels (B,) or (B, classes), the teacher's logits (B, classes); none carries a gradient.
+
+    No logits where the stream has not asked a teacher.
+    """
 
     images: Tensor
     labels: Tensor
-    teacher_logits: Tensor
+    teacher_logits: Tensor | None
 
 
 class Stream(Protocol):
@@ -127,7 +130,8 @@ class GeneratorStream:
         self.loss = loss
         self.image_loss = image_loss
         self.draw = draw
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
+        one_kernel = fused(generator.parameters())
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas, fused=one_kernel)
         self.random = torch.Generator(next(generator.parameters()).device).manual_seed(seed)
         self.iteration = 0
         self.losses: list[Tensor] = []
@@ -190,12 +194,13 @@ class ImageStream:
 
     Every round shows each image once, in another order, from a stream seeded with ``seed`` and drawn where the labels
     are, so that no batch waits for its order; the last batch of a round is filled up from the next one. ``vary``
-    changes a batch of images before it is seen, for instance :class:`dfqlib.crops.RandomCrops`; labels stay.
+    changes a batch of images before it is seen, for instance :class:`dfqlib.crops.RandomCrops`; labels stay. Without a
+    ``teacher`` batches have no logits, for whoever asks one anyway.
     """
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         images: Tensor,
         labels: Tensor,
         batch: int = 64,
@@ -215,7 +220,7 @@ class ImageStream:
         chosen, self.order = self.order[: self.batch], self.order[self.batch :]
         images = self.images[chosen] if self.vary is None else self.vary(self.images[chosen])
         images = channels_last(images)
-        return Batch(images, self.labels[chosen], self.teacher(images))
+        return Batch(images, self.labels[chosen], None if self.teacher is None else self.teacher(images))
 
     def state_dict(self) -> dict[str, Any]:
         """What is left of the round, and the random numbers."""
@@ -400,6 +405,7 @@ class _Tuner:
             momentum=student.momentum,
             weight_decay=student.weight_decay,
             nesterov=student.momentum > 0,
+            fused=fused(student.network.parameters()),
         )
         self.losses: list[Tensor] = []
 

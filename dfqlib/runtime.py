@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +45,11 @@ def channels_last(x: ImagesOrNetwork) -> ImagesOrNetwork:
     if isinstance(x, Tensor):
         return x.contiguous(memory_format=torch.channels_last)
     return x.to(memory_format=torch.channels_last)
+
+
+def fused(parameters: Iterable[Tensor]) -> bool:
+    """Whether an optimizer of these parameters takes its step in one kernel."""
+    return uses("fused_optimizers") and all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
 
 
 def seed_everything(seed: int) -> None:

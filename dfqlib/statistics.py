@@ -103,7 +103,11 @@ class _MeanVariance(torch.autograd.Function):
     def forward(ctx, x: Tensor, dims: Sequence[int], correction: int) -> tuple[Tensor, Tensor]:
         ctx.count = math.prod(x.shape[dim] for dim in dims)
         ctx.degrees = ctx.count - correction
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and dims == (0, *range(2, x.dim())) and not correction:
+            # What a batch norm computes, by its own kernel: a third of the time of the general case below.
+            statistics = torch.batch_norm_update_stats(x, None, None, 0.0)
+            mean, variance = (each.view(1, -1, *[1] * (x.dim() - 2)) for each in statistics)
+        elif x.device.type == "cpu":
             mean = x.mean(dims, keepdim=True)
             variance = (x - mean).square_().sum(dims, keepdim=True) / ctx.degrees
         else:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfqlib.errors import check_range
 from dfqlib.progress import track
+from dfqlib.runtime import fused
 from dfqlib.terms import finite_numbers, kept
 
 
@@ -33,7 +34,7 @@ def synthesise(
     check_range("patience", patience, 0, 10**9)
     check_range("min_learning_rate", min_learning_rate, 0, learning_rate)
     images = images.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=learning_rate)
+    optimizer = torch.optim.Adam([images], lr=learning_rate, fused=fused([images]))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=patience, min_lr=min_learning_rate)
     advice = (
         f"; learning_rate={learning_rate:g} may be too high, or the teacher's weights or the images hold values that "
