@@ -69,7 +69,7 @@ def run(method: str, dataset: str, bits: str, profile: str, seed: int, until: in
     table = pd.DataFrame(seen[0].scores[bits], columns=["iteration", "top1"])
     table["iteration"] += schedule.generator_warmup
     fixed = dict(zip(KEY, (method, dataset, bits, profile, seed), strict=True))
-    fixed |= {"seconds": round(seen[0].seconds), "batch": schedule.batch, "data": test.name}
+    fixed |= {"batch": schedule.batch, "data": test.name}
     fixed |= {"teacher": top1(teacher.network, test, teacher), "hardware": describe_hardware(device)}
     return table.assign(**fixed, torch=torch.__version__, commit=code_version())
 
@@ -128,7 +128,7 @@ def main() -> None:
             for seed in options.seeds:
                 table = run(method, options.dataset, options.bits, profile, seed, options.until, options.every)
                 draw(add(table))
-                print(table[[*KEY, "iteration", "top1", "teacher", "seconds"]].tail(1).to_string(index=False))
+                print(table[[*KEY, "iteration", "top1", "teacher"]].tail(1).to_string(index=False))
 
 
 if __name__ == "__main__":
