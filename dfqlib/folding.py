@@ -35,8 +35,8 @@ class FoldedNorm(nn.Module):
         self.register_buffer("gain", gain)
         self.register_buffer("shift", norm.bias.detach() - gain * norm.running_mean)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    def forward(self, input: Tensor) -> Tensor:  # named as a batch norm's, for calls by name
+        return input
 
     def before(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (..., C) of what would enter the batch norm, from those of what leaves it."""
@@ -62,9 +62,9 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     for node in folded.graph.nodes:
         if node.op != "call_module" or not _may_fold(folded, node, calls):
             continue
-        source = node.args[0].target
-        norm = folded.get_submodule(node.target)
-        folded.set_submodule(source, fuse_conv_bn_eval(folded.get_submodule(source), norm))
+        (source,) = node.all_input_nodes
+        convolution, norm = folded.get_submodule(source.target), folded.get_submodule(node.target)
+        folded.set_submodule(source.target, fuse_conv_bn_eval(convolution, norm))
         folded.set_submodule(node.target, FoldedNorm(norm))
     return folded.requires_grad_(False)
 
@@ -88,12 +88,12 @@ def _keep_tensors(network: fx.GraphModule) -> bool:
 
 def _may_fold(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> bool:
     """Whether ``node`` is a batch norm, called once, behind a convolution that is called once and for it alone."""
-    norm, source = network.get_submodule(node.target), node.args[0]
+    norm, sources = network.get_submodule(node.target), node.all_input_nodes
+    if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.running_mean is None:
+        return False
+    (source,) = sources
     return (
-        isinstance(norm, nn.BatchNorm2d)
-        and norm.affine
-        and norm.running_mean is not None
-        and source.op == "call_module"
+        source.op == "call_module"
         and isinstance(network.get_submodule(source.target), nn.Conv2d)
         and len(source.users) == calls[source.target] == calls[node.target] == 1
         and bool((norm.weight.abs() > SMALLEST_GAIN * norm.bias.abs()).all())

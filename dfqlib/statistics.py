@@ -73,7 +73,7 @@ class BatchNormInputs:
     def __enter__(self) -> BatchNormInputs:
         self._handles.append(self.network.register_forward_pre_hook(self._start))
         for name, norm in self._norms.items():
-            self._handles.append(norm.register_forward_pre_hook(self._collector(name)))
+            self._handles.append(norm.register_forward_pre_hook(self._collector(name), with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,9 +85,9 @@ class BatchNormInputs:
     def _start(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.layers = []  # a new list: one taken from the pass before keeps its tensors
 
-    def _collector(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def collect(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.layers.append(Layer(name, inputs[0], norm))
+    def _collector(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def collect(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            self.layers.append(Layer(name, inputs[0] if inputs else named["input"], norm))
 
         return collect
 

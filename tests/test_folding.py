@@ -86,6 +86,24 @@ def test_what_cannot_be_folded_stays_as_it_is():
     assert isinstance(network.norms[0], nn.BatchNorm2d)  # the given one is left alone
 
 
+class ByName(nn.Module):
+    """Calls that name what they give: a batch norm that is folded, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.folded, self.alone = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.alone(input=self.folded(input=self.conv(input=x)).relu()).mean((2, 3))
+
+
+def test_batch_norms_may_be_called_by_name():
+    network = with_statistics(ByName())
+    folded = fold_batch_norms(network)
+    assert isinstance(folded.folded, FoldedNorm) and isinstance(folded.alone, nn.BatchNorm2d)
+    assert_same(folded, network, torch.randn(4, 3, 8, 8))
+
+
 class Overwriting(nn.Sequential):
     def forward(self, x):
         return super().forward(x).relu_().mean((2, 3))
