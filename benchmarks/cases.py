@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import published
 from dfqlib import dsg, gdfq, hast, qimera, saft, zeroq
 from dfqlib.errors import parse_bits
-from dfqlib.finetune import Batch, GeneratorStream, ImageStream, finetune
+from dfqlib.finetune import GeneratorStream, ImageStream, UnaskedBatch, finetune
 from dfqlib.models import Teacher
 from dfqlib.views import Viewer
 
@@ -202,7 +202,7 @@ def make_saft(teacher: Teacher, batch: int) -> Case:
     def ours(iterations: int, tick: Tick) -> Outcome:
         viewer = Viewer(teacher.network)
         student = saft.make_student(teacher, viewer, "w4a4", saft.Terms(), decay="constant")
-        stream = saft.Seen(Ticking(ImageStream(None, images, labels, batch, seed=SEED), tick), viewer)
+        stream = saft.Seen(Ticking(ImageStream(teacher.network, images, labels, batch, seed=SEED), tick), viewer)
         history = finetune(stream, {"w4a4": student}, iterations, observe_iterations=1)
         losses = [[], *([loss] for loss in history.students["w4a4"])]
         return Outcome(losses, published.by_name(student.network))
@@ -219,7 +219,7 @@ class Ticking:
     def __init__(self, stream: ImageStream, tick: Tick) -> None:
         self.stream, self.tick = stream, tick
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> UnaskedBatch:
         self.tick()
         return self.stream.next_batch()
 

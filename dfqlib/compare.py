@@ -204,7 +204,7 @@ def _tune_saft(
     labels = pool.labels if pool.labels.ndim == 1 else pool.labels.argmax(1)
     terms = saft.Terms()
     viewer = Viewer(teacher.network, terms.saliency_of)
-    stream = saft.Seen(ImageStream(None, pool.images, labels, budget.batch, seed=seed), viewer)
+    stream = saft.Seen(ImageStream(teacher.network, pool.images, labels, budget.batch, seed=seed), viewer)
     students = {width: saft.make_student(teacher, viewer, width, terms, budget.student_lr, "cosine") for width in bits}
     return _tuned(stream, students, budget, "SaFT's fine-tuning", checkpoint)
 

@@ -7,6 +7,7 @@ one run of it serves every bit width, and a student learns the same whether it i
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -33,20 +34,32 @@ DECAYS = ("step", "late_step", "cosine", "constant")
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, 3, H, W), labels (B,) or (B, classes), the teacher's logits (B, classes); none carries a gradient.
-
-    No logits where the stream has not asked a teacher.
-    """
+    """Images (B, 3, H, W), labels (B,) or (B, classes), the teacher's logits (B, classes); none carries a gradient."""
 
     images: Tensor
     labels: Tensor
-    teacher_logits: Tensor | None
+    teacher_logits: Tensor
+
+
+@dataclass(frozen=True)
+class UnaskedBatch:
+    """A :class:`Batch` whose teacher is asked when its logits are first read: some who take batches never do."""
+
+    images: Tensor
+    labels: Tensor
+    teacher: nn.Module
+
+    @functools.cached_property
+    @torch.no_grad()
+    def teacher_logits(self) -> Tensor:
+        """(B, classes), for all who read them."""
+        return self.teacher(self.images)
 
 
 class Stream(Protocol):
     """Where the batches of a fine-tuning come from; its state is all that the batches to come depend on."""
 
-    def next_batch(self) -> Batch: ...
+    def next_batch(self) -> Batch | UnaskedBatch: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -136,15 +149,14 @@ class GeneratorStream:
         self.iteration = 0
         self.losses: list[Tensor] = []
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> Batch | UnaskedBatch:
         """Fresh noise and labels, their images, and (while it learns) one step of the generator."""
         inputs, labels = self.draw(self.generator, self.batch, self.random)
         if self.iteration < self.iterations:
             batch = self._learn(inputs, labels)
         else:
             with torch.no_grad():
-                images = self.generator(*inputs)
-                batch = Batch(images, labels, self.teacher(images))
+                batch = UnaskedBatch(self.generator(*inputs), labels, self.teacher)
         self.iteration += 1
         return batch
 
@@ -194,13 +206,12 @@ class ImageStream:
 
     Every round shows each image once, in another order, from a stream seeded with ``seed`` and drawn where the labels
     are, so that no batch waits for its order; the last batch of a round is filled up from the next one. ``vary``
-    changes a batch of images before it is seen, for instance :class:`dfqlib.crops.RandomCrops`; labels stay. Without a
-    ``teacher`` batches have no logits, for whoever asks one anyway.
+    changes a batch of images before it is seen, for instance :class:`dfqlib.crops.RandomCrops`; labels stay.
     """
 
     def __init__(
         self,
-        teacher: nn.Module | None,
+        teacher: nn.Module,
         images: Tensor,
         labels: Tensor,
         batch: int = 64,
@@ -212,15 +223,14 @@ class ImageStream:
         self.order = torch.empty(0, dtype=torch.long, device=labels.device)
 
     @torch.no_grad()
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> UnaskedBatch:
         """The next images of the round."""
         while len(self.order) < self.batch:
             another = torch.randperm(len(self.labels), generator=self.random, device=self.labels.device)
             self.order = torch.cat([self.order, another])
         chosen, self.order = self.order[: self.batch], self.order[self.batch :]
         images = self.images[chosen] if self.vary is None else self.vary(self.images[chosen])
-        images = channels_last(images)
-        return Batch(images, self.labels[chosen], None if self.teacher is None else self.teacher(images))
+        return UnaskedBatch(channels_last(images), self.labels[chosen], self.teacher)
 
     def state_dict(self) -> dict[str, Any]:
         """What is left of the round, and the random numbers."""
@@ -246,7 +256,7 @@ class FirstThen:
     def __init__(self, first: Stream, count: int, then: Stream) -> None:
         self.first, self.left, self.then = first, count, then
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> Batch | UnaskedBatch:
         self.left -= 1
         return (self.first if self.left >= 0 else self.then).next_batch()
 

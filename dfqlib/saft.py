@@ -63,7 +63,7 @@ class SeenBatch(Batch):
 
 
 class Seen:
-    """``stream``, which need not ask a teacher, with the teacher's view of each batch; no gradients."""
+    """``stream`` with the teacher's view of each batch, which brings its logits too; no gradients."""
 
     def __init__(self, stream: Stream, teacher: Viewer) -> None:
         self.stream, self.teacher = stream, teacher

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfqlib import saft
+from dfqlib import gdfq, saft
 from dfqlib.errors import UserError
 from dfqlib.finetune import Batch, FirstThen, GeneratorStream, ImageStream, decay_factor, finetune
 from dfqlib.generators import Generator
@@ -217,6 +217,19 @@ def test_images_are_varied_before_the_teacher_sees_them(teacher, data):
     batch, other = stream.next_batch(), plain.next_batch()
     torch.testing.assert_close(batch.images, other.images + 1)
     torch.testing.assert_close(batch.teacher_logits, teacher.network(batch.images))
+
+
+def test_the_teacher_is_asked_once_when_its_logits_are_read(teacher, data):
+    asked, scale = [], torch.ones(1, requires_grad=True)
+
+    def ask(images):
+        asked.append(len(images))
+        return teacher.network(images * scale)
+
+    students = gdfq.make_student(teacher, "w4a4", gdfq.Schedule()), gdfq.make_student(teacher, "w8a8", gdfq.Schedule())
+    finetune(ImageStream(ask, *data, 4), dict(zip("ab", students, strict=True)), iterations=5, observe_iterations=3)
+    assert asked == [4, 4]
+    assert not ImageStream(ask, *data, 4).next_batch().teacher_logits.requires_grad
 
 
 def test_one_stream_then_another(teacher, data):
