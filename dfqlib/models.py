@@ -55,13 +55,19 @@ class ModelEntry:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, per channel: uint8 (N, C, H, W) -> float32, on the same device."""
-        mean, std = self.statistics(pixels.device)
+        mean, std = _on_device(self.mean, self.std, pixels.device)
         return pixels.float().mul(1 / (255 * std)).sub_(mean / std)
 
-    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``mean`` and ``std`` as tensors (1, C, 1, 1)."""
-        mean, std = torch.tensor([self.mean, self.std], device=device)
-        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Inverse of :meth:`normalise`, rounded and clipped: float32 (N, C, H, W) -> uint8, on the same device."""
+        mean, std = _on_device(self.mean, self.std, images.device)
+        return ((images.detach() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """Both as one tensor (2, 1, C, 1, 1), brought to a device once: in every step a copy would make it wait."""
+    return torch.tensor([mean, std], device=device).view(2, 1, -1, 1, 1)
 
 
 def _cifar(name: str, dataset: str, factory: str) -> ModelEntry:
@@ -170,8 +176,7 @@ class Teacher:
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Inverse of :meth:`normalise`, rounded and clipped, for showing: float32 (N, C, H, W) -> uint8 on the CPU."""
-        mean, std = self.entry.statistics(images.device)
-        return ((images.detach() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        return self.entry.to_pixels(images).cpu()
 
 
 def load_teacher(

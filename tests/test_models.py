@@ -1,6 +1,7 @@
 """Teachers: the model table, the frozen network and its normalisation, accuracy, and refusals of wrong weights."""
 
 import csv
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_normalise_and_back():
     assert images[0, 1, 0, 1].item() == pytest.approx((1 / 255 - 0.4) / 0.25, abs=1e-6)
     assert torch.equal(teacher.to_pixels(images), pixels)
     assert teacher.to_pixels(torch.full((1, 3, 1, 1), 1e3)).flatten().tolist() == [255, 255, 255]
+
+
+def test_normalisation_is_brought_to_a_device_once(monkeypatch):
+    entry = dataclasses.replace(own().entry, mean=(0.5, 0.4, 0.1))
+    black = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    with torch.inference_mode():  # as the first test score does
+        first = entry.normalise(black)
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(entry.normalise(black), first) and torch.equal(entry.to_pixels(first.clone()), black)
 
 
 def test_own_network_becomes_a_teacher_and_stays_as_it_was():
