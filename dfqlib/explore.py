@@ -66,10 +66,11 @@ def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str
         start = check_choice(name, inspect.signature(draw).parameters[name].default, values)
         options = list(allowed.items()) if isinstance(allowed, Mapping) else values
         settings = {"options": options, "value": start, "description": name.replace("_", " ")}
+        settings |= {"style": {"description_width": "initial"}}  # ipywidgets' own width cuts names off
         if all(isinstance(option, int) for option in options):
             made[name] = ipywidgets.SelectionSlider(continuous_update=False, **settings)
         else:
-            made[name] = ipywidgets.Dropdown(**settings)
+            made[name] = ipywidgets.Dropdown(layout={"width": "max-content"}, **settings)
     # A picture, not an Output widget: nbclient waits for ever for a cell that fills one of these.
     picture = ipywidgets.Image(format="png")
 
@@ -82,4 +83,4 @@ def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str
     for control in made.values():
         control.observe(show, names="value")
     show()
-    return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), picture])
+    return ipywidgets.VBox([ipywidgets.HBox(list(made.values()), layout={"flex_flow": "row wrap"}), picture])
