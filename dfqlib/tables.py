@@ -85,7 +85,10 @@ def beside(row: pd.Series | dict[str, Any]) -> dict[str, Any]:
 
 
 def present(rows: pd.DataFrame) -> pd.DataFrame:
-    """Summarised rows as the strings that people read, without the columns in which nothing differs or nothing is."""
+    """Summarised rows as the strings that people read, without the columns in which nothing differs or nothing is.
+
+    What is compared comes first: a page narrower than the table hides its last columns.
+    """
     if rows.empty:
         return pd.DataFrame()
     lines = summarise(rows)
@@ -99,12 +102,12 @@ def present(rows: pd.DataFrame) -> pd.DataFrame:
             "variant": lines["variant"],
             "ranges": lines["ranges"],
             "top-1": [number(v, s) for v, s in zip(lines["top1"], lines["top1_std"], strict=True)],
-            "best": lines["top1_best"].map(number),
             "published": lines["published"].map(number),
             "difference": (lines["top1"] - lines["published"].astype(float)).map(signed),
-            "teacher": lines["fp32_top1"].map(number),
             "drop": lines["drop"].map(number),
             "published drop": lines["published_drop"].map(number),
+            "teacher": lines["fp32_top1"].map(number),
+            "best": lines["top1_best"].map(number),
             "seeds": lines["seeds"],
             "schedule": [
                 f"{p}: {s}" if p else s for p, s in zip(lines["profile"], short(lines["schedule"]), strict=True)
