@@ -166,7 +166,9 @@ def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataF
     text = [f"## {paper.title}\n", tables.markdown(tables.present(rows)), tables.caption(rows) + "\n"]
     hardware = ", ".join(dict.fromkeys(rows["hardware"]))
     text.append(f"Runs on {hardware}; commit {', '.join(dict.fromkeys(rows['commit']))}.\n")
-    text += [f"![{paper.key}: {figure.stem}](../figures/{figure.name})\n" for figure in figures]
+    shown = [f"`{figure.stem}`\n\n![{paper.key}: {figure.stem}](../figures/{figure.name})\n" for figure in figures]
+    if shown:  # folded, or a reader scrolls past a hundred of them to the next table
+        text += [f"<details><summary>{len(shown)} figures</summary>\n", *shown, "</details>\n"]
     if len(missing):
         text += ["Published rows that were not run:\n", tables.markdown(tables.present_missing(missing))]
     write_text(root / "tables" / f"{paper.key}.md", "\n".join(text))
@@ -187,7 +189,8 @@ def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
 
 
 def _write_readme(root: Path, papers: dict[str, Paper], failures: dict[tuple[str, str, str], str]) -> None:
-    text = ["# Results\n", "Written by `run_all.py` from the runs in this folder; a call that runs more adds to it.\n"]
+    text = ["# Results\n", "Written by `run_all.py` from the runs in this folder; a call that runs more adds to it."]
+    text.append("Run, commit, hardware and date of every row stand in [`tables/`](tables), as CSV.\n")
     for paper in papers.values():
         table = root / "tables" / f"{paper.key}.md"
         if table.is_file():
