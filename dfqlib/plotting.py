@@ -35,6 +35,7 @@ def style() -> None:
             "axes.prop_cycle": cycler(color=COLOURS) + cycler(marker=MARKERS) + cycler(linestyle=DASHES),
             "axes.titlesize": "medium",
             "axes.titlelocation": "left",
+            "axes.titley": 1.0,  # measured against ticks on top, which no figure has, it takes half the time to draw
             "axes.edgecolor": "0.3",
             "axes.spines.right": False,
             "axes.spines.top": False,

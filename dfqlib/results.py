@@ -136,11 +136,13 @@ class Run:
         from matplotlib import pyplot
 
         if self.out:
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # laid out once for the two files and the notebook
+            if layout := figure.get_layout_engine():
+                layout.execute(figure)
+                figure.set_layout_engine("none")  # laid out once for the two files and the notebook
+            box = figure.get_tightbbox().padded(pyplot.rcParams["savefig.pad_inches"])
             for suffix in (".png", ".svg"):
                 with atomic_path(self.out / f"{name}{suffix}") as path:
-                    figure.savefig(path, format=suffix[1:], dpi=150, bbox_inches="tight")
+                    figure.savefig(path, format=suffix[1:], dpi=150, bbox_inches=box)
             self.figures.append(name)
         pyplot.close(figure)
         return figure
