@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -99,7 +100,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def accuracy_against_time(rows: pd.DataFrame) -> Figure:
-    """Top-1 of every row that took time of its own, by the seconds it took."""
+    """Top-1 of every row that took time of its own, by the seconds it took; a panel for each data set."""
     import seaborn as sns
     from matplotlib import pyplot
 
@@ -107,11 +108,17 @@ def accuracy_against_time(rows: pd.DataFrame) -> Figure:
 
     plotting.style()
     timed = rows.dropna(subset=["seconds"])
-    figure, axes = pyplot.subplots(figsize=(8, 4))
-    sns.scatterplot(timed, x="seconds", y="top1", hue="method", style="method", s=40, ax=axes)
-    axes.set(xscale="log", xlabel="seconds", ylabel="top-1 (%)", title="Accuracy against time, every row")
+    methods, sets = list(timed["method"].unique()), list(timed["dataset"].unique()) or [""]
+    look = {"hue": "method", "style": "method", "hue_order": methods, "style_order": methods, "s": 30}
+    look["palette"] = dict(zip(methods, itertools.cycle([*plotting.COLOURS, "0.4", "0.75"]), strict=False))
+    figure, places = pyplot.subplots(1, len(sets), figsize=(8, 4), sharex=True, sharey=True, squeeze=False)
+    for axes, dataset in zip(places[0], sets, strict=True):
+        own = timed[timed["dataset"] == dataset]
+        sns.scatterplot(own, x="seconds", y="top1", ax=axes, legend=axes is places[0, -1], **look)
+        axes.set(xscale="log", xlabel="seconds", ylabel="top-1 (%)", title=dataset)
     if len(timed):
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle("Accuracy against time, every row", fontsize="medium")
     return figure
 
 
