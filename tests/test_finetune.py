@@ -1,6 +1,7 @@
 """The fine-tuning loop: students share a stream and do not touch it; ranges freeze; last and best are kept apart."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from dfqlib.checkpoint import load_checkpoint
 from dfqlib.crops import RandomCrops
 from dfqlib.errors import UserError
 from dfqlib.finetune import (
@@ -267,36 +269,32 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(stream, teacher, tmp_path):
     assert_equal(whole["w3"], again["w3"])
 
 
-KILLED = """
-import pathlib, sys
-from dfqlib.finetune import Checkpoint, finetune
-from test_finetune import make_stream, make_student, small_teacher
+def to_be_killed(path: Path) -> list[list[float]]:
+    """The parameters of a student after a fine-tuning with many checkpoints."""
+    student = make_student(small_teacher(), 3)
+    stream, checkpoint = make_stream(small_teacher(), 100), Checkpoint(path, every=7)
+    finetune(stream, {"w3": student}, 100, 5, checkpoint=checkpoint)
+    return [p.flatten().tolist() for p in student.network.parameters()]
 
-student = make_student(small_teacher(), 3)
-stream, checkpoint = make_stream(small_teacher(), 100), Checkpoint(pathlib.Path(sys.argv[1]), every=7)
-finetune(stream, {"w3": student}, 100, 5, checkpoint=checkpoint)
-print([p.flatten().tolist() for p in student.network.parameters()])
-"""
+
+KILLED = "import pathlib, sys, test_finetune as t; print(t.to_be_killed(pathlib.Path(sys.argv[1])))"
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(tmp_path):
     """SIGKILL leaves no time to tidy up: what counts is the last checkpoint that was written whole."""
 
-    def start(name):
-        command = [sys.executable, "-c", KILLED, str(tmp_path / name)]
-        here = Path(__file__).parent
-        env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-
-    whole = start("whole.ckpt")
-    process, path = start("killed.ckpt"), tmp_path / "killed.ckpt"
+    here, path = Path(__file__).parent, tmp_path / "killed.ckpt"
+    env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    start = partial(subprocess.Popen, [sys.executable, "-c", KILLED, path], env=env, stdout=-1, text=True)
+    process = start()
     while not path.exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
-    continued = start("killed.ckpt")
-    assert continued.communicate()[0] == whole.communicate()[0] != ""
+    assert 0 < load_checkpoint(path, {})["drawn"] < 100
+    printed, _ = start().communicate()
+    assert json.loads(printed) == to_be_killed(tmp_path / "whole.ckpt")
 
 
 def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(teacher, tmp_path):

@@ -6,6 +6,7 @@ input sizes is in the way, and that a run which stops goes on, not accuracy.
 
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from dfqlib import dsg, gdfq, hast, published, saft, zeroq
 from dfqlib.checkpoint import load_checkpoint
 from dfqlib.finetune import Checkpoint, ImageStream, finetune
+from dfqlib.generators import Generator
 from dfqlib.models import MODELS, Teacher, build
 from dfqlib.views import Viewer
 
@@ -42,7 +44,8 @@ def test_post_training_quantization_runs(teacher):
     assert diverse.shape == images.shape and labels.max() < 1000 and all(map(math.isfinite, losses))
 
 
-def test_fine_tuning_on_a_generator_runs_and_goes_on_after_a_stop(teacher, tmp_path):
+def test_fine_tuning_on_a_generator_runs_and_goes_on_after_a_stop(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(gdfq, "Generator", partial(Generator, latent=8))  # or files of a gigabyte are written
     checkpoint, stopped = (Checkpoint(tmp_path / name, every=1) for name in ("run.ckpt", "stopped.ckpt"))
 
     def keep_the_first(history):
