@@ -83,4 +83,5 @@ def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str
     for control in made.values():
         control.observe(show, names="value")
     show()
-    return ipywidgets.VBox([ipywidgets.HBox(list(made.values()), layout={"flex_flow": "row wrap"}), picture])
+    row = {"flex_flow": "row wrap", "grid_gap": "0 1.5em"}
+    return ipywidgets.VBox([ipywidgets.HBox(list(made.values()), layout=row), picture])
