@@ -1,9 +1,9 @@
 """The notebooks run from top to bottom under the smoke profile, and their committed outputs are right and complete.
 
-nbval runs a copy of each notebook whose parameters cell is followed by the smoke values, in a fresh kernel. Every cell
-must run; the output of cells tagged ``nbval-check-output``, which are those that depend neither on the profile nor on
-the machine, must equal the committed one after the replacements of ``nbval.cfg``. All other outputs come from the quick
-profile and are only checked to be there.
+nbval runs a copy of each notebook whose parameters cell is followed by the smoke values, in a kernel of its own, forked
+as in a batch. Every cell must run; the output of cells tagged ``nbval-check-output``, which are those that depend
+neither on the profile nor on the machine, must equal the committed one after the replacements of ``nbval.cfg``. All
+other outputs come from the quick profile and are only checked to be there.
 """
 
 from __future__ import annotations
@@ -39,29 +39,36 @@ def test_every_notebook_is_in_the_table():
     assert {paper.notebook for paper in PAPERS.values()} == set((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@each
-def test_runs_under_smoke(key, tmp_path):
-    (run,) = plan.plan(plan.Selection("smoke", papers=[key]))
-    out = tmp_path / "out"
-    out.mkdir()
-    notebook = parameterize_notebook(
-        load_notebook_node(str(PAPERS[key].notebook)),
-        run.parameters | {"out": str(out)},
-        kernel_name="python3",
-        language="python",
-    )
-    nbformat.write(notebook, tmp_path / f"{key}.ipynb")
+def test_all_run_under_smoke(tmp_path):
+    runs = plan.plan(plan.Selection("smoke"))
+    assert {run.paper.key for run in runs} == set(PAPERS)
+    for run in runs:
+        out = tmp_path / run.paper.key
+        out.mkdir()
+        notebook = parameterize_notebook(
+            load_notebook_node(str(run.paper.notebook)),
+            run.parameters | {"out": str(out)},
+            kernel_name="python3",
+            language="python",
+        )
+        nbformat.write(notebook, out.with_suffix(".ipynb"))
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
     command += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval.cfg"), "-p", "no:cacheprovider", "-q"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        [*command, f"{key}.ipynb"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+        [*command, "-p", "forked_kernels", *(f"{run.paper.key}.ipynb" for run in runs)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["paper"] == key and metrics["profile"] == "smoke" and metrics["rows"] and metrics["figures"]
-    for name in metrics["figures"]:
-        assert (out / f"{name}.png").stat().st_size and (out / f"{name}.svg").stat().st_size
+    for run in runs:
+        out = tmp_path / run.paper.key
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["paper"] == out.name and metrics["profile"] == "smoke" and metrics["rows"] and metrics["figures"]
+        for name in metrics["figures"]:
+            assert (out / f"{name}.png").stat().st_size and (out / f"{name}.svg").stat().st_size
 
 
 @each
