@@ -120,10 +120,11 @@ def _noise(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]
 
 
 def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> tuple[Tensor, Tensor]:
-    """The package's training images of the teacher's data set; the same for every seed."""
-    few = data.few_shot(teacher.entry.dataset, per_class)
-    images = teacher.normalise(few.images[: budget.images])
-    return images, few.labels[: budget.images].to(images.device)
+    """Some of ``per_class`` training images of each class, of those in the package: as many as fit, drawn by ``seed``."""
+    few = data.balanced_subset(data.few_shot(teacher.entry.dataset), per_class, "few-shot", seed)
+    drawn = torch.randperm(len(few.labels), generator=torch.Generator().manual_seed(seed))[: budget.images]
+    images = teacher.normalise(few.images[drawn])
+    return images, few.labels[drawn].to(images.device)
 
 
 def _zeroq(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
