@@ -120,7 +120,7 @@ def _noise(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]
 
 
 def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> tuple[Tensor, Tensor]:
-    """Some of ``per_class`` training images of each class, of those in the package: as many as fit, drawn by ``seed``."""
+    """As many as fit of ``per_class`` of the package's training images of each class, drawn by ``seed``."""
     few = data.balanced_subset(data.few_shot(teacher.entry.dataset), per_class, "few-shot", seed)
     drawn = torch.randperm(len(few.labels), generator=torch.Generator().manual_seed(seed))[: budget.images]
     images = teacher.normalise(few.images[drawn])
