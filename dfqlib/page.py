@@ -114,7 +114,8 @@ def accuracy_against_time(rows: pd.DataFrame) -> Figure:
     figure, places = pyplot.subplots(1, len(sets), figsize=(8, 4), sharex=True, sharey=True, squeeze=False)
     for axes, dataset in zip(places[0], sets, strict=True):
         own = timed[timed["dataset"] == dataset]
-        sns.scatterplot(own, x="seconds", y="top1", ax=axes, legend=axes is places[0, -1], **look)
+        if len(own):  # for none seaborn warns that their colours mean nothing
+            sns.scatterplot(own, x="seconds", y="top1", ax=axes, legend=axes is places[0, -1], **look)
         axes.set(xscale="log", xlabel="seconds", ylabel="top-1 (%)", title=dataset)
     if len(timed):
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
