@@ -194,7 +194,7 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             console.print(sentence, markup=False, soft_wrap=True)
         screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
         work = batch.Batch(results, screen, executor, options.force, options.keep_going)
-        outcomes = work.execute(able, lambda planned: seconds[planned.identity] or 0)
+        outcomes = work.execute(able, lambda planned: seconds[planned.identity] or 0, import_report)
     for outcome in outcomes:
         if outcome.state not in ("done", "found"):
             note(failures, outcome.run, f"{outcome.state}: {outcome.message}")
@@ -208,8 +208,14 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             file=sys.stderr,
         )
         return 1
-    states = {outcome.state for outcome in outcomes}
-    return 130 if "stopped" in states else 1 if "failed" in states else 0
+    return 130 if work.stopping else 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
+
+
+def import_report() -> None:
+    """Import what the tables and the page of figures need, which takes seconds."""
+    import seaborn  # noqa: F401
+
+    from dfqlib import report  # noqa: F401
 
 
 def origins(runs: list[plan.PlannedRun]) -> list[str]:

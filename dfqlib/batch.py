@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dfqlib.errors import UserError
-from dfqlib.execution import OnCell, OnStart, Outcome
+from dfqlib.execution import Outcome, Turn
 from dfqlib.plan import PlannedRun, complete
 from dfqlib.screen import Screen
 
@@ -28,7 +28,7 @@ class Executor(Protocol):
     def prepare(self, runs: list[PlannedRun]) -> None:
         """Called once, in the main thread, with the runs that will be executed."""
 
-    def execute(self, run: PlannedRun, results: Path, force: bool, on_start: OnStart, on_cell: OnCell) -> Outcome:
+    def execute(self, run: PlannedRun, results: Path, force: bool, turn: Turn) -> Outcome:
         """Execute a run into its folder in ``results``; may be called from several threads."""
 
     def stop(self) -> None:
@@ -60,16 +60,25 @@ class Batch:
         self.broken: set[str] = set()  # papers
         self.stopping = False
 
-    def execute(self, runs: list[PlannedRun], seconds: Callable[[PlannedRun], float]) -> list[Outcome]:
+    def execute(
+        self, runs: list[PlannedRun], seconds: Callable[[PlannedRun], float], at_last: Callable[[], object]
+    ) -> list[Outcome]:
         """Run what is missing (with ``force``, everything) and say how each run ended.
 
         Those of most ``seconds`` come first: otherwise they end alone, with cores that have nothing left to do.
+        ``at_last`` is called by a thread that finds no more runs, while the last of them go on.
         """
         if missing := [run for run in runs if not self.there(run)]:
             self.executor.prepare(missing)
         with ThreadPoolExecutor(self.executor.jobs) as pool:
             order = sorted(range(len(runs)), key=lambda index: -seconds(runs[index]))
-            futures = {index: pool.submit(self.finish, index, runs[index]) for index in order}
+            futures: dict[int, Future] = {}
+            turn = None
+            for index in order:
+                report = functools.partial(self.screen.start, index), functools.partial(self.screen.cell, index)
+                turn = Turn(*report, functools.partial(self.obstacle, runs[index]), before=turn)
+                futures[index] = pool.submit(self.finish, index, runs[index], turn)
+            pool.submit(at_last)
             try:
                 wait(futures.values())
             except KeyboardInterrupt:
@@ -86,23 +95,27 @@ class Batch:
         while wait(futures, timeout=0.2).not_done:
             self.executor.stop()
 
-    def finish(self, index: int, run: PlannedRun) -> Outcome:
+    def finish(self, index: int, run: PlannedRun, turn: Turn) -> Outcome:
         """Take one run to its end, or say why not."""
-        if self.there(run):
-            outcome = Outcome(run, "found", str(run.folder(self.results)))
-        elif self.stopping:
-            outcome = Outcome(run, "skipped", "after the interrupt")
-        elif run.paper.key in self.broken and not self.keep_going:
-            outcome = Outcome(
-                run, "skipped", f"after another run of {run.paper.notebook.name} failed (--keep-going runs it)"
-            )
-        else:
-            report = functools.partial(self.screen.start, index), functools.partial(self.screen.cell, index)
-            try:
-                outcome = self.executor.execute(run, self.results, self.force, *report)
-            except OSError as error:  # a full disk may have no room for the run's folder either
-                outcome = Outcome(run, "failed", str(error))
+        with turn:
+            if self.there(run):
+                outcome = Outcome(run, "found", str(run.folder(self.results)))
+            elif why := self.obstacle(run):
+                outcome = Outcome(run, "skipped", why)
+            else:
+                try:
+                    outcome = self.executor.execute(run, self.results, self.force, turn)
+                except OSError as error:  # a full disk may have no room for the run's folder either
+                    outcome = Outcome(run, "failed", str(error))
             if outcome.state == "failed":
-                self.broken.add(run.paper.key)
+                self.broken.add(run.paper.key)  # before the run's place is free for another one of this notebook
         self.screen.end(index, outcome.state, outcome.message)
         return outcome
+
+    def obstacle(self, run: PlannedRun) -> str:
+        """Why a run should not begin any more, or nothing."""
+        if self.stopping:
+            return "after the interrupt"
+        if run.paper.key in self.broken and not self.keep_going:
+            return f"after another run of {run.paper.notebook.name} failed (--keep-going runs it)"
+        return ""

@@ -33,7 +33,7 @@ from distributed.core import Status
 
 from dfqlib import plan, profiles
 from dfqlib.errors import UserError
-from dfqlib.execution import Machine, OnCell, OnStart, Outcome, put_in_place
+from dfqlib.execution import Machine, Outcome, Turn, put_in_place
 from dfqlib.plan import PlannedRun, code_identity, data_folder, weights_file
 
 ANSWER = 10  # seconds in which a scheduler has to answer the first time
@@ -62,8 +62,7 @@ class Order:
 class _Sent:
     """A run on its way: whom to tell about it, and the task it is."""
 
-    on_start: OnStart
-    on_cell: OnCell
+    turn: Turn
     task: Future | None = None
     started: bool = False
 
@@ -109,9 +108,9 @@ class Cluster:
             Event(self._topic, client=self._client).set()
             self._client.cancel([sent.task for sent in self._sent if sent.task and not sent.started])
 
-    def execute(self, run: PlannedRun, results: Path, force: bool, on_start: OnStart, on_cell: OnCell) -> Outcome:
+    def execute(self, run: PlannedRun, results: Path, force: bool, turn: Turn) -> Outcome:
         """Have a worker execute the run; again, if the scheduler loses it."""
-        sent = _Sent(on_start, on_cell)
+        sent = _Sent(turn)
         with self._lock:
             number = len(self._sent)
             self._sent.append(sent)
@@ -132,7 +131,7 @@ class Cluster:
                 continue
             if archive:
                 fetch(outcome, archive, results)
-            if outcome.state != "stopped" or self._stopping:
+            if outcome.state not in ("stopped", "skipped") or self._stopping:
                 return outcome  # otherwise its worker was told to end, and another one goes on
         return Outcome(run, "stopped", "interrupted")
 
@@ -158,9 +157,9 @@ class Cluster:
         sent = self._sent[event[1]["number"]]
         if "cells" in event[1]:
             sent.started = True
-            sent.on_start(event[1]["cells"], Path(event[1]["file"]))
+            sent.turn.on_start(event[1]["cells"], Path(event[1]["file"]))
         else:
-            sent.on_cell()
+            sent.turn.on_cell()
 
     def _workers(self) -> list[dict[str, Any]]:
         return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
@@ -223,7 +222,7 @@ def _work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
         worker.log_event(order.topic, {"number": order.number})
 
     with _stopped_by(order.topic, machine):
-        outcome = machine.execute(run, results, order.force, on_start, on_cell)
+        outcome = machine.execute(run, results, order.force, Turn(on_start, on_cell))
     if order.shared:
         return outcome, None
     final = run.folder(results)

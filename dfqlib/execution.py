@@ -18,13 +18,15 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from filelock import FileLock, Timeout
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from nbconvert import HTMLExporter
 
 EXPORTING = threading.Lock()
+#: jsonschema, which checks notebooks, imports this if it is there, and that takes a second or two for a parser of URLs.
+ADDRESSES = "rfc3987_syntax"
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
 MACHINE = platform.node().replace(".", "-")
 OWNER = f"{MACHINE}-{os.getpid()}"
@@ -54,7 +58,6 @@ class Outcome:
     run: PlannedRun
     state: str
     message: str = ""
-    seconds: float = 0.0
 
 
 class KernelFailure(Exception):
@@ -65,16 +68,76 @@ class KernelFailure(Exception):
         self.details = details
 
 
-class Machine:
-    """This machine with up to ``jobs`` runs at once, each of which gets its share of the cores.
+class NotBegun(Exception):
+    """A run that was prepared and should not begin any more, for the reason given."""
 
-    Fine-tunings write a checkpoint every ``checkpoint_every`` seconds. ``variables`` are added to the environment of
-    every kernel; ``locations`` are parameters that say where something is on this machine.
+
+class Turn:
+    """A run's turn to compute: whom to tell of its start and its cells, and what it holds meanwhile.
+
+    It begins after the turn ``before`` it, unless that is passed, and asks ``why_not`` for a reason not to begin. As a
+    context manager it lets go of what it holds: after the last cell, or if that is not reached or fails, at the exit.
+    """
+
+    def __init__(
+        self, on_start: OnStart, on_cell: OnCell, why_not: Callable[[], str] = str, before: Turn | None = None
+    ) -> None:
+        self.on_start, self.on_cell, self.why_not = on_start, on_cell, why_not
+        self.passed = threading.Event()
+        self._before = before.passed if before else None
+        self._held = contextlib.ExitStack()
+        self._cells = 0  # still to do
+        self._began = self._ended = 0.0
+
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.passed.set()
+        self._held.close()
+
+    def begin(self, place: AbstractContextManager, cells: int, progress_file: Path) -> None:
+        """Wait for ``place`` and hold it; NotBegun if by then there is a reason not to begin."""
+        if self._before:
+            self._before.wait()
+        self._held.enter_context(place)
+        self.passed.set()
+        if why := self.why_not():
+            raise NotBegun(why)
+        self.on_start(cells, progress_file)
+        self._cells, self._began = cells, time.monotonic()
+
+    def cell_ends(self, execute_reply: dict[str, Any], **_: Any) -> None:
+        """What nbclient calls after each code cell."""
+        self.on_cell()
+        self._cells -= 1
+        self._ended = time.monotonic()
+        if not self._cells and execute_reply["content"]["status"] == "ok":
+            self._held.close()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the notebook's first cell was reached."""
+        return self._began > 0
+
+    @property
+    def seconds(self) -> float:
+        """How long a notebook computed that reached its end."""
+        return self._ended - self._began
+
+
+class Machine:
+    """This machine with up to ``jobs`` runs computing at once, each of which gets its share of the cores.
+
+    It takes one more, so that kernels are started, and results written, while ``jobs`` notebooks compute. Fine-tunings
+    write a checkpoint every ``checkpoint_every`` seconds. ``variables`` are added to the environment of every kernel;
+    ``locations`` are parameters that say where something is on this machine.
     """
 
     def __init__(self, jobs: int, checkpoint_every: int = 60) -> None:
         # The same for one run as for many, so that what runs beside a run does not change its last digits.
-        self.jobs = self.places = jobs
+        self.jobs, self.places = jobs + 1, jobs
+        self.free = threading.Semaphore(jobs)
         self.threads = max(1, kernels.cores() // jobs)
         self.variables = {CHECKPOINT_SECONDS: str(checkpoint_every)}
         self.locations: dict[str, str] = {}
@@ -92,25 +155,38 @@ class Machine:
         for kernel in list(self.kernels):
             kernel.kill()
 
-    def execute(self, run: PlannedRun, results: Path, force: bool, on_start: OnStart, on_cell: OnCell) -> Outcome:
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the places; who has to wait for it uses the time to make the first page quick."""
+        if not self.free.acquire(blocking=False):
+            with EXPORTING:
+                html_exporter()
+            self.free.acquire()
+        try:
+            yield
+        finally:
+            self.free.release()
+
+    def execute(self, run: PlannedRun, results: Path, force: bool, turn: Turn) -> Outcome:
         """Execute one notebook into its folder in ``results``; with ``force`` also if that is there."""
         final = run.folder(results)
         final.parent.mkdir(parents=True, exist_ok=True)
-        with self.alone(final) as locked:
+        with self.alone(final, turn) as locked:
             if not locked:
                 return Outcome(run, "stopped", "interrupted while another process made it")
             if complete(final) and not force:  # by another process, meanwhile
                 return Outcome(run, "found", str(final))
-            return self._execute(run, final, force, on_start, on_cell)
+            return self._execute(run, final, force, turn)
 
     @contextlib.contextmanager
-    def alone(self, final: Path) -> Iterator[bool]:
-        """Hold the lock on a run's place; False if the batch is stopped before another process gives it free."""
+    def alone(self, final: Path, turn: Turn) -> Iterator[bool]:
+        """Hold the lock on a run's folder; False if the batch is stopped before another process gives it free."""
         lock = FileLock(final.with_name(f".{final.name}.lock"))
         while not self.stopping:
             try:
                 lock.acquire(timeout=0.5)
             except Timeout:
+                turn.passed.set()  # other runs need not wait for another process
                 continue
             break
         try:
@@ -120,7 +196,7 @@ class Machine:
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
-    def _execute(self, run: PlannedRun, final: Path, force: bool, on_start: OnStart, on_cell: OnCell) -> Outcome:
+    def _execute(self, run: PlannedRun, final: Path, force: bool, turn: Turn) -> Outcome:
         unfinished = final.with_name(f"{final.name}.unfinished")
         checkpoints = final.with_name(f".{final.name}.checkpoints")
         if force:
@@ -128,15 +204,15 @@ class Machine:
         remove_orphans(final)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
         partial.chmod(0o755)
-        set_aside(final)
-        began = time.monotonic()
         progress_file = partial / "progress.json"
-        on_start(len(notebook_cells(run.paper.notebook)) + 1, progress_file)  # papermill adds one with the parameters
         try:
-            self._run_notebook(run, partial, progress_file, checkpoints, on_cell)
-            seconds = time.monotonic() - began
-            stamp(run, partial, seconds)
+            self._run_notebook(run, partial, progress_file, checkpoints, turn)
+            stamp(run, partial, turn.seconds)
+            set_aside(final)
             put_in_place(partial, final)
+        except NotBegun as why:
+            shutil.rmtree(partial, ignore_errors=True)
+            return Outcome(run, "skipped", str(why))
         except (KernelFailure, OSError) as error:
             line = "interrupted" if self.stopping else str(error)
             details = line + "\n" if self.stopping else getattr(error, "details", line + "\n")
@@ -147,19 +223,18 @@ class Machine:
             shutil.rmtree(unfinished, ignore_errors=True)
             partial.rename(unfinished)
             message = f"{line}; what it did is in {unfinished}"
-            return Outcome(run, "stopped" if self.stopping else "failed", message, time.monotonic() - began)
+            return Outcome(run, "stopped" if self.stopping else "failed", message)
         for leftover in (unfinished, checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
-        return Outcome(run, "done", str(final), seconds)
+        return Outcome(run, "done", str(final))
 
-    def _run_notebook(
-        self, run: PlannedRun, partial: Path, progress_file: Path, checkpoints: Path, on_cell: OnCell
-    ) -> None:
+    def _run_notebook(self, run: PlannedRun, partial: Path, progress_file: Path, checkpoints: Path, turn: Turn) -> None:
         """Execute the notebook with its parameters into ``partial``, and write it as a page too.
 
-        Raises KernelFailure if it does not reach its end.
+        Raises KernelFailure if it does not reach its end, NotBegun if it should not begin.
         """
         # Here, since they take seconds that --list and a finished batch need not wait for.
+        sys.modules.setdefault(ADDRESSES, None)
         import papermill
         from nbclient.exceptions import DeadKernelError
 
@@ -169,6 +244,8 @@ class Machine:
         variables = {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)} | self.variables
         variables[OFF_VARIABLE] = run.depends.get("without", "")
         folder = run.paper.notebook.parent
+        cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
+        begin = functools.partial(turn.begin, self.place(), cells, progress_file)
         manager = kernels.kernel_manager(folder, variables, log, self.threads, self.forks, self.kernels)
         try:
             papermill.execute_notebook(
@@ -180,14 +257,19 @@ class Machine:
                 progress_bar=False,
                 kernel_manager_class=manager,
                 shutdown_kernel="immediate",
-                on_cell_executed=lambda **_: on_cell(),
+                on_cell_start=lambda cell_index, **_: None if cell_index else begin(),  # now the kernel is ready
+                on_cell_executed=turn.cell_ends,
             )
             write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
+        except NotBegun:
+            raise
         except papermill.PapermillExecutionError as error:
             # The kit's own refusals are sentences; other errors need their type to be understood.
             sentence = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
             raise KernelFailure(sentence.splitlines()[0], FORMATTING.sub("", str(error))) from None
         except Exception as error:
+            if self.stopping and not turn.begun:
+                raise NotBegun("after the interrupt") from error
             tail = log.read_text(errors="replace")[-4000:]
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
@@ -202,10 +284,13 @@ def as_page(notebook: Path) -> str:
 
 @functools.cache
 def html_exporter() -> HTMLExporter:
-    """nbconvert's exporter; it compiles its templates for the first notebook, which takes longer than the rest."""
+    """nbconvert's exporter after a first small page, for which it loads and compiles for seconds."""
     from nbconvert import HTMLExporter
+    from nbformat import v4
 
-    return HTMLExporter()
+    exporter = HTMLExporter()
+    exporter.from_notebook_node(v4.new_notebook(cells=[v4.new_code_cell("1")]))
+    return exporter
 
 
 def set_aside(final: Path) -> None:

@@ -50,6 +50,9 @@ def warm_up(modules: Iterable[str], threads: int) -> bool:
     if not FORKS:
         return False
     names = {"ipykernel.kernelapp", "ipykernel.debugger", *modules}  # a kernel imports the debugger as it starts
+    # A fork runs the main program's file, as far as its imports and definitions, unless it was preloaded, which Python
+    # before 3.14 forgets.
+    names.update(name for name in sys.modules if name.partition(".")[0] in ("dfqlib", "rich"))
     if "torch" in names:
         names.add("torch._dynamo")  # which torch imports when the first optimizer is made
     before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)

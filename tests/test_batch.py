@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import threading
 
 import pytest
 from rich.console import Console
@@ -11,6 +13,7 @@ from stub_kit import write_kit
 
 from dfqlib import execution, plan, preflight, profiles, progress, published
 from dfqlib.errors import UserError
+from dfqlib.execution import Turn
 from dfqlib.plan import Selection
 from dfqlib.screen import Line, Screen
 
@@ -156,6 +159,24 @@ def test_makespan_takes_the_longest_first():
 def test_run_id_is_a_folder_name(kit):
     (run,) = plan.plan(Selection("paper", papers=["zeroq"], models=["torchvision/resnet18"]))
     assert run.id.startswith("imagenet-torchvision_resnet18-s0-") and "/" not in run.id
+
+
+def test_turns_begin_in_order_unless_one_is_left(tmp_path):
+    begun, turn, threads = [], None, []
+    for number in range(4):
+        turn = Turn(lambda *_, number=number: begun.append(number), print, before=turn)
+        threads.append(threading.Thread(target=turn.begin, args=(contextlib.nullcontext(), 1, tmp_path)))
+        if number == 1:
+            left = turn
+    for number in (3, 2, 0):  # those that come later are ready earlier
+        threads[number].start()
+    threads[0].join()
+    assert begun == [0]
+    with left:
+        pass
+    for thread in threads[2:]:
+        thread.join()
+    assert begun == [0, 2, 3]
 
 
 @pytest.mark.parametrize("older", [True, False])

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
+from dfqlib import execution
 from dfqlib.kernels import cores
 
 
@@ -188,14 +190,18 @@ def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop, background):
     assert (results / "tables" / "zeroq.csv").is_file()
 
 
-def test_an_interrupt_stops_every_run_at_work(kit, tmp_path):
-    write_kit(kit, zeroq=f"import time\nopen(r'{tmp_path}' + f'/{{seed}}', 'w').close()\ntime.sleep(600)")
-    process = start(tmp_path / "results", "--seeds", "0", "1", "--jobs", "2")
-    wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+def test_an_interrupt_stops_every_run_at_work_and_no_other_begins(kit, tmp_path):
+    folder, results = tmp_path / "begun", tmp_path / "results"
+    folder.mkdir()
+    write_kit(kit, zeroq=f"import time\nopen({str(folder)!r} + f'/{{seed}}', 'w').close()\ntime.sleep(600)")
+    process = start(results, "--papers", "zeroq", "--seeds", "0", "1", "2", "3", "--jobs", "2")
+    wait_for(lambda: len(list(folder.iterdir())) == 2)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert printed.count(": stopped") == 2 and printed.count(": skipped") == 2
+    assert printed.count(": starts") == printed.count(": stopped") == printed.count(": skipped") == 2
+    assert len(run_folders(results)) == len(run_folders(results, ".unfinished")) == 2
+    assert not list(results.glob("quick/zeroq/.*.partial"))
 
 
 def test_runs_at_once_share_the_cores(kit, tmp_path, monkeypatch):
@@ -213,6 +219,55 @@ while not (folder / "{other}").exists():
     write_kit(kit, body.format(mine="a", other="b", **own), body.format(mine="b", other="a", **own))
     assert call(tmp_path / "results", "--jobs", "2") == 0
     assert {int((tmp_path / name).read_text()) for name in "ab"} == {max(1, cores() // 2)}
+
+
+PREPARED = """
+import os, pathlib, time
+folder, begun = pathlib.Path({folder!r}), len(list(pathlib.Path({folder!r}).glob("begun *")))
+(folder / f"begun {{seed}}").touch()
+(folder / "at work").mkdir()  # fails if another notebook is at work
+notebooks = list(pathlib.Path(out).parent.glob(".*.partial/notebook.ipynb"))
+deadline = time.monotonic() + 60
+while begun == 0 and sum('"status": "running"' in file.read_text() for file in notebooks) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+    notebooks = list(pathlib.Path(out).parent.glob(".*.partial/notebook.ipynb"))
+"""
+
+
+def test_a_run_is_prepared_while_another_computes_and_begins_when_that_is_put_away(kit, tmp_path, monkeypatch, capsys):
+    """The first of two notebooks waits until the other is at its first cell, its page until the other goes on there."""
+    write_kit(kit, zeroq=PREPARED.format(folder=str(tmp_path)) + "time.sleep(0.5)\n(folder / 'at work').rmdir()")
+    as_page = execution.as_page
+
+    def late(notebook: Path) -> str:
+        wait_for(lambda: len(list(tmp_path.glob("begun *"))) == 2)
+        return as_page(notebook)
+
+    monkeypatch.setattr(execution, "as_page", late)
+    assert call(tmp_path / "results", "--papers", "zeroq", "--seeds", "0", "1", "--jobs", "1") == 0
+    seconds = [
+        json.loads(path.read_text())["run"]["seconds"] for path in tmp_path.glob("results/quick/zeroq/*/metrics.json")
+    ]
+    assert len(seconds) == 2 and min(seconds) >= 0.5
+
+
+def test_a_prepared_run_is_skipped_after_a_failure_and_leaves_nothing(kit, tmp_path, capsys):
+    body = """
+import psutil
+mine, kernels = psutil.Process(), psutil.Process().parent().children()
+others = [str(kernel.pid) for kernel in kernels if kernel != mine]
+(folder / "others").write_text(" ".join(others))
+1 / 0"""
+    write_kit(kit, zeroq=PREPARED.format(folder=str(tmp_path)) + body)
+    results = tmp_path / "results"
+    assert call(results, "--papers", "zeroq", "--seeds", "0", "1", "--jobs", "1") == 1
+    printed = capsys.readouterr().out
+    assert printed.count(": starts") == printed.count(": failed") == printed.count(": skipped after another run") == 1
+    assert len(run_folders(results)) == len(run_folders(results, ".unfinished")) == 1
+    assert not list(results.glob("quick/zeroq/.*.partial"))
+    (other,) = (tmp_path / "others").read_text().split()
+    assert not psutil.pid_exists(int(other))
 
 
 def test_a_batch_that_is_killed_leaves_no_kernel_and_nothing_behind_the_next_call(kit, tmp_path):
