@@ -9,7 +9,9 @@ import random
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import pandas as pd
 import psutil
 import pytest
@@ -21,10 +23,13 @@ from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import Diverged
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS
 from dfqlib.finetune import Batch, Checkpoint, FirstThen, finetune
-from dfqlib.plan import broken_files, read_metrics
+from dfqlib.plan import Selection, broken_files, notebook_sources, plan, read_metrics
 from dfqlib.saft import Seen
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up, finite_numbers, kept
+
+
+matplotlib.use("Agg")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -322,11 +327,17 @@ def test_a_students_term_is_named_before_a_checkpoint_of_it_is_written(tmp_path)
     assert load_checkpoint(checkpoint.path, {})["drawn"] == 4
 
 
-def test_the_real_notebook_names_what_diverged(tmp_path, capsys, monkeypatch):
+def test_the_real_notebook_names_what_diverged(tmp_path, monkeypatch):
+    """Its cells one after the other, up to the one that cannot go on; a batch tells of that as in the test above."""
     monkeypatch.delenv("DFQ_PROFILES", raising=False)
-    arguments = ["--profile", "smoke", "--papers", "gdfq", "--set", "student_lr=1e3", "iterations=12", "device=cpu"]
-    assert call(tmp_path, *arguments) == 1
-    printed = capsys.readouterr().out
-    assert "student 'w4a4' diverged: its loss is nan (CE is nan, KL is nan) at iteration" in printed
-    (folder,) = tmp_path.glob("smoke/gdfq/*.unfinished")
-    assert "lower its lr" in (folder / "error.txt").read_text()
+    settings = {"student_lr": "1e3", "iterations": "12", "device": "cpu"}
+    (run,) = plan(Selection("smoke", papers=["gdfq"], settings=settings))
+    parameters, *cells = notebook_sources(run.paper.notebook)
+    names: dict[str, Any] = {}
+    exec(parameters, names)
+    names |= run.parameters | {"out": str(tmp_path)}
+    sentence = r"student 'w4a4' diverged: its loss is nan \(CE is nan, KL is nan\) at iteration \d+; lower its lr\."
+    with matplotlib.rc_context(), pytest.raises(Diverged, match=sentence):
+        for cell in cells:
+            exec(cell, names)
+    assert "history" not in names and "students" in names
