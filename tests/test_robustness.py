@@ -28,7 +28,6 @@ from dfqlib.saft import Seen
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up, finite_numbers, kept
 
-
 matplotlib.use("Agg")
 
 
