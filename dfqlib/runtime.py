@@ -63,7 +63,8 @@ def describe_hardware(device: torch.device) -> str:
     """One line: the accelerator's name, or the processor's name and the number of threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def processor_name() -> str:
