@@ -58,7 +58,12 @@ def test_device_auto_is_one_torch_has_and_absent_ones_are_refused():
         pick_device("gpu")
     with pytest.raises(UserError, match=r"device='c(uda|pu):99'"):
         pick_device("cuda:99" if not torch.cuda.is_available() else "cpu:99")
-    assert describe_hardware(torch.device("cpu")).endswith("threads")
+
+
+@pytest.mark.parametrize(("threads", "told"), [(1, ", 1 thread"), (2, ", 2 threads")])
+def test_a_processor_is_told_with_its_threads(threads, told, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert describe_hardware(torch.device("cpu")).endswith(told)
 
 
 def test_a_seed_repeats_the_numbers():
