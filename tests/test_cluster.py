@@ -102,12 +102,10 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
     try:
         wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 2, 300)
         processes.kill(processes.workers[0])
-        processes.start_worker()
         wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 5, 300)
         processes.kill(processes.scheduler)
         processes.start_scheduler()
-        for _ in range(2):  # as a job queue does: workers end with their scheduler
-            processes.start_worker()
+        processes.start_worker()  # as a job queue does: workers end with their scheduler
         printed, errors = batch.communicate(timeout=600)
     finally:
         batch.kill()
