@@ -39,6 +39,7 @@ from dfqlib.progress import FILE_VARIABLE
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
+    from nbformat import NotebookNode
 
 EXPORTING = threading.Lock()
 #: jsonschema, which checks notebooks, imports this if it is there, and that takes a second or two for a parser of URLs.
@@ -245,6 +246,7 @@ class Machine:
         variables[OFF_VARIABLE] = run.depends.get("without", "")
         folder = run.paper.notebook.parent
         cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
+        begun: list[NotebookNode] = []
         begin = functools.partial(turn.begin, self.place(), cells, progress_file)
         manager = kernels.kernel_manager(folder, variables, log, self.threads, self.forks, self.kernels)
         try:
@@ -255,6 +257,8 @@ class Machine:
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
+                request_save_on_cell_execute=False,  # twice for each cell, it takes longer than many of them
+                on_notebook_start=lambda notebook: begun.append(notebook),
                 kernel_manager_class=manager,
                 shutdown_kernel="immediate",
                 on_cell_start=lambda cell_index, **_: None if cell_index else begin(),  # now the kernel is ready
@@ -270,6 +274,8 @@ class Machine:
         except Exception as error:
             if self.stopping and not turn.begun:
                 raise NotBegun("after the interrupt") from error
+            for notebook in begun:  # as far as it came
+                papermill.iorw.write_ipynb(notebook, os.fspath(partial / NOTEBOOK))
             tail = log.read_text(errors="replace")[-4000:]
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"

@@ -127,6 +127,10 @@ def test_a_kernel_that_dies_is_reported(kit, tmp_path, capsys):
     write_kit(kit, zeroq="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert call(tmp_path / "results", "--papers", "zeroq") == 1
     assert "the kernel died" in capsys.readouterr().out
+    (notebook,) = tmp_path.glob("results/quick/zeroq/*.unfinished/notebook.ipynb")
+    cells = json.loads(notebook.read_text())["cells"]
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts[:2] == [1, 2] and counts[3] is None
 
 
 def test_a_notebook_that_saves_nothing_is_no_result(kit, tmp_path, capsys):
@@ -223,20 +227,30 @@ while not (folder / "{other}").exists():
 
 PREPARED = """
 import os, pathlib, time
-folder, begun = pathlib.Path({folder!r}), len(list(pathlib.Path({folder!r}).glob("begun *")))
+folder = pathlib.Path({folder!r})
 (folder / f"begun {{seed}}").touch()
 (folder / "at work").mkdir()  # fails if another notebook is at work
-notebooks = list(pathlib.Path(out).parent.glob(".*.partial/notebook.ipynb"))
 deadline = time.monotonic() + 60
-while begun == 0 and sum('"status": "running"' in file.read_text() for file in notebooks) < 2:
+while len(list(folder.glob("ready *"))) < 2:
     assert time.monotonic() < deadline
     time.sleep(0.05)
-    notebooks = list(pathlib.Path(out).parent.glob(".*.partial/notebook.ipynb"))
 """
 
 
-def test_a_run_is_prepared_while_another_computes_and_begins_when_that_is_put_away(kit, tmp_path, monkeypatch, capsys):
-    """The first of two notebooks waits until the other is at its first cell, its page until the other goes on there."""
+@pytest.fixture
+def ready(tmp_path, monkeypatch):
+    """Runs whose kernels are ready leave a file in the folder."""
+    begin = execution.Turn.begin
+
+    def leave_file(turn: execution.Turn, *arguments: object) -> None:
+        (tmp_path / f"ready {id(turn)}").touch()
+        begin(turn, *arguments)
+
+    monkeypatch.setattr(execution.Turn, "begin", leave_file)
+
+
+def test_a_run_is_prepared_while_another_computes_and_begins_when_that_is_put_away(kit, tmp_path, monkeypatch, ready):
+    """The first of two notebooks waits until the other is ready to begin, its page until the other has begun."""
     write_kit(kit, zeroq=PREPARED.format(folder=str(tmp_path)) + "time.sleep(0.5)\n(folder / 'at work').rmdir()")
     as_page = execution.as_page
 
@@ -252,7 +266,7 @@ def test_a_run_is_prepared_while_another_computes_and_begins_when_that_is_put_aw
     assert len(seconds) == 2 and min(seconds) >= 0.5
 
 
-def test_a_prepared_run_is_skipped_after_a_failure_and_leaves_nothing(kit, tmp_path, capsys):
+def test_a_prepared_run_is_skipped_after_a_failure_and_leaves_nothing(kit, tmp_path, capsys, ready):
     body = """
 import psutil
 mine, kernels = psutil.Process(), psutil.Process().parent().children()
