@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -26,6 +27,8 @@ STYLES = {
     "stopped": "yellow",
     "skipped": "yellow",
 }
+#: What is shown first where not every run has a line.
+RANKS = ("runs", "failed", "stopped", "waits", "done", "skipped", "found")
 
 
 @dataclass
@@ -70,15 +73,15 @@ class Line:
 class Screen:
     """Shows the lines while the batch runs; a context manager.
 
-    In a terminal they are drawn again four times a second, in place. On a pipe a line is printed when a run starts,
-    every half minute while it goes on, and when it ends.
+    In a terminal they are drawn again four times a second, in place, as many as it has room for. On a pipe a line is
+    printed when a run starts, every half minute while it goes on, and when it ends.
     """
 
     def __init__(self, console: Console, names: list[str]) -> None:
         self.console = console
         self.lines = [Line(name) for name in names]
         self._live = (
-            Live(get_renderable=self._table, console=console, refresh_per_second=4) if console.is_terminal else None
+            Live(get_renderable=self._picture, console=console, refresh_per_second=4) if console.is_terminal else None
         )
         self._stop = threading.Event()
 
@@ -126,9 +129,18 @@ class Screen:
                 if line.state == "runs":
                     self._print(index, f"{line.activity()} {line.elapsed()}")
 
-    def _table(self) -> Table:
+    def _picture(self) -> Group:
+        room = max(1, self.console.height - 2)  # lines: one for the sums, one for the cursor
+        if len(self.lines) <= room:
+            return Group(self._table(self.lines))
+        numbers = sorted(range(len(self.lines)), key=lambda index: RANKS.index(self.lines[index].state))
+        counts = Counter(line.state for line in self.lines)
+        summary = ", ".join(f"{state} {counts[state]}" for state in RANKS if counts[state])
+        return Group(self._table([self.lines[index] for index in sorted(numbers[:room])]), Text(summary, "dim"))
+
+    def _table(self, lines: list[Line]) -> Table:
         table = Table.grid(padding=(0, 1))
-        for line in self.lines:
+        for line in lines:
             style = STYLES[line.state]
             full = line.state in ("done", "found")
             bar = ProgressBar(total=1.0, completed=1.0 if full else line.fraction(), width=16)

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 from stub_kit import write_kit
 
 from dfqlib import execution, plan, preflight, profiles, progress, published
@@ -224,6 +225,20 @@ def test_fraction_counts_cells_and_their_loops(tmp_path):
     file.write_text(json.dumps([{"label": "a", "done": 1, "total": 2}, {"label": "b", "done": 5, "total": 10}]))
     assert line.fraction() == (1 + 0.5 + 0.25) / 4
     assert line.activity() == "cell 2/4, a 1/2, b 5/10"
+
+
+def test_a_small_terminal_shows_what_matters_first(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=12)
+    screen = Screen(console, [f"run{index}." for index in range(50)])
+    for index in (3, 40):
+        screen.start(index, 3, tmp_path / "progress.json")
+    screen.end(45, "failed", "why")
+    for index in range(20, 30):
+        screen.end(index, "done", "there")
+    console.print(screen._picture())
+    *shown, summary = Text.from_ansi(console.file.getvalue()).plain.splitlines()
+    assert [line.split()[1] for line in shown] == [f"run{index}." for index in (*range(8), 40, 45)]
+    assert summary == "runs 2, failed 1, waits 37, done 10"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
