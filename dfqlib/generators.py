@@ -25,7 +25,8 @@ class UpsampleConv2d(nn.Conv2d):
         if not uses("folded_upsampling"):
             return super().forward(F.interpolate(x, scale_factor=2))
         kernel = spread(spread(self.weight, dim=2), dim=3).transpose(0, 1)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        # The bias is added apart: within the convolution a CPU takes as long for its gradient as for that of the weights.
+        return F.conv_transpose2d(x, kernel, stride=2, padding=1).add_(self.bias.view(-1, 1, 1))
 
 
 def spread(weight: Tensor, dim: int) -> Tensor:
