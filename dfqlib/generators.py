@@ -25,7 +25,7 @@ class UpsampleConv2d(nn.Conv2d):
         if not uses("folded_upsampling"):
             return super().forward(F.interpolate(x, scale_factor=2))
         kernel = spread(spread(self.weight, dim=2), dim=3).transpose(0, 1)
-        # The bias is added apart: within the convolution a CPU takes as long for its gradient as for that of the weights.
+        # The bias is added apart: within the convolution its gradient takes a CPU as long as that of the weights.
         return F.conv_transpose2d(x, kernel, stride=2, padding=1).add_(self.bias.view(-1, 1, 1))
 
 
