@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -280,4 +281,6 @@ def show(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # or Python looks through all of pandas and matplotlib before it ends, for a second
+    sys.exit(code)
