@@ -149,7 +149,7 @@ class Machine:
         """Make kernels for ``runs`` quick to start; to be called in the main thread."""
         modules = set().union(*(imports_of(notebook) for notebook in {run.paper.notebook for run in runs}))
         self.forks = kernels.warm_up(modules, self.threads)
-        # A notebook takes its first steps while another's page is written: 5 ms of waiting for that at each step is much.
+        # A notebook begins while another's page is written, and would wait 5 ms for that at each of its first steps.
         sys.setswitchinterval(0.0005)
 
     def stop(self) -> None:
