@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import Client
 from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
 from dfqlib import cluster, plan, preflight
@@ -34,10 +35,10 @@ class Processes:
     def start_scheduler(self) -> subprocess.Popen:
         return self._start("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
 
-    def start_worker(self) -> subprocess.Popen:
-        name = f"worker{len(self.alive)}"
-        options = ["--nthreads", "1", "--no-dashboard", "--local-directory", str(self.folder / name)]
-        return self._start("worker", self.address, *options)
+    def start_worker(self, threads: int = 1, *options: str) -> subprocess.Popen:
+        folder = str(self.folder / f"worker{len(self.alive)}")
+        settings = ["--nthreads", str(threads), "--no-dashboard", "--local-directory", folder]
+        return self._start("worker", self.address, *settings, *options)
 
     def _start(self, *arguments: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "dask", *arguments]
@@ -115,6 +116,19 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
         f"end {seed}": 1 for seed in seeds
     }
     assert printed.count(": done") + printed.count(": found") == 12
+
+
+def test_a_gpu_takes_one_run_at_a_time(kit, tmp_path, processes):
+    """Its worker has threads for two; workers without one take none."""
+    processes.start_worker(2, "--resources", "GPU=1")
+    with Client(processes.address) as client:
+        client.wait_for_workers(3, timeout=300)
+    write_kit(kit, zeroq=diary(tmp_path, seconds=0.5))
+    options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address]
+    assert call(tmp_path / "results", *options, "--seeds", "0", "1", "2") == 0
+    lines = (tmp_path / "diary").read_text().splitlines()
+    assert sorted(lines[::2]) == ["begin 0", "begin 1", "begin 2"]
+    assert [f"begin {line.removeprefix('end ')}" for line in lines[1::2]] == lines[::2]
 
 
 def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):
