@@ -156,15 +156,11 @@ pathlib.Path(out, "numbers.json").write_text(json.dumps([began_at, numbers]))
 """
 
 
-def test_a_run_killed_at_a_random_point_and_called_again_ends_with_the_same_numbers(kit, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    with monkeypatch.context() as patch:
-        patch.setenv(CHECKPOINTS, str(whole))
-        exec(TUNING, {"seed": 0, "out": str(whole)})
-
+def test_a_run_killed_at_a_random_point_and_called_again_ends_with_the_same_numbers(kit, tmp_path):
     write_kit(kit, zeroq=TUNING)
     arguments = ["--papers", "zeroq", "--checkpoint-every", "0"]
+    assert call(tmp_path / "whole", *arguments) == 0
+
     results, point = tmp_path / "killed", random.Random(5).randrange(1, 25)
     process = start(results, *arguments)
     files = functools.partial(results.glob, "quick/zeroq/.*.checkpoints/tuning.ckpt")
@@ -175,7 +171,7 @@ def test_a_run_killed_at_a_random_point_and_called_again_ends_with_the_same_numb
     assert not list(results.glob("quick/zeroq/[!.]*"))
     assert call(results, *arguments) == 0
 
-    ends = [whole / "numbers.json", next(results.glob("quick/zeroq/*/numbers.json"))]
+    ends = [next(tmp_path.glob(f"{name}/quick/zeroq/*/numbers.json")) for name in ("whole", "killed")]
     (from_nothing, numbers), (from_checkpoint, same) = (json.loads(end.read_text()) for end in ends)
     assert from_nothing == 0 and point <= from_checkpoint < 30
     assert numbers == same and len(numbers["losses"]["s"]) == 28
