@@ -19,7 +19,7 @@ from dfqlib import data, dsg, gdfq, hast, qimera, saft, zeroq
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import check_choice, check_range, parse_bits
 from dfqlib.finetune import Checkpoint, GeneratorStream, ImageStream, Stream, Student, finetune
-from dfqlib.models import Teacher
+from dfqlib.models import Teacher, images_per_pass
 from dfqlib.progress import track
 from dfqlib.views import Viewer
 
@@ -109,7 +109,7 @@ def make_students(
 def top_class(teacher: Teacher, images: Tensor) -> Tensor:
     """Labels (N,) for images (N, 3, H, W) that nobody asked a class of: what the teacher takes them for."""
     with torch.no_grad():
-        return torch.cat([teacher.network(part).argmax(1) for part in images.split(250)])
+        return torch.cat([teacher.network(part).argmax(1) for part in images.split(images_per_pass(images.shape[-1]))])
 
 
 def _noise(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:

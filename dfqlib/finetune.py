@@ -25,6 +25,7 @@ from dfqlib.losses import generator_loss, student_loss
 from dfqlib.progress import track
 from dfqlib.quantize import observing
 from dfqlib.runtime import channels_last, fused
+from dfqlib.scaling import scale_weights
 from dfqlib.statistics import BatchNormInputs
 from dfqlib.terms import add_up, finite_numbers, kept, numbers
 
@@ -409,6 +410,7 @@ class _Tuner:
     def __init__(self, student: Student) -> None:
         check_choice("decay", student.decay, DECAYS)
         self.student = student
+        self.network = scale_weights(student.network)  # the same parameters, trained faster
         self.optimizer = torch.optim.SGD(
             student.network.parameters(),
             lr=student.lr,
@@ -421,8 +423,8 @@ class _Tuner:
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
-        with observing(self.student.network):
-            self.student.network(batch.images)
+        with observing(self.network):
+            self.network(batch.images)
 
     def step(self, batch: Batch, progress: float, training_progress: float) -> None:
         """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
@@ -432,7 +434,7 @@ class _Tuner:
             factor = decay_factor(student.decay, progress if stepwise else training_progress)
             group["lr"] = student.lr * factor
         self.optimizer.zero_grad()
-        loss = student.loss(student.network, batch)
+        loss = student.loss(self.network, batch)
         loss.backward()
         self.optimizer.step()
         self.losses.append(kept(loss))

@@ -58,9 +58,9 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         return network
     if not _keep_tensors(folded):
         return network
-    calls = Counter(node.target for node in folded.graph.nodes if node.op == "call_module")
+    calls = Counter(node.target for node in folded.graph.nodes)
     for node in folded.graph.nodes:
-        if node.op != "call_module" or not _may_fold(folded, node, calls):
+        if not _may_fold(folded, node, calls):
             continue
         (source,) = node.all_input_nodes
         convolution, norm = folded.get_submodule(source.target), folded.get_submodule(node.target)
@@ -87,14 +87,24 @@ def _keep_tensors(network: fx.GraphModule) -> bool:
 
 
 def _may_fold(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> bool:
-    """Whether ``node`` is a batch norm, called once, behind a convolution that is called once and for it alone."""
-    norm, sources = network.get_submodule(node.target), node.all_input_nodes
+    """Whether ``node`` is a batch norm behind a convolution of its own, with gains that leave enough digits."""
+    if not follows_alone(network, node, calls):
+        return False
+    norm = network.get_submodule(node.target)
+    return bool((norm.weight.abs() > SMALLEST_GAIN * norm.bias.abs()).all())
+
+
+def follows_alone(network: fx.GraphModule, node: fx.Node, calls: Counter[object]) -> bool:
+    """Whether ``node`` is a batch norm, called once, behind a convolution that is called once and for it alone.
+
+    ``calls`` counts the targets of the graph's nodes.
+    """
+    norm = network.get_submodule(node.target) if node.op == "call_module" else None
     if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.running_mean is None:
         return False
-    (source,) = sources
+    (source,) = node.all_input_nodes
     return (
         source.op == "call_module"
         and isinstance(network.get_submodule(source.target), nn.Conv2d)
         and len(source.users) == calls[source.target] == calls[node.target] == 1
-        and bool((norm.weight.abs() > SMALLEST_GAIN * norm.bias.abs()).all())
     )

@@ -31,6 +31,7 @@ from dfqlib.errors import UserError, check_choice
 from dfqlib.files import atomic_path, sha256, write_json
 from dfqlib.folding import fold_batch_norms
 from dfqlib.runtime import channels_last, pick_device
+from dfqlib.scaling import scale_weights
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -235,21 +236,30 @@ def predict(
 ) -> Tensor:
     """Logits (N, classes) on the CPU, computed in eval mode; the network's mode is put back afterwards.
 
-    ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` is 250 for small images
-    and 50 for larger ones unless given.
+    ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` is
+    :func:`images_per_pass` unless given.
     """
     prepare = normalise.normalise if isinstance(normalise, Teacher) else normalise
     device = next(network.parameters()).device
-    batch = batch or (250 if image_set.images.shape[-1] <= 64 else 50)
+    batch = batch or images_per_pass(image_set.images.shape[-1])
     training = network.training
     network.eval()
+    quick = scale_weights(network)
     try:
         with torch.inference_mode():
-            logits = [network(channels_last(prepare(x).to(device))) for x in image_set.images.split(batch)]
+            logits = [quick(channels_last(prepare(x).to(device))) for x in image_set.images.split(batch)]
             return torch.cat(logits).cpu()
     finally:
         if training:
             network.train()
+
+
+def images_per_pass(size: int) -> int:
+    """How many images of ``size`` pixels to give to a network at once where no gradient is asked for.
+
+    On a CPU twice as many small ones take a sixth longer: they no longer fit its caches.
+    """
+    return 125 if size <= 64 else 50
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dfqlib import gdfq
 from dfqlib.errors import UserError, check_choice, check_range, parse_bits
 from dfqlib.finetune import GeneratorStream
 from dfqlib.generators import Generator, GeneratorBody
-from dfqlib.models import Teacher
+from dfqlib.models import Teacher, images_per_pass
 
 EPSILON = 1e-5  # beside the variance of an embedding
 MAPPED = {32: 64, 224: 100}  # features after the disentanglement mapping, by image size
@@ -197,9 +197,9 @@ def make_stream(
 def penultimate(network: nn.Module, images: Tensor, batch: int | None = None) -> tuple[Tensor, Tensor]:
     """What enters the classifier, (N, features), and the logits (N, classes), of normalised ``images``.
 
-    ``batch`` is 250 for small images and 50 for larger ones unless given.
+    ``batch`` is :func:`dfqlib.models.images_per_pass` unless given.
     """
-    batch = batch or (250 if images.shape[-1] <= 64 else 50)
+    batch = batch or images_per_pass(images.shape[-1])
     features: list[Tensor] = []
     hook = classifier(network).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1)))
     try:

@@ -19,6 +19,7 @@ from dfqlib.losses import channel_attention
 from dfqlib.quantize import trace
 from dfqlib.quantizer import FakeQuantize, used_weight
 from dfqlib.saliency import cam_weights, convolution_gradient, grad_cam
+from dfqlib.scaling import scale_weights
 
 LAYERS = ("activations", "convolution")
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -75,7 +76,7 @@ class Viewer:
         positive = self.chain.relu if self.chain else seen
         _hand_out(graph, bodies, [seen, positive])
         self.units = len(bodies)
-        self.module = fx.GraphModule(traced, graph)
+        self.module = scale_weights(fx.GraphModule(traced, graph))
 
     def __call__(self, images: Tensor, saliency: bool = False) -> View:
         """One forward pass; with ``saliency`` also the maps, for which a network without the shortcut runs backward."""

@@ -8,7 +8,9 @@ from stub_kit import write_kit
 from dfqlib import plan
 from dfqlib.kernels import cores
 
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+# Only in a worker: what the process that starts the workers sets, they inherit.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(workers))))
 
 
 @pytest.fixture

@@ -66,8 +66,9 @@ def test_few_shot_has_one_real_image_per_class(teacher):
 
 def test_images_without_labels_get_the_teachers(teacher, pool):
     for source in ("noise", "zeroq"):
+        images = pool(source).images
         with torch.no_grad():
-            assert torch.equal(pool(source).labels, teacher.network(pool(source).images).argmax(1))
+            assert torch.equal(pool(source).labels, teacher.network(images).argmax(1))
 
 
 @pytest.mark.parametrize("use", USES)

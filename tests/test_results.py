@@ -71,7 +71,8 @@ def test_teacher_is_measured_on_the_data():
 
 def test_everything_is_written_and_nothing_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    figure = Figure()
+    figure = Figure(layout="constrained")
+    figure.add_subplot()
     run = make_run()
     assert run.figure(figure, "curve") is figure and run.save() is None and not list(tmp_path.iterdir())
 

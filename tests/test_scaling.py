@@ -1,0 +1,100 @@
+"""A batch norm that scales weights instead of activations changes no answer and no gradient, and copies nothing."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dfqlib.acceleration import without
+from dfqlib.models import MODELS, build
+from dfqlib.quantize import observing, quantize_model
+from dfqlib.scaling import ScaledConv2d, scale_weights
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    """Batch norms as after a training: all their numbers differ from 0 and 1."""
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        nn.init.uniform_(norm.weight, -1.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    return network
+
+
+def student_of(network: nn.Module, size: int, bits: int | None = 4) -> tuple[nn.Module, torch.Tensor]:
+    """A student in double precision with ranges, and two images for it."""
+    torch.manual_seed(0)
+    student = quantize_model(with_statistics(network), bits, bits).double()
+    images = torch.randn(2, 3, size, size, dtype=torch.double)
+    with torch.no_grad(), observing(student):
+        student(images)
+    return student, images
+
+
+def answer_and_gradients(network: nn.Module, student: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    images = images.clone().requires_grad_()
+    logits = network(images)
+    loss = F.cross_entropy(logits, torch.tensor([0, 1]))
+    return [logits, *torch.autograd.grad(loss, [images, *student.parameters()])]
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar10", "torchvision/resnet18", "mobilenetv2_w1", "shufflenet_g1_w1"])
+def test_answers_and_gradients_stay_the_same(name):
+    student, images = student_of(build(name), MODELS[name].input_size)
+    scaled = scale_weights(student)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in student.modules())
+    assert sum(isinstance(module, ScaledConv2d) for module in scaled.modules()) == norms
+    ours, theirs = (answer_and_gradients(network, student, images) for network in (scaled, student))
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
+
+
+class Mixed(nn.Module):
+    """One norm of its own with a bias before it, one behind a convolution that is used twice, and a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.two, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.factor = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.two(F.relu(self.norm(self.one(x))))
+        return (self.other(x) + self.factor * x).mean((2, 3))
+
+
+def test_bias_shared_output_and_parameter():
+    student, images = student_of(Mixed(), 8)
+    scaled = scale_weights(student)
+    assert [module.norm for module in scaled.modules() if isinstance(module, ScaledConv2d)] == [student.norm]
+    for found, expected in zip(*(answer_and_gradients(n, student, images) for n in (scaled, student)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_layers_are_shared_and_the_network_stays_as_it_was():
+    student, images = student_of(Mixed(), 8)
+    before, names = student.code, list(student.state_dict())
+    scaled = scale_weights(student)
+    assert student.code == before and list(student.state_dict()) == names
+    assert {id(p) for p in scaled.parameters()} == {id(p) for p in student.parameters()}
+    with torch.no_grad():
+        student.one.weight.mul_(2)
+        student.norm.running_mean.add_(1)
+    torch.testing.assert_close(scaled(images), student(images))
+
+
+def test_in_training_mode_the_statistics_are_the_batch_s_own_and_move():
+    student, images = student_of(Mixed(), 8)
+    scaled, before = scale_weights(student.train()), student.norm.running_mean.clone()
+    found = scaled(images)
+    moved = student.norm.running_mean.clone()
+    assert not torch.equal(moved, before)
+    torch.testing.assert_close(found, student(images))
+
+
+def test_others_and_without_it_the_network_itself():
+    network = Mixed()
+    assert scale_weights(network) is network
+    student, _ = student_of(network, 8)
+    with without("scaled_weights"):
+        assert scale_weights(student) is student
