@@ -193,7 +193,7 @@ def _tune_gdfq(
     teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, nn.Module], float]:
     """Cross-entropy and distillation on the pool."""
-    stream = ImageStream(teacher.network, pool.images, pool.labels, budget.batch, seed=seed)
+    stream = ImageStream(teacher.folded, pool.images, pool.labels, budget.batch, seed=seed)
     students = {width: gdfq.make_student(teacher, width, budget.schedule) for width in bits}
     return _tuned(stream, students, budget, "GDFQ's fine-tuning", checkpoint)
 
