@@ -43,7 +43,8 @@ def scale_weights(network: nn.Module) -> nn.Module:
     """``network`` by a graph in which each batch norm that follows a convolution alone is part of it.
 
     A torch.fx network only, such as a student; any other is returned as it is. Layers, parameters and buffers are the
-    network's own: what trains one trains the other, and the network is described and saved as it was.
+    network's own: what trains one trains the other, and the network is described and saved as it was. Hooks on a
+    convolution or batch norm that became one are not called here.
     """
     if not uses("scaled_weights") or not isinstance(network, fx.GraphModule):
         return network

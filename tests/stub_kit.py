@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import signal
@@ -10,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 import run_all
 from dfqlib import plan
@@ -123,6 +126,15 @@ def start(results: Path, *arguments: str, background: bool = False) -> subproces
     # Said either way: these tests may run in the background themselves.
     ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ctrl_c)
+
+
+def kill_family(process: subprocess.Popen, spared: str | None = None) -> None:
+    """SIGKILL to it and all that it started, but those with ``spared`` in their command line."""
+    first = psutil.Process(process.pid)
+    for member in [first, *first.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # some may just have come to their end
+            if spared is None or spared not in " ".join(member.cmdline()):
+                member.kill()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

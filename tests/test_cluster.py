@@ -10,10 +10,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 from distributed import Client
-from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
+from stub_kit import ROOT, call, kill_family, run_folders, start, wait_for, write_kit
 
 from dfqlib import cluster, plan, preflight
 from dfqlib.errors import UserError
@@ -47,13 +46,6 @@ class Processes:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         self.alive.append(process)
         return process
-
-    def kill(self, process: subprocess.Popen) -> None:
-        """SIGKILL to it and all that it started but kernels, which have to notice by themselves."""
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
-            if "ipykernel_launcher" not in " ".join(member.cmdline()):
-                member.kill()
 
     def end(self) -> None:
         for process in self.alive:
@@ -102,9 +94,10 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
     batch = start(results, *options, "--seeds", *seeds)
     try:
         wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 2, 300)
-        processes.kill(processes.workers[0])
+        kernels = "ipykernel_launcher"  # they have to notice by themselves
+        kill_family(processes.workers[0], spared=kernels)
         wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 5, 300)
-        processes.kill(processes.scheduler)
+        kill_family(processes.scheduler, spared=kernels)
         processes.start_scheduler()
         processes.start_worker()  # as a job queue does: workers end with their scheduler
         printed, errors = batch.communicate(timeout=600)

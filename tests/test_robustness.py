@@ -13,10 +13,9 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
-import psutil
 import pytest
 import torch
-from stub_kit import ROOT, call, start, wait_for, write_kit
+from stub_kit import ROOT, call, kill_family, start, wait_for, write_kit
 from test_finetune import make_stream, make_student, small_teacher
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
@@ -165,8 +164,7 @@ def test_a_run_killed_at_a_random_point_and_called_again_ends_with_the_same_numb
     process = start(results, *arguments)
     files = functools.partial(results.glob, "quick/zeroq/.*.checkpoints/tuning.ckpt")
     wait_for(lambda: any(drawn(file) >= point for file in files()), 300)
-    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        member.kill()
+    kill_family(process)
     process.communicate()
     assert not list(results.glob("quick/zeroq/[!.]*"))
     assert call(results, *arguments) == 0
