@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_folding import with_statistics
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,16 +10,6 @@ from dfqlib.acceleration import without
 from dfqlib.models import MODELS, build
 from dfqlib.quantize import observing, quantize_model
 from dfqlib.scaling import ScaledConv2d, scale_weights
-
-
-def with_statistics(network: nn.Module) -> nn.Module:
-    """Batch norms as after a training: all their numbers differ from 0 and 1."""
-    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
-        nn.init.uniform_(norm.running_var, 0.5, 1.5)
-        nn.init.uniform_(norm.weight, -1.5, 1.5)
-        nn.init.uniform_(norm.bias, -0.5, 0.5)
-    return network
 
 
 def student_of(network: nn.Module, size: int, bits: int | None = 4) -> tuple[nn.Module, torch.Tensor]:
