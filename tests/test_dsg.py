@@ -1,5 +1,7 @@
 """DSG's losses equal the official code's and hand-worked values; margins, correlation and synthesis do as they say."""
 
+import copy
+
 import pytest
 import torch
 from official import recorded_losses, recorded_network
@@ -295,13 +297,21 @@ def test_a_teacher_without_batch_norm_is_refused():
         noise_gaps(plain, 0)
 
 
-def test_without_its_parts_tuning_is_gdfqs(teacher):
+@pytest.fixture
+def precise(teacher):
+    """In double precision: Adam divides by the gradient's own size, so rounding would grow from step to step."""
+    torch.set_default_dtype(torch.float64)
+    yield Teacher.from_module(copy.deepcopy(teacher.network).double(), 5, (0.5,) * 3, (0.25,) * 3, input_size=8)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_without_its_parts_tuning_is_gdfqs(precise):
     schedule = gdfq.Schedule(batch=6, generator_iterations=3)
-    gaps = noise_gaps(teacher, 16)
-    none = make_stream(teacher, schedule, gaps, parts=Parts(False, False, False), seed=2)
-    plain = gdfq.make_stream(teacher, schedule, seed=2)
-    for _ in range(3):  # Adam divides by the gradient's own size, so rounding grows from step to step
-        torch.testing.assert_close(none.next_batch().images, plain.next_batch().images, rtol=0, atol=0.05)
+    gaps = noise_gaps(precise, 16)
+    none = make_stream(precise, schedule, gaps, parts=Parts(False, False, False), seed=2)
+    plain = gdfq.make_stream(precise, schedule, seed=2)
+    for _ in range(3):
+        torch.testing.assert_close(none.next_batch().images, plain.next_batch().images, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.stack(none.losses), torch.stack(plain.losses), rtol=1e-3, atol=1e-3)
 
 
