@@ -22,6 +22,7 @@ ACCELERATIONS = {
     "fused_optimizers": "Adam and SGD take a step over all weights in one kernel",
     "fused_rounding": "fake quantization makes one new tensor, and its gradient none",
     "fused_statistics": "mean and variance, and their gradient, each take as few passes as they can",
+    "held_memory": "while a loop runs, memory that was freed stays with the process, which needs it again at once",
     "scaled_weights": "a student's frozen batch norms scale its quantized weights instead of its activations",
 }
 

@@ -22,6 +22,7 @@ from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.generators import draw_one_label
 from dfqlib.losses import generator_loss, student_loss
+from dfqlib.memory import held_memory
 from dfqlib.progress import track
 from dfqlib.quantize import observing
 from dfqlib.runtime import channels_last, fused
@@ -314,6 +315,7 @@ class History:
         return max(score for _, score in self.scores[student])
 
 
+@held_memory()
 def finetune(
     stream: Stream,
     students: Mapping[str, Student],

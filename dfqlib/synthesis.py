@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from dfqlib.errors import check_range
+from dfqlib.memory import held_memory
 from dfqlib.progress import track
 from dfqlib.runtime import fused
 from dfqlib.terms import finite_numbers, kept
 
 
+@held_memory()
 def synthesise(
     images: Tensor,
     loss_function: Callable[[Tensor], Tensor],
