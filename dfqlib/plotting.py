@@ -47,7 +47,7 @@ def style() -> None:
             "legend.frameon": False,
             "lines.linewidth": 1.6,
             "lines.markersize": 5,
-            "savefig.dpi": 150,
+            "savefig.dpi": 130,
             "svg.hashsalt": "dfqlib",  # the same figure gives the same file
         },
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import io
 import math
 import os
 import platform
@@ -27,6 +28,7 @@ from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, atomic_path, write_jso
 from dfqlib.runtime import code_version, describe_hardware, pick_device
 
 if TYPE_CHECKING:
+    from IPython.display import Image
     from matplotlib.figure import Figure
     from pandas.io.formats.style import Styler
 
@@ -128,24 +130,28 @@ class Run:
         """Keep any other number, series or table under ``name``: curves, bit widths per layer, sensitivities."""
         self.records[name] = plain(value)
 
-    def figure(self, figure: Figure, name: str) -> Figure:
-        """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder, and return it.
+    def figure(self, figure: Figure, name: str) -> Image:
+        """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder, and return the picture.
 
-        Last expression of a notebook's cell: the figure is closed, or the notebook would show it a second time.
+        Last expression of a notebook's cell. What the notebook shows is the file: a figure is drawn no second time.
         """
+        from IPython.display import Image
         from matplotlib import pyplot
 
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
+            figure.set_layout_engine("none")  # laid out once for both files
+        box = figure.get_tightbbox().padded(pyplot.rcParams["savefig.pad_inches"])
+        png = io.BytesIO()
+        figure.savefig(png, format="png", bbox_inches=box)
         if self.out:
-            if layout := figure.get_layout_engine():
-                layout.execute(figure)
-                figure.set_layout_engine("none")  # laid out once for the two files and the notebook
-            box = figure.get_tightbbox().padded(pyplot.rcParams["savefig.pad_inches"])
-            for suffix in (".png", ".svg"):
-                with atomic_path(self.out / f"{name}{suffix}") as path:
-                    figure.savefig(path, format=suffix[1:], dpi=150, bbox_inches=box)
+            with atomic_path(self.out / f"{name}.png") as path:
+                path.write_bytes(png.getvalue())
+            with atomic_path(self.out / f"{name}.svg") as path:
+                figure.savefig(path, format="svg", bbox_inches=box)
             self.figures.append(name)
-        pyplot.close(figure)
-        return figure
+        pyplot.close(figure)  # or the notebook would show it a second time
+        return Image(png.getvalue(), width=round(box.width * figure.dpi))
 
     def table(self) -> Styler:
         """The results so far, ours beside the published values; last expression of a notebook's results cell."""

@@ -74,15 +74,17 @@ def test_everything_is_written_and_nothing_without_a_folder(tmp_path, monkeypatc
     figure = Figure(layout="constrained")
     figure.add_subplot()
     run = make_run()
-    assert run.figure(figure, "curve") is figure and run.save() is None and not list(tmp_path.iterdir())
+    assert run.figure(figure, "curve").data.startswith(b"\x89PNG")
+    assert run.save() is None and not list(tmp_path.iterdir())
 
     run = make_run(out=tmp_path)
     run.row(4, 4, top1=88.0)
     run.record("loss", torch.tensor([1.0, float("nan")]))
     run.record("bits per layer", pd.DataFrame({"bits": np.array([2, 8])}, index=["conv1", "conv2"]))
-    run.figure(figure, "curve")
+    picture = run.figure(figure, "curve")
     metrics = json.loads(run.save().read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"curve.png", "curve.svg", "metrics.json"}
+    assert picture.data == (tmp_path / "curve.png").read_bytes()
     assert metrics["records"]["loss"] == [1.0, None]
     assert metrics["records"]["bits per layer"] == [{"index": "conv1", "bits": 2}, {"index": "conv2", "bits": 8}]
     assert "out" not in metrics["parameters"] and metrics["figures"] == ["curve"]
