@@ -17,7 +17,7 @@ from pytorchcv.models import resnet_cifar
 from torch import nn
 
 from benchmarks.cases import WIDTHS, make_gdfq
-from benchmarks.measure import WARM_UP, Alternating
+from benchmarks.measure import ROUND, Alternating
 from benchmarks.steps import RESULTS, provenance
 from dfqlib.models import CIFAR_MEAN, CIFAR_STD, Teacher
 from dfqlib.plotting import COLOURS, style
@@ -33,7 +33,7 @@ def points(batches: list[int], batch: int) -> Iterator[tuple[str, int, int, int,
     yield from (("depth", depth, batch, 1, depth) for depth in (20, 56))
 
 
-def seconds_per_iteration(batch: int, widths: int, depth: int, repeats: int, device: torch.device) -> float:
+def seconds_per_iteration(batch: int, widths: int, depth: int, rounds: int, device: torch.device) -> float:
     """Median seconds of the kit's GDFQ iteration on a CIFAR ResNet with random weights."""
     network = getattr(resnet_cifar, f"resnet{depth}_cifar10")()
     # Without statistics of some images the signal of a deep network with random weights grows until it overflows.
@@ -43,7 +43,7 @@ def seconds_per_iteration(batch: int, widths: int, depth: int, repeats: int, dev
         network.train()(torch.randn(64, 3, 32, 32))
     teacher = Teacher.from_module(network, 10, CIFAR_MEAN, CIFAR_STD, device=device)
     times = Alternating(device)
-    make_gdfq(teacher, batch, WIDTHS[:widths]).ours(WARM_UP + repeats, times)
+    make_gdfq(teacher, batch, WIDTHS[:widths]).ours(ROUND * rounds, times)
     times.end()
     return times.medians()[0]
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.partition("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[25, 50, 100, 200], help="images per batch")
     parser.add_argument("--batch", type=int, default=50, help="batch while bit widths and depth grow (default: 50)")
-    parser.add_argument("--repeats", type=int, default=3, help="iterations that count (default: 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="of three iterations (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for growth.csv and growth.png")
     arguments = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
     seed_everything(0)
     rows = []
     for what, value, batch, widths, depth in points(arguments.batches, arguments.batch):
-        seconds = seconds_per_iteration(batch, widths, depth, arguments.repeats, device)
+        seconds = seconds_per_iteration(batch, widths, depth, arguments.rounds, device)
         row = {"grows": what, "value": value, "batch": batch, "widths": widths, "depth": depth, "seconds": seconds}
         rows.append(row | provenance(device, f"resnet{depth}_cifar10"))
         print(f"{LABELS[what]}: {value}: {seconds:.3g} s", flush=True)

@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import Case, make_case
+from dfqlib.acceleration import uses
+from dfqlib.memory import hold_memory
 from dfqlib.models import load_teacher
 
 SIDES = ("published", "ours")
-WARM_UP = 1  # iterations that do not count: in the first one students only observe
+ROUND = 3  # iterations of one side before the other's; the first of them does not count
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -39,31 +41,38 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 class Alternating:
-    """The tick of the kit's loop: measures its iterations, and calls some other functions in between, measured too.
+    """The tick of the kit's loop: after each :data:`ROUND` of its iterations it calls some other functions as often.
 
-    So a machine that is busy for a while slows all alike.
+    So a machine that is busy for a while slows all alike. The first call of a round does not count: it finds caches as
+    the others left them and memory as the system hands it out, and in the first of all students only observe. Freed
+    memory, which the kit's loop keeps, is given back before the others run: they get it as any process does.
     """
 
     def __init__(self, device: torch.device, *others: Callable[[], object]) -> None:
         self.device, self.others = device, others
-        self.began: float | None = None
+        self.iterations = 0
+        self.began = 0.0
         self.ours: list[float] = []
         self.theirs: list[list[float]] = [[] for _ in others]
 
     def __call__(self) -> None:
         self.end()
-        for function, spent in zip(self.others, self.theirs, strict=True):
-            spent.append(seconds(function, self.device))
+        if self.iterations % ROUND == 0:
+            hold_memory(False)
+            for function, spent in zip(self.others, self.theirs, strict=True):
+                spent += [seconds(function, self.device) for _ in range(ROUND)][1:]
+            hold_memory(uses("held_memory"))
+        self.iterations += 1
         self.began = now(self.device)
 
     def end(self) -> None:
-        """The kit's iteration is over, if there was one."""
-        if self.began is not None:
+        """The kit's iteration is over, if there was one that counts."""
+        if self.iterations % ROUND != 1 and self.iterations:
             self.ours.append(now(self.device) - self.began)
 
     def medians(self) -> list[float]:
-        """Median seconds of an iteration of the kit's and of each of the others, without the warm-up."""
-        return [statistics.median(spent[WARM_UP:]) for spent in (self.ours, *self.theirs)]
+        """Median seconds of an iteration of the kit's and of each of the others."""
+        return [statistics.median(spent) for spent in (self.ours, *self.theirs)]
 
 
 def multiplication(device: torch.device) -> tuple[Callable[[], object], float]:

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.cases import CASES, Case, make_case
-from benchmarks.measure import WARM_UP, Alternating, multiplication, operations, peaks_in_new_processes
+from benchmarks.measure import ROUND, Alternating, multiplication, operations, peaks_in_new_processes
 from dfqlib.models import MODELS, load_teacher
 from dfqlib.plotting import COLOURS, style
 from dfqlib.runtime import code_version, describe_hardware, pick_device, seed_everything
@@ -23,11 +23,11 @@ from dfqlib.runtime import code_version, describe_hardware, pick_device, seed_ev
 RESULTS = Path(__file__).parent / "results"
 
 
-def measure(case: Case, repeats: int, device: torch.device) -> dict[str, float]:
+def measure(case: Case, rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of an iteration of both sides, and of the floor: the kit's operations at the matrices' rate."""
     multiply, count = multiplication(device)
     times = Alternating(device, case.published().step, multiply)
-    case.ours(WARM_UP + repeats, times)
+    case.ours(ROUND * rounds, times)
     times.end()
     ours, published, product = times.medians()
     rate, work = count / product, operations(case)
@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
         "--methods", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES)
     )
     parser.add_argument("--batch", type=int, help="images per iteration, for all methods (default: as published)")
-    parser.add_argument("--repeats", type=int, default=3, help="iterations that count, of each side (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of three iterations of each side (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--model", default="resnet20_cifar10", choices=MODELS, metavar="NAME", help="the teacher")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for steps.csv and steps.png")
@@ -115,7 +115,7 @@ def main() -> None:
     rows = []
     for name in arguments.methods:
         case = make_case(name, teacher, arguments.batch)
-        times = measure(case, arguments.repeats, device)
+        times = measure(case, arguments.rounds, device)
         rows.append({"method": name, "title": case.title, "batch": case.batch} | times)
         print(f"{case.title}: {times['published_s']:.3g} s as published, {times['ours_s']:.3g} s here", flush=True)
     peaks = peaks_in_new_processes(arguments.methods, arguments.batch, arguments.model, device)
