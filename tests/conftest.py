@@ -1,8 +1,11 @@
 """Tests that run side by side share the cores, as do the processes that they start."""
 
 import os
+import random
 
+import numpy as np
 import pytest
+import torch
 from stub_kit import write_kit
 
 from dfqlib import plan
@@ -11,6 +14,14 @@ from dfqlib.kernels import cores
 # Only in a worker: what the process that starts the workers sets, they inherit.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(workers))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """No test, and no fixture of one, sees random numbers that depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
