@@ -66,6 +66,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         convolution, norm = folded.get_submodule(source.target), folded.get_submodule(node.target)
         folded.set_submodule(source.target, fuse_conv_bn_eval(convolution, norm))
         folded.set_submodule(node.target, FoldedNorm(norm))
+    _overwrite_sums(folded, calls)
     return folded.requires_grad_(False)
 
 
@@ -84,6 +85,15 @@ def _keep_tensors(network: fx.GraphModule) -> bool:
             return False
     network.recompile()
     return True
+
+
+def _overwrite_sums(network: fx.GraphModule, calls: Counter[object]) -> None:
+    """Let a ReLU write over the sum of a residual unit that nothing else reads: the same numbers in less memory."""
+    for node in network.graph.nodes:
+        module = network.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, nn.ReLU) and calls[node.target] == 1:
+            (source,) = node.all_input_nodes
+            module.inplace = source.target in (operator.add, torch.add) and len(source.users) == 1
 
 
 def _may_fold(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> bool:

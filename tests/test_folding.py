@@ -86,6 +86,29 @@ def test_what_cannot_be_folded_stays_as_it_is():
     assert isinstance(network.norms[0], nn.BatchNorm2d)  # the given one is left alone
 
 
+class Sums(nn.Module):
+    """ReLUs of sums: one read by its ReLU alone, one read elsewhere too, and one ReLU that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.alone, self.shared, self.twice = nn.ReLU(), nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        x = self.alone(self.norm(self.conv(x)) + x)
+        total = torch.add(x, x)
+        x = self.shared(total) * total
+        return (self.twice(x + 1) + self.twice(x)).mean((2, 3))
+
+
+def test_a_relu_writes_over_a_sum_only_where_nothing_else_reads_it():
+    network = with_statistics(Sums())
+    folded = fold_batch_norms(network)
+    assert [name for name in ("alone", "shared", "twice") if folded.get_submodule(name).inplace] == ["alone"]
+    assert_same(folded, network, torch.randn(4, 3, 8, 8))
+    assert not network.alone.inplace  # the given one is left alone
+
+
 class ByName(nn.Module):
     """Calls that name what they give: a batch norm that is folded, and one that is not."""
 
