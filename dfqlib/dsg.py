@@ -15,7 +15,6 @@ from dfqlib.correlation import spatial_correlation_loss
 from dfqlib.errors import check_choice, check_range
 from dfqlib.finetune import GeneratorStream
 from dfqlib.losses import (
-    EPSILON,
     dsg_statistics_loss,
     generator_loss,
     image_prior_loss,
@@ -25,7 +24,7 @@ from dfqlib.losses import (
 )
 from dfqlib.models import Teacher
 from dfqlib.runtime import channels_last
-from dfqlib.statistics import BatchNormInputs, pooled_mean_var
+from dfqlib.statistics import EPSILON, BatchNormInputs, pooled_mean_var
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up
 

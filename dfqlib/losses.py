@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfqlib.statistics import EPSILON, Layer, sample_mean_std
+from dfqlib.statistics import Layer, batch_gaps, by_layer, over_channels, sample_gaps, sample_mean_std
 from dfqlib.terms import add_up
 
 
@@ -24,12 +24,9 @@ def zeroq_statistics_loss(images: Tensor, layers: Sequence[Layer]) -> Tensor:
     Source: ZeroQ, generation of distilled data.
     """
     mean, std = sample_mean_std(images)
-    total = mean.square().sum() + (1 - std).square().sum()
-    for layer in layers:
-        mean, std = layer.sample_mean_std()
-        total = total + (layer.norm.running_mean - mean).square().sum()
-        total = total + ((layer.norm.running_var + EPSILON).sqrt() - std).square().sum()
-    return total / len(images)
+    of_images = mean.square().sum() + (1 - std).square().sum()
+    mean_gaps, std_gaps = sample_gaps(layers)
+    return (of_images + mean_gaps.square().sum() + std_gaps.square().sum()) / len(images)
 
 
 def bns_loss(layers: Sequence[Layer]) -> Tensor:
@@ -38,11 +35,13 @@ def bns_loss(layers: Sequence[Layer]) -> Tensor:
     The mean and the biased variance, over everything but channels, of what enters each batch norm are compared with its
     running mean and running variance by mean squared error. Source: GDFQ, knowledge matching generator.
     """
-    gaps = []
-    for layer in layers:
-        mean, variance = layer.mean_var()
-        gaps.append(F.mse_loss(mean, layer.norm.running_mean) + F.mse_loss(variance, layer.norm.running_var))
-    return torch.stack(gaps).mean()
+    mean_gaps, variance_gaps = batch_gaps(layers)
+    return mean_of_layers(mean_gaps.square() + variance_gaps.square(), layers)
+
+
+def mean_of_layers(values: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """Mean over layers of the mean over each one's channels; ``values`` (sum of C,) of all channels side by side."""
+    return torch.stack([of_layer.mean() for of_layer in by_layer(values, layers)]).mean()
 
 
 def generator_loss(
@@ -165,6 +164,14 @@ def slack(gap: Tensor, margin: Tensor | float) -> Tensor:
     return (gap.abs() - margin).clamp(min=0)
 
 
+def slack_squares(gaps: tuple[Tensor, Tensor], margins: tuple[Tensor, Tensor], layers: Sequence[Layer]) -> Tensor:
+    """How far gaps of means and of spreads, (..., sum of C) each, exceed their layers' margins (L,): squares, added."""
+    of_means, of_spreads = (
+        slack(gap, over_channels(margin, layers)).square() for gap, margin in zip(gaps, margins, strict=True)
+    )
+    return of_means + of_spreads
+
+
 def sample_weights(layers: int, samples: int, published: bool = False) -> Tensor:
     """How often the loss of each sample counts in each layer, (layers, samples): twice where i mod L = l, else once.
 
@@ -189,13 +196,9 @@ def dsg_statistics_loss(
     channels and layers, mean over the batch. Source: DSG, slack distribution alignment and layerwise enhancement.
     """
     mean, std = sample_mean_std(images)
-    total = mean.square().sum() + (1 - std).square().sum()
-    for layer, of_mean, of_std, weight in zip(layers, *margins, weights, strict=True):
-        mean, std = layer.sample_mean_std()
-        gaps = slack(mean - layer.norm.running_mean, of_mean).square()
-        gaps = gaps + slack(std - (layer.norm.running_var + EPSILON).sqrt(), of_std).square()
-        total = total + (weight * gaps.sum(1)).sum()
-    return total / len(images)
+    of_images = mean.square().sum() + (1 - std).square().sum()
+    squares = slack_squares(sample_gaps(layers), margins, layers)
+    return (of_images + (over_channels(weights.T, layers) * squares).sum()) / len(images)
 
 
 def slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
@@ -205,12 +208,7 @@ def slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Tensor], weig
     counts twice by ``weights`` (L, B) enters that layer's mean and variance twice, and with it the gradient. Zeros and
     ones give L_BNS. Source: DSG, slack distribution alignment and layerwise enhancement, for a generator.
     """
-    terms = []
-    for layer, of_mean, of_variance, weight in zip(layers, *margins, weights, strict=True):
-        mean, variance = layer.weighted_mean_var(weight)
-        gaps = slack(mean - layer.norm.running_mean, of_mean).square()
-        terms.append((gaps + slack(variance - layer.norm.running_var, of_variance).square()).mean())
-    return torch.stack(terms).mean()
+    return mean_of_layers(slack_squares(batch_gaps(layers, weights), margins, layers), layers)
 
 
 def published_slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Tensor], enhance: bool = True) -> Tensor:
@@ -220,14 +218,12 @@ def published_slack_bns_loss(layers: Sequence[Layer], margins: tuple[Tensor, Ten
     counts twice (its gap times the root of 2). Squares are summed over channels, not averaged, so the term is some
     C times larger than GDFQ's. Source: the official code.
     """
-    terms = []
-    for index, (layer, of_mean, of_variance) in enumerate(zip(layers, *margins, strict=True)):
-        mean, variance = layer.mean_var()
-        gaps = ((mean - layer.norm.running_mean).abs() - of_mean).square()
-        gaps = gaps + ((variance - layer.norm.running_var).abs() - of_variance).square()
-        own = gaps[index : index + 1].sum() if enhance else 0.0  # empty where a layer has fewer channels
-        terms.append(gaps.sum() + own)
-    return torch.stack(terms).mean()
+    (mean_gaps, variance_gaps), (of_mean, of_variance) = batch_gaps(layers), margins
+    squares = (mean_gaps.abs() - over_channels(of_mean, layers)).square()
+    squares = squares + (variance_gaps.abs() - over_channels(of_variance, layers)).square()
+    # Channel l of layer l; none where a layer has fewer channels.
+    own = [part[index : index + 1] for index, part in enumerate(by_layer(squares, layers))] if enhance else []
+    return torch.cat([squares, *own]).sum() / len(layers)
 
 
 def image_prior_loss(images: Tensor, shift: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,10 +37,18 @@ class Layer(NamedTuple):
         """:func:`weighted_mean_var` of what enters: (C,) each, for weights (B,) of the samples."""
         return self._before(*weighted_mean_var(self.tensor, weights))
 
+    def sample_mean_var(self) -> tuple[Tensor, Tensor]:
+        """:func:`sample_mean_var` of what enters: (B, C) each."""
+        return self._before(*sample_mean_var(self.tensor))
+
     def sample_mean_std(self) -> tuple[Tensor, Tensor]:
         """:func:`sample_mean_std` of what enters: (B, C) each."""
-        mean, variance = self._before(*sample_mean_var(self.tensor))
+        mean, variance = self.sample_mean_var()
         return mean, (variance + EPSILON).sqrt()
+
+    @property
+    def channels(self) -> int:
+        return self.tensor.shape[1]
 
     def _before(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         return self.norm.before(mean, variance) if isinstance(self.norm, FoldedNorm) else (mean, variance)
@@ -168,3 +176,49 @@ def weighted_mean_var(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     x = x if x.dim() > 2 else x.unsqueeze(2)
     mean, variance = _mean_var(x, tuple(range(2, x.dim())), 0)
     return pooled_mean_var(mean.flatten(1), variance.flatten(1), weights)
+
+
+def sample_gaps(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    """How far each sample's channel means and standard deviations are off: (B, sum of C) each.
+
+    The channels of all ``layers`` stand side by side, so that a loss takes its steps once, not once for every layer.
+    """
+    mean, variance = _side_by_side(layer.sample_mean_var() for layer in layers)
+    kept_mean, kept_variance = _kept(layers)
+    return mean - kept_mean, (variance + EPSILON).sqrt() - (kept_variance + EPSILON).sqrt()
+
+
+def batch_gaps(layers: Sequence[Layer], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How far the batch's means and biased variances are off, all channels side by side: (sum of C,) each.
+
+    With ``weights`` (L, B), a sample counts so often in each layer.
+    """
+    if weights is None:
+        statistics = (layer.mean_var() for layer in layers)
+    else:
+        statistics = (layer.weighted_mean_var(weight) for layer, weight in zip(layers, weights, strict=True))
+    mean, variance = _side_by_side(statistics)
+    kept_mean, kept_variance = _kept(layers)
+    return mean - kept_mean, variance - kept_variance
+
+
+def _kept(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    """Running means and variances, (sum of C,) each."""
+    return _side_by_side((layer.norm.running_mean, layer.norm.running_var) for layer in layers)
+
+
+def _side_by_side(statistics: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Two statistics (..., C) of each layer as (..., sum of C) each."""
+    first, second = zip(*statistics, strict=True)
+    return torch.cat(first, -1), torch.cat(second, -1)
+
+
+def over_channels(values: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """``values`` (..., L), one of each layer, for each of its channels: (..., sum of C)."""
+    each = zip(values.unbind(-1), layers, strict=True)
+    return torch.cat([value.unsqueeze(-1).expand(*value.shape, layer.channels) for value, layer in each], -1)
+
+
+def by_layer(values: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
+    """``values`` (..., sum of C) of channels side by side, apart again: (..., C) for each layer."""
+    return values.split([layer.channels for layer in layers], -1)
