@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.partition("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[25, 50, 100, 200], help="images per batch")
     parser.add_argument("--batch", type=int, default=50, help="batch while bit widths and depth grow (default: 50)")
-    parser.add_argument("--rounds", type=int, default=2, help="of three iterations (default: 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="of four iterations (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for growth.csv and growth.png")
     arguments = parser.parse_args()

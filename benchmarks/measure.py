@@ -22,7 +22,7 @@ from dfqlib.memory import hold_memory
 from dfqlib.models import load_teacher
 
 SIDES = ("published", "ours")
-ROUND = 3  # iterations of one side before the other's; the first of them does not count
+ROUND, SETTLING = 4, 2  # iterations of one side before the other's, and the first of them, which do not count
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -43,8 +43,8 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 class Alternating:
     """The tick of the kit's loop: after each :data:`ROUND` of its iterations it calls some other functions as often.
 
-    So a machine that is busy for a while slows all alike. The first call of a round does not count: it finds caches as
-    the others left them and memory as the system hands it out, and in the first of all students only observe. Freed
+    So a machine that is busy for a while slows all alike. The first two calls of a round do not count: they find caches
+    as the others left them and memory as the system hands it out, and in the first of all students only observe. Freed
     memory, which the kit's loop keeps, is given back before the others run: they get it as any process does.
     """
 
@@ -60,14 +60,14 @@ class Alternating:
         if self.iterations % ROUND == 0:
             hold_memory(False)
             for function, spent in zip(self.others, self.theirs, strict=True):
-                spent += [seconds(function, self.device) for _ in range(ROUND)][1:]
+                spent += [seconds(function, self.device) for _ in range(ROUND)][SETTLING:]
             hold_memory(uses("held_memory"))
         self.iterations += 1
         self.began = now(self.device)
 
     def end(self) -> None:
         """The kit's iteration is over, if there was one that counts."""
-        if self.iterations % ROUND != 1 and self.iterations:
+        if self.iterations and (self.iterations - 1) % ROUND >= SETTLING:
             self.ours.append(now(self.device) - self.began)
 
     def medians(self) -> list[float]:

@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
         "--methods", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES)
     )
     parser.add_argument("--batch", type=int, help="images per iteration, for all methods (default: as published)")
-    parser.add_argument("--rounds", type=int, default=3, help="of three iterations of each side (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of four iterations of each side (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--model", default="resnet20_cifar10", choices=MODELS, metavar="NAME", help="the teacher")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for steps.csv and steps.png")
