@@ -27,6 +27,9 @@ def test_badges_are_written_once_and_follow_the_repository(tmp_path):
         subprocess.run([sys.executable, tmp_path / "docs" / "badges.py", repository], check=True)
     for name, (first, *rest) in sources(tmp_path).items():
         heading, _, below = before[name][0].partition("\n\n")
+        if name == "README.md":  # its badges ask for the repository
+            asking, _, below = below.partition("\n\n")
+            assert "(https://colab.research.google.com/github/)" in asking and "(https://mybinder.org/)" in asking
         line = first.removeprefix(heading).removesuffix(below).strip()
         assert first == f"{heading}\n\n{line}\n\n{below}" and rest == before[name][1:]
         path = f"notebooks/{'02_gdfq.ipynb' if name == 'README.md' else name}"
