@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import Case, make_case
 from dfqlib.acceleration import uses
-from dfqlib.memory import hold_memory
+from dfqlib.memory import give_back, hold
 from dfqlib.models import load_teacher
 
 SIDES = ("published", "ours")
@@ -58,10 +58,11 @@ class Alternating:
     def __call__(self) -> None:
         self.end()
         if self.iterations % ROUND == 0:
-            hold_memory(False)
+            give_back()
             for function, spent in zip(self.others, self.theirs, strict=True):
                 spent += [seconds(function, self.device) for _ in range(ROUND)][SETTLING:]
-            hold_memory(uses("held_memory"))
+            if uses("held_memory"):
+                hold()
         self.iterations += 1
         self.began = now(self.device)
 

@@ -24,7 +24,7 @@ from dfqlib.losses import (
 )
 from dfqlib.models import Teacher
 from dfqlib.runtime import channels_last
-from dfqlib.statistics import EPSILON, BatchNormInputs, pooled_mean_var
+from dfqlib.statistics import EPSILON, BatchNormInputs, pooled_mean_var, sample_gaps
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up
 
@@ -238,8 +238,8 @@ def share_within(network: nn.Module, images: Tensor, margins: Margins) -> list[f
     with BatchNormInputs(network) as norms:
         network(images)
         layers = zip(norms.layers, margins.mean, strict=True)
-        gaps = ((layer.sample_mean_std()[0] - layer.norm.running_mean).abs() <= margin for layer, margin in layers)
-        return [within.float().mean().item() for within in gaps]
+        within = (sample_gaps([layer])[0].abs() <= margin for layer, margin in layers)
+        return [each.float().mean().item() for each in within]
 
 
 @torch.no_grad()
@@ -252,8 +252,7 @@ def deviations(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with BatchNormInputs(network) as norms:
         network(images)
         return {
-            layer.name: (layer.sample_mean_std()[0] - layer.norm.running_mean)
-            / (layer.norm.running_var + layer.norm.eps).sqrt()
+            layer.name: sample_gaps([layer])[0] / (layer.norm.running_var + layer.norm.eps).sqrt()
             for layer in norms.layers
         }
 

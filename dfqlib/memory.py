@@ -29,20 +29,29 @@ def held_memory() -> Iterator[None]:
     if not uses("held_memory") or _glibc() is None:
         yield
         return
-    hold_memory(True)
+    hold()
     try:
         yield
     finally:
-        hold_memory(False)
+        give_back()
 
 
-def hold_memory(hold: bool) -> None:
-    """Keep freed memory from now on; or give it back, what is free now and what will be."""
+def hold() -> None:
+    """Keep freed memory from now on."""
+    _set(HELD)
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, what is free now and what will be."""
+    _set(GIVEN_BACK)
     if (libc := _glibc()) is not None:
-        for option, value in (HELD if hold else GIVEN_BACK).items():
+        libc.malloc_trim(0)
+
+
+def _set(options: dict[int, int]) -> None:
+    if (libc := _glibc()) is not None:
+        for option, value in options.items():
             libc.mallopt(option, value)
-        if not hold:
-            libc.malloc_trim(0)
 
 
 @functools.cache

@@ -184,8 +184,8 @@ def sample_gaps(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
     The channels of all ``layers`` stand side by side, so that a loss takes its steps once, not once for every layer.
     """
     mean, variance = _side_by_side(layer.sample_mean_var() for layer in layers)
-    kept_mean, kept_variance = _kept(layers)
-    return mean - kept_mean, (variance + EPSILON).sqrt() - (kept_variance + EPSILON).sqrt()
+    running_mean, running_variance = _running_statistics(layers)
+    return mean - running_mean, (variance + EPSILON).sqrt() - (running_variance + EPSILON).sqrt()
 
 
 def batch_gaps(layers: Sequence[Layer], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -198,11 +198,11 @@ def batch_gaps(layers: Sequence[Layer], weights: Tensor | None = None) -> tuple[
     else:
         statistics = (layer.weighted_mean_var(weight) for layer, weight in zip(layers, weights, strict=True))
     mean, variance = _side_by_side(statistics)
-    kept_mean, kept_variance = _kept(layers)
-    return mean - kept_mean, variance - kept_variance
+    running_mean, running_variance = _running_statistics(layers)
+    return mean - running_mean, variance - running_variance
 
 
-def _kept(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+def _running_statistics(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
     """Running means and variances, (sum of C,) each."""
     return _side_by_side((layer.norm.running_mean, layer.norm.running_var) for layer in layers)
 

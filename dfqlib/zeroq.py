@@ -13,7 +13,7 @@ from dfqlib.losses import zeroq_statistics_loss
 from dfqlib.models import Teacher
 from dfqlib.quantize import Bits, observing, quantize_model, trace
 from dfqlib.runtime import channels_last
-from dfqlib.statistics import EPSILON, BatchNormInputs
+from dfqlib.statistics import EPSILON, BatchNormInputs, sample_gaps
 from dfqlib.synthesis import synthesise
 from dfqlib.terms import add_up
 
@@ -82,10 +82,9 @@ def statistics_gaps(network: nn.Module, images: Tensor) -> pd.DataFrame:
     with BatchNormInputs(network) as taps:
         network(images)
         for layer in taps.layers:
-            mean, std = layer.sample_mean_std()
             sigma = (layer.norm.running_var + EPSILON).sqrt()
-            squares = [(mean - layer.norm.running_mean).square().mean(), (std - sigma).square().mean()]
-            rows.append((layer.name, *((square / sigma.square().mean()).sqrt().item() for square in squares)))
+            squares = [gaps.square().mean() / sigma.square().mean() for gaps in sample_gaps([layer])]
+            rows.append((layer.name, *(square.sqrt().item() for square in squares)))
     return pd.DataFrame(rows, columns=["layer", "mean_gap", "std_gap"]).set_index("layer")
 
 
