@@ -250,22 +250,23 @@ class Machine:
         cells = len(notebook_cells(run.paper.notebook)) + 1  # papermill adds one with the parameters
         begun: list[NotebookNode] = []
         begin = functools.partial(turn.begin, self.place(), cells, progress_file)
-        manager = kernels.kernel_manager(folder, variables, log, self.threads, self.forks, self.kernels)
+        own = folder, variables, log, self.threads, self.forks, self.kernels
         try:
-            papermill.execute_notebook(
-                run.paper.notebook,
-                partial / NOTEBOOK,
-                parameters=run.parameters | self.locations | {"out": os.fspath(partial)},
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                request_save_on_cell_execute=False,  # twice for each cell, it takes longer than many of them
-                on_notebook_start=lambda notebook: begun.append(notebook),
-                kernel_manager_class=manager,
-                shutdown_kernel="immediate",
-                on_cell_start=lambda cell_index, **_: None if cell_index else begin(),  # now the kernel is ready
-                on_cell_executed=turn.cell_ends,
-            )
+            with tempfile.TemporaryDirectory(prefix="dfqlib-", ignore_cleanup_errors=True) as sockets:
+                papermill.execute_notebook(
+                    run.paper.notebook,
+                    partial / NOTEBOOK,
+                    parameters=run.parameters | self.locations | {"out": os.fspath(partial)},
+                    kernel_name="python3",
+                    language="python",
+                    progress_bar=False,
+                    request_save_on_cell_execute=False,  # twice for each cell, it takes longer than many of them
+                    on_notebook_start=lambda notebook: begun.append(notebook),
+                    kernel_manager_class=kernels.kernel_manager(Path(sockets), *own),
+                    shutdown_kernel="immediate",
+                    on_cell_start=lambda cell_index, **_: None if cell_index else begin(),  # now the kernel is ready
+                    on_cell_executed=turn.cell_ends,
+                )
             write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
         except NotBegun:
             raise

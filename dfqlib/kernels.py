@@ -21,8 +21,9 @@ from weakref import WeakSet
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.manager import AsyncKernelManager, KernelManager
 from jupyter_client.provisioning import LocalProvisioner
+from zmq import IPC_PATH_MAX_LEN
 
 from dfqlib.plan import PACKAGE
 
@@ -62,6 +63,8 @@ def warm_up(modules: Iterable[str], threads: int) -> bool:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the batch, which stops its kernels
     try:
         forkserver.ensure_running()
+    except OSError:  # the path of the temporary folder leaves no room for the server's socket
+        return False
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -70,12 +73,13 @@ def warm_up(modules: Iterable[str], threads: int) -> bool:
 
 
 def kernel_manager(
-    folder: Path, variables: dict[str, str], log: Path, threads: int, forks: bool, running: WeakSet[Any]
+    sockets: Path, folder: Path, variables: dict[str, str], log: Path, threads: int, forks: bool, running: WeakSet[Any]
 ) -> type[AsyncKernelManager]:
     """A kernel manager that runs this very interpreter in ``folder``, whatever kernels the machine has.
 
     ``variables`` are added to its environment; what native code prints goes to ``log``, not over the screen. With
     ``forks``, which needs :func:`warm_up`, it is forked. Its process, which can be killed, is added to ``running``.
+    Its sockets are in the folder ``sockets``.
     """
 
     class ThisPython(AsyncKernelManager):
@@ -86,6 +90,7 @@ def kernel_manager(
         async def start_kernel(self, **options: Any) -> None:
             kind = Forked if forks else LocalProvisioner
             self.provisioner = kind(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
+            use_sockets(self, sockets)
             with open(log, "ab") as stream:
                 output = {"stdout": stream, "stderr": stream}
                 await self._async_start_kernel(
@@ -94,6 +99,18 @@ def kernel_manager(
             running.add(self.provisioner.process)
 
     return ThisPython
+
+
+def use_sockets(manager: KernelManager, folder: Path) -> None:
+    """Let a kernel that is to be started be reached by sockets in ``folder``, which also holds its connection file.
+
+    A port that was free when it was chosen may be another process's when the kernel comes to bind it, and then its run
+    is lost. Where the path is too long for a socket, and on Windows, it is by ports all the same.
+    """
+    path = os.fspath(folder / "kernel")
+    manager.connection_file = f"{path}.json"
+    if os.name == "posix" and len(os.fsencode(f"{path}-5")) <= IPC_PATH_MAX_LEN:  # a kernel has five
+        manager.transport, manager.ip = "ipc", path
 
 
 class Forked(LocalProvisioner):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import nbval.kernel
@@ -22,6 +24,8 @@ class ForkingManager(KernelManager):
     def start_kernel(self, **options: Any) -> None:
         self.provisioner = kernels.Forked(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
         surroundings = {"stdout": options["stderr"], "env": kernels.environment(1)}
+        self.sockets = tempfile.TemporaryDirectory(prefix="dfqlib-")  # which goes with the manager
+        kernels.use_sockets(self, Path(self.sockets.name))
         super().start_kernel(**(options | surroundings))
 
 

@@ -137,8 +137,12 @@ def kill_family(process: subprocess.Popen, spared: str | None = None) -> None:
                 member.kill()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60, process: subprocess.Popen | None = None) -> None:
+    """Until it holds; where it does not, ``process`` is killed and the test fails with what that printed."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            if process:
+                kill_family(process)
+            raise AssertionError("\n".join(process.communicate()) if process else f"not within {seconds} s")
         time.sleep(0.05)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,13 +20,19 @@ from dfqlib import cluster, plan, preflight
 from dfqlib.errors import UserError
 
 
+def free_port() -> int:
+    """One that systems give to nobody who does not ask for it, as a scheduler comes back to its port."""
+    while True:
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            return candidate.getsockname()[1]
+
+
 class Processes:
     """A scheduler and its workers, as a user of a cluster starts them."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.folder = folder
         self.alive: list[subprocess.Popen] = []
@@ -93,10 +101,10 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
     options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address, "--jobs", "12"]
     batch = start(results, *options, "--seeds", *seeds)
     try:
-        wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 2, 300)
+        wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 2, 300, batch)
         kernels = "ipykernel_launcher"  # they have to notice by themselves
         kill_family(processes.workers[0], spared=kernels)
-        wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 5, 300)
+        wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 5, 300, batch)
         kill_family(processes.scheduler, spared=kernels)
         processes.start_scheduler()
         processes.start_worker()  # as a job queue does: workers end with their scheduler
@@ -128,7 +136,7 @@ def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):
     write_kit(kit, zeroq=diary(tmp_path, seconds=600))
     options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address]
     batch = start(tmp_path / "results", *options, "--seeds", "0", "1", "2")
-    wait_for(lambda: notes(tmp_path).total() == 2, 300)
+    wait_for(lambda: notes(tmp_path).total() == 2, 300, batch)
     batch.send_signal(signal.SIGINT)
     printed, errors = batch.communicate(timeout=300)
     assert batch.returncode == 130 and "Traceback" not in errors

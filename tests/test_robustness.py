@@ -163,7 +163,7 @@ def test_a_run_killed_at_a_random_point_and_called_again_ends_with_the_same_numb
     results, point = tmp_path / "killed", random.Random(5).randrange(1, 25)
     process = start(results, *arguments)
     files = functools.partial(results.glob, "quick/zeroq/.*.checkpoints/tuning.ckpt")
-    wait_for(lambda: any(drawn(file) >= point for file in files()), 300)
+    wait_for(lambda: any(drawn(file) >= point for file in files()), 300, process)
     kill_family(process)
     process.communicate()
     assert not list(results.glob("quick/zeroq/[!.]*"))
@@ -250,7 +250,7 @@ def test_an_interrupt_writes_the_tables_of_what_is_finished(kit, tmp_path):
     results, flag = tmp_path / "results", tmp_path / "started"
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
     process = start(results)
-    wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")))
+    wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")), process=process)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "All tables" in printed

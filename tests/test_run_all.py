@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -123,6 +125,15 @@ def test_keep_going_tries_the_other_runs_of_a_broken_notebook(kit, tmp_path, cap
     assert printed.count(": failed") == 1 and printed.count(": done") == 1
 
 
+LISTENING = """
+import json, pathlib, psutil
+from ipykernel import connect
+bound = {{c.laddr.port for c in psutil.Process().net_connections("inet")}}
+known = connect.get_connection_info(unpack=True)
+ports = [port for name, port in known.items() if name.endswith("_port") and port in bound]
+pathlib.Path({file!r}).write_text(json.dumps([known["transport"], len(ports)]))"""
+
+
 def test_a_kernel_that_dies_is_reported(kit, tmp_path, capsys):
     write_kit(kit, zeroq="import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert call(tmp_path / "results", "--papers", "zeroq") == 1
@@ -131,6 +142,20 @@ def test_a_kernel_that_dies_is_reported(kit, tmp_path, capsys):
     cells = json.loads(notebook.read_text())["cells"]
     counts = [cell["execution_count"] for cell in cells]
     assert counts[:2] == [1, 2] and counts[3] is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has only ports")
+@pytest.mark.parametrize(("folder", "transport", "ports"), [("short", "ipc", 0), ("x" * 100, "tcp", 5)])
+def test_kernels_take_no_ports_but_where_no_socket_has_room(kit, tmp_path, monkeypatch, folder, transport, ports):
+    """A port can be taken by another process first; a socket has room if the temporary folder's path is short."""
+    write_kit(kit, zeroq=LISTENING.format(file=str(tmp_path / "seen")))
+    with tempfile.TemporaryDirectory() as temporary:
+        (folder := Path(temporary, folder)).mkdir()
+        monkeypatch.setenv("TMPDIR", str(folder))
+        process = start(tmp_path / "results", "--papers", "zeroq")
+        assert process.communicate(timeout=60) and process.returncode == 0
+        assert json.loads((tmp_path / "seen").read_text()) == [transport, ports]
+        assert not list(folder.iterdir())
 
 
 def test_a_notebook_that_saves_nothing_is_no_result(kit, tmp_path, capsys):
@@ -182,7 +207,7 @@ def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop, background):
     results, flag = tmp_path / "results", tmp_path / "started"
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
     process = start(results, background=background)
-    wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")))
+    wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")), process=process)
     process.send_signal(stop)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
@@ -199,7 +224,7 @@ def test_an_interrupt_stops_every_run_at_work_and_no_other_begins(kit, tmp_path)
     folder.mkdir()
     write_kit(kit, zeroq=f"import time\nopen({str(folder)!r} + f'/{{seed}}', 'w').close()\ntime.sleep(600)")
     process = start(results, "--papers", "zeroq", "--seeds", "0", "1", "2", "3", "--jobs", "2")
-    wait_for(lambda: len(list(folder.iterdir())) == 2)
+    wait_for(lambda: len(list(folder.iterdir())) == 2, process=process)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -294,7 +319,7 @@ if not pid.exists():
     time.sleep(600)"""
     write_kit(kit, zeroq=body)
     process = start(results, "--papers", "zeroq")
-    wait_for(lambda: pid.exists() and pid.read_text())
+    wait_for(lambda: pid.exists() and pid.read_text(), process=process)
     kernel = psutil.Process(int(pid.read_text()))
     process.kill()
     process.communicate()
