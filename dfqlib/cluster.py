@@ -26,12 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, Event, Future, KilledWorker, LocalCluster, get_client, get_worker
+from distributed import Client, Event, Future, KilledWorker, LocalCluster, Worker, get_client, get_worker
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError, get_address_host
 from distributed.core import Status
 
-from dfqlib import plan, profiles
+from dfqlib import kernels, plan, profiles
 from dfqlib.errors import UserError
 from dfqlib.execution import Machine, Outcome, Turn, put_in_place
 from dfqlib.plan import PlannedRun, code_identity, data_folder, weights_file
@@ -93,7 +93,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):  # a lost scheduler has nothing to say goodbye to
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # or a lost scheduler is told with traceback
+        with contextlib.suppress(Exception):
             self._client.close()
         if self._local:
             self._local.close()
@@ -104,7 +105,9 @@ class Cluster:
     def stop(self) -> None:
         """Have the workers stop the runs of this batch, and give up those that have not begun."""
         self._stopping = True
-        with contextlib.suppress(Exception):  # without a scheduler there is nobody to tell
+        if self._client.status == "connecting":  # there is nobody to tell, and calls wait for the scheduler
+            return
+        with contextlib.suppress(Exception):
             Event(self._topic, client=self._client).set()
             self._client.cancel([sent.task for sent in self._sent if sent.task and not sent.started])
 
@@ -115,6 +118,9 @@ class Cluster:
             number = len(self._sent)
             self._sent.append(sent)
         while not self._stopping:
+            if self._client.status == "connecting":  # to a new scheduler; calls would wait for it, interrupt or not
+                time.sleep(0.5)
+                continue
             try:
                 outcome, archive = self._send(number, run, results, force).result()
             except KilledWorker as error:
@@ -207,8 +213,7 @@ def _work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
     worker, run = get_worker(), at_home(order.run)
     own = Path(worker.local_directory)
     results = order.results if order.shared else own / "results"
-    host = get_address_host(worker.address)
-    machine = Machine(order.hosts.get(host, worker.state.nthreads), order.checkpoint_every)
+    machine = Machine(sharers(worker, order.hosts), order.checkpoint_every)
     machine.variables |= dict.fromkeys(THREADS, str(machine.threads))
     if order.shared and order.data_root and Path(order.data_root).is_dir():
         machine.variables["DFQ_DATA"] = order.data_root
@@ -231,6 +236,17 @@ def _work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
     )
     made = (final, final.with_name(f"{final.name}.unfinished"))
     return outcome, pack({folder.name: folder for folder in made if folder.is_dir()})
+
+
+def sharers(worker: Worker, hosts: dict[str, int]) -> int:
+    """How many runs at once share the cores that this worker may use.
+
+    Those of all workers on its host, for which ``hosts`` has numbers, or its own if it has cores of its own, as job
+    queues give them.
+    """
+    own = int(worker.state.total_resources.get("GPU", worker.state.nthreads))
+    confined = kernels.cores() < (os.cpu_count() or 1)
+    return own if confined else hosts.get(get_address_host(worker.address), own)
 
 
 @contextlib.contextmanager

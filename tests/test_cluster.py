@@ -9,14 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from distributed import Client
 from stub_kit import ROOT, call, kill_family, run_folders, start, wait_for, write_kit
 
-from dfqlib import cluster, plan, preflight
+from dfqlib import cluster, kernels, plan, preflight
 from dfqlib.errors import UserError
 
 
@@ -102,10 +104,10 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
     batch = start(results, *options, "--seeds", *seeds)
     try:
         wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 2, 300, batch)
-        kernels = "ipykernel_launcher"  # they have to notice by themselves
-        kill_family(processes.workers[0], spared=kernels)
+        spared = "ipykernel_launcher"  # they have to notice by themselves
+        kill_family(processes.workers[0], spared=spared)
         wait_for(lambda: len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) >= 5, 300, batch)
-        kill_family(processes.scheduler, spared=kernels)
+        kill_family(processes.scheduler, spared=spared)
         processes.start_scheduler()
         processes.start_worker()  # as a job queue does: workers end with their scheduler
         printed, errors = batch.communicate(timeout=600)
@@ -130,6 +132,28 @@ def test_a_gpu_takes_one_run_at_a_time(kit, tmp_path, processes):
     lines = (tmp_path / "diary").read_text().splitlines()
     assert sorted(lines[::2]) == ["begin 0", "begin 1", "begin 2"]
     assert [f"begin {line.removeprefix('end ')}" for line in lines[1::2]] == lines[::2]
+
+
+@pytest.mark.parametrize(("cores", "resources", "runs"), [(64, {}, 16), (8, {}, 2), (8, {"GPU": 1.0}, 1)])
+def test_a_worker_with_cores_of_its_own_shares_them_with_nobody(monkeypatch, cores, resources, runs):
+    """Job queues give their workers some of a host's cores; workers started by hand have all of them, together."""
+    state = SimpleNamespace(nthreads=2, total_resources=resources)
+    worker = SimpleNamespace(address="tcp://node7:4000", state=state)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(kernels, "cores", lambda: cores)
+    assert cluster.sharers(worker, {"node7": 16}) == runs
+
+
+def test_an_interrupt_need_not_wait_for_a_lost_scheduler(kit, tmp_path, processes):
+    write_kit(kit, zeroq=diary(tmp_path, seconds=600))
+    batch = start(tmp_path / "results", "--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address)
+    wait_for(lambda: notes(tmp_path).total() == 1, 300, batch)
+    kill_family(processes.scheduler)
+    time.sleep(5)  # the batch notices, and looks for it
+    batch.send_signal(signal.SIGINT)
+    printed, errors = batch.communicate(timeout=60)
+    assert batch.returncode == 130 and "Traceback" not in errors
+    assert printed.count(": stopped") == 1
 
 
 def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):
