@@ -190,6 +190,8 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
 
             settings = options.scheduler, options.workers or 2, options.jobs, options.checkpoint_every
             executor = stack.enter_context(Cluster(*settings))
+            if executor.empty:
+                console.print(f"No worker has come to {executor.address} yet: the runs wait for one.", soft_wrap=True)
         seconds = plan.expected_seconds(able, results)
         for sentence in [*origins(able), forecast(missing, len(able) - len(missing), seconds, executor)]:
             console.print(sentence, markup=False, soft_wrap=True)

@@ -71,7 +71,8 @@ class Cluster:
     """``workers`` processes started here, or those of the scheduler at ``address``; a context manager.
 
     A run takes one GPU where workers offer them as a Dask resource. ``jobs`` runs are in the queue at once; by default
-    two for each that can run, so that no worker waits for the next. Raises UserError if the scheduler does not answer.
+    two for each that can run, so that no worker waits for the next. ``empty`` says that no worker was there yet. Raises
+    UserError if the scheduler does not answer.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Cluster:
         self._shared: bool | None = None
         self._lock = threading.Lock()
         self._stopping = False
-        self.places = max(1, sum(self._hosts().values()))
+        room = sum(self._hosts().values())
+        self.empty = not room
+        self.places = max(1, room)
         self.jobs = jobs or max(8, 2 * self.places)
 
     def __enter__(self) -> Cluster:

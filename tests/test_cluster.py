@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 from stub_kit import ROOT, call, kill_family, run_folders, start, wait_for, write_kit
 
 from dfqlib import cluster, kernels, plan, preflight
@@ -119,6 +119,15 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
         f"end {seed}": 1 for seed in seeds
     }
     assert printed.count(": done") + printed.count(": found") == 12
+
+
+def test_a_cluster_without_workers_is_told(kit, tmp_path):
+    with LocalCluster(n_workers=0, dashboard_address=None) as empty:
+        batch = start(tmp_path / "results", "--executor", "dask", "--scheduler", empty.scheduler_address)
+        lines = [batch.stdout.readline() for _ in range(3)]
+        kill_family(batch)
+        batch.communicate()
+    assert f"No worker has come to {empty.scheduler_address} yet: the runs wait for one.\n" in lines
 
 
 def test_a_gpu_takes_one_run_at_a_time(kit, tmp_path, processes):
