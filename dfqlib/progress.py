@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -38,7 +38,8 @@ def track(iterable: Iterable[T], label: str, total: int | None = None) -> Iterat
     if file:
         yield from _report(iterable, label, total, Path(file))
     else:
-        yield from tqdm(iterable, desc=label, total=total, leave=False, disable=not _someone_watches())
+        screen = _screen()
+        yield from tqdm(iterable, desc=label, total=total, leave=False, file=screen, disable=screen is None)
 
 
 def read(file: str | Path) -> list[dict[str, Any]]:
@@ -76,6 +77,8 @@ def _write(file: Path) -> None:
         os.replace(temporary, file)
 
 
-def _someone_watches() -> bool:
-    """True in a terminal, and in a notebook's kernel, whose stderr is no terminal but is drawn."""
-    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
+def _screen() -> TextIO | None:
+    """Where someone watches: a terminal, or a notebook, which paints what comes by stderr red, as if it had failed."""
+    if sys.stderr.isatty():
+        return sys.stderr
+    return sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else None

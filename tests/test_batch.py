@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import threading
 
 import pytest
@@ -215,7 +216,16 @@ def test_track_does_not_mind_a_file_it_cannot_write(tmp_path, monkeypatch):
 def test_track_draws_nothing_on_a_pipe(capsys, monkeypatch):
     monkeypatch.delenv(progress.FILE_VARIABLE, raising=False)
     assert list(progress.track(range(3), "loop")) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_track_draws_in_a_notebook_and_not_as_an_error(capsys, monkeypatch):
+    """Where what comes by stderr is painted red."""
+    monkeypatch.delenv(progress.FILE_VARIABLE, raising=False)
+    kernels = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    monkeypatch.setattr(sys, "stdout", drawn := kernels())
+    assert list(progress.track(range(3), "loop")) == [0, 1, 2]
+    assert "loop" in drawn.getvalue() and drawn.getvalue().endswith("\r") and capsys.readouterr().err == ""
 
 
 def test_fraction_counts_cells_and_their_loops(tmp_path):
