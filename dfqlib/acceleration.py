@@ -21,7 +21,7 @@ ACCELERATIONS = {
     "folded_upsampling": "nearest x2 with the 3x3 convolution after it is one transposed convolution",
     "fused_optimizers": "Adam and SGD take a step over all weights in one kernel",
     "fused_rounding": "fake quantization makes one new tensor, and its gradient none",
-    "fused_statistics": "mean and variance, and their gradient, each take as few passes as they can",
+    "fused_statistics": "mean, variance and mean square, and their gradients, each take as few passes as they can",
     "held_memory": "while a loop runs, memory that was freed stays with the process, which needs it again at once",
     "scaled_weights": "a student's frozen batch norms scale its quantized weights instead of its activations",
 }

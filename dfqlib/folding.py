@@ -38,9 +38,10 @@ class FoldedNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # named as a batch norm's, for calls by name
         return input
 
-    def before(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (..., C) of what would enter the batch norm, from those of what leaves it."""
-        return (mean - self.shift) / self.gain, variance / self.gain.square()
+
+def before(mean: Tensor, variance: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (..., C) of what enters the map ``gain`` x + ``shift`` (C,), from those of what leaves it."""
+    return (mean - shift) / gain, variance / gain.square()
 
 
 @torch.no_grad()

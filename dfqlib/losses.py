@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfqlib.statistics import Layer, batch_gaps, by_layer, over_channels, sample_gaps, sample_mean_std
+from dfqlib.statistics import (
+    Layer,
+    batch_gaps,
+    by_layer,
+    over_channels,
+    sample_gaps,
+    sample_mean_square,
+    sample_mean_std,
+)
 from dfqlib.terms import add_up
 
 
@@ -147,7 +155,7 @@ def channel_attention(features: Tensor) -> Tensor:
 
     The mean of the squares over space, normalised. Source: HAST, feature alignment.
     """
-    return F.normalize(features.square().mean((2, 3)), dim=1)
+    return F.normalize(sample_mean_square(features), dim=1)
 
 
 def attention_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

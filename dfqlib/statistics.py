@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dfqlib.acceleration import uses
 from dfqlib.errors import UserError
-from dfqlib.folding import FoldedNorm
+from dfqlib.folding import FoldedNorm, before
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FoldedNorm)
 EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
@@ -31,27 +31,23 @@ class Layer(NamedTuple):
 
     def mean_var(self) -> tuple[Tensor, Tensor]:
         """:func:`batch_mean_var` of what enters: (C,) each."""
-        return self._before(*batch_mean_var(self.tensor))
-
-    def weighted_mean_var(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """:func:`weighted_mean_var` of what enters: (C,) each, for weights (B,) of the samples."""
-        return self._before(*weighted_mean_var(self.tensor, weights))
-
-    def sample_mean_var(self) -> tuple[Tensor, Tensor]:
-        """:func:`sample_mean_var` of what enters: (B, C) each."""
-        return self._before(*sample_mean_var(self.tensor))
+        return before(*batch_mean_var(self.tensor), *self.affine)
 
     def sample_mean_std(self) -> tuple[Tensor, Tensor]:
         """:func:`sample_mean_std` of what enters: (B, C) each."""
-        mean, variance = self.sample_mean_var()
+        mean, variance = before(*sample_mean_var(self.tensor), *self.affine)
         return mean, (variance + EPSILON).sqrt()
 
     @property
     def channels(self) -> int:
         return self.tensor.shape[1]
 
-    def _before(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        return self.norm.before(mean, variance) if isinstance(self.norm, FoldedNorm) else (mean, variance)
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Gain and shift (C,) of the affine map that lies between what enters and ``tensor``."""
+        if isinstance(self.norm, FoldedNorm):
+            return self.norm.gain, self.norm.shift
+        return torch.ones_like(self.norm.running_mean), torch.zeros_like(self.norm.running_mean)
 
 
 class BatchNormInputs:
@@ -164,6 +160,26 @@ def sample_mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + EPSILON).sqrt()
 
 
+class _MeanSquare(torch.autograd.Function):
+    """Mean of squares over space, (B, C), with the gradient in one pass: autograd's own takes five."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square().mean((2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * (gradient * (2 / math.prod(x.shape[2:])))[..., None, None]
+
+
+def sample_mean_square(x: Tensor) -> Tensor:
+    """Mean square (B, C) of each sample and channel of ``x`` (B, C, h, w) over space."""
+    return _MeanSquare.apply(x) if uses("fused_statistics") else x.square().mean((2, 3))
+
+
 def pooled_mean_var(mean: Tensor, variance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of N groups together, from their own (N, C) each and their weights (N,)."""
     shares = (weights / weights.sum()).unsqueeze(1)
@@ -183,7 +199,7 @@ def sample_gaps(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
 
     The channels of all ``layers`` stand side by side, so that a loss takes its steps once, not once for every layer.
     """
-    mean, variance = _side_by_side(layer.sample_mean_var() for layer in layers)
+    mean, variance = _entering([sample_mean_var(layer.tensor) for layer in layers], layers)
     running_mean, running_variance = _running_statistics(layers)
     return mean - running_mean, (variance + EPSILON).sqrt() - (running_variance + EPSILON).sqrt()
 
@@ -194,12 +210,17 @@ def batch_gaps(layers: Sequence[Layer], weights: Tensor | None = None) -> tuple[
     With ``weights`` (L, B), a sample counts so often in each layer.
     """
     if weights is None:
-        statistics = (layer.mean_var() for layer in layers)
+        statistics = [batch_mean_var(layer.tensor) for layer in layers]
     else:
-        statistics = (layer.weighted_mean_var(weight) for layer, weight in zip(layers, weights, strict=True))
-    mean, variance = _side_by_side(statistics)
+        statistics = [weighted_mean_var(layer.tensor, weight) for layer, weight in zip(layers, weights, strict=True)]
+    mean, variance = _entering(statistics, layers)
     running_mean, running_variance = _running_statistics(layers)
     return mean - running_mean, variance - running_variance
+
+
+def _entering(statistics: Sequence[tuple[Tensor, Tensor]], layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    """Means and variances (..., sum of C) each of what enters, from those (..., C) of each layer's tensor."""
+    return before(*_side_by_side(statistics), *_side_by_side(layer.affine for layer in layers))
 
 
 def _running_statistics(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.statistics import BatchNormInputs, batch_mean_var, sample_mean_std
+from dfqlib.statistics import BatchNormInputs, batch_mean_var, sample_mean_square, sample_mean_std
 
 
 class RegisteredBackwards(nn.Module):
@@ -39,6 +39,11 @@ def test_sample_mean_std_by_hand():
     torch.testing.assert_close(std, torch.tensor([[(2.0 + 1e-6) ** 0.5], [1e-3]]))  # unbiased: (1 + 1) / (2 - 1)
 
 
+def test_sample_mean_square_by_hand():
+    x = torch.tensor([[[[1.0, 3.0]], [[0.0, 2.0]]]])  # (1, 2, 1, 2)
+    assert sample_mean_square(x).tolist() == [[5.0, 2.0]]
+
+
 def test_a_sample_without_space_has_no_spread():
     with pytest.raises(ValueError, match="no spread over space"):
         sample_mean_std(torch.zeros(4, 3))
@@ -47,7 +52,7 @@ def test_a_sample_without_space_has_no_spread():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("statistics", [batch_mean_var, sample_mean_std])
+@pytest.mark.parametrize("statistics", [batch_mean_var, sample_mean_std, sample_mean_square])
 def test_gradient_is_that_of_the_definition(statistics, memory_format):
     torch.manual_seed(0)
     x = torch.randn(3, 2, 2, 3, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
