@@ -24,7 +24,7 @@ from dfqlib import published
 from dfqlib.acceleration import off_from_start
 from dfqlib.errors import UserError, check_choice
 from dfqlib.files import sha256
-from dfqlib.profiles import Paper, Profile, load
+from dfqlib.profiles import Paper, Profile, check_numbers, load
 
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "assets"
@@ -175,6 +175,7 @@ def plan(selection: Selection) -> list[PlannedRun]:
     chosen = [papers[key] for key in selection.papers or papers]
     defaults = {paper.key: notebook_parameters(paper.notebook) for paper in chosen}
     settings = check_settings(selection.settings, defaults)
+    check_numbers(settings)
 
     runs: dict[str, PlannedRun] = {}
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import os
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfqlib.errors import UserError, check_choice
+from dfqlib.errors import UserError, check_choice, check_range
 
 #: Parameters of a notebook that say what is run and where. All others are the method's schedule.
 COMMON = ("profile", "dataset", "model", "bits", "seed", "device", "out", "data_folder", "weights")
@@ -52,11 +53,31 @@ class Paper:
 
 def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
     """Profiles and papers by name, from ``$DFQ_PROFILES`` or else from the package."""
-    return _read(os.environ.get("DFQ_PROFILES", ""))
+    return _read(os.environ.get("DFQ_PROFILES", ""))[:2]
+
+
+def check_numbers(parameters: dict[str, Any]) -> None:
+    """UserError for a number, alone or in a list, that is beyond the limits of its parameter, if it has some."""
+    limits = _read(os.environ.get("DFQ_PROFILES", ""))[2]
+    for name in parameters.keys() & limits.keys():
+        low, high = limits[name]
+        for value in _flat(parameters[name]):
+            if isinstance(low, int) and not isinstance(value, int):
+                raise UserError(f"{name}={value!r} is not a whole number; allowed: {low} to {high}.")
+            check_range(name, value, low, high)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What a list holds, its lists taken apart; anything else by itself."""
+    if isinstance(value, list):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
 
 
 @functools.cache
-def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
+def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper], dict[str, list[float]]]:
     package = Path(__file__).resolve().parent
     path = Path(table).resolve() if table else package / "profiles.toml"
     notebooks = path.parent if table else package.parent / "notebooks"
@@ -65,12 +86,12 @@ def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"DFQ_PROFILES={table!r} cannot be read ({error}).") from None
     profiles = {name: Profile(name, **values) for name, values in content.pop("profiles").items()}
-    papers = {}
+    papers, limits = {}, content.pop("limits", {})
     for key, values in content.items():
         settings = {name: values.pop(name) for name in profiles if name in values}
         notebook = notebooks / values.pop("notebook")
         papers[key] = Paper(key, notebook, **values, settings=settings)
-    return profiles, papers
+    return profiles, papers, limits
 
 
 def paper(key: str) -> Paper:

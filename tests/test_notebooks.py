@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from dfqlib import plan, profiles
+from dfqlib.errors import UserError
 from dfqlib.profiles import COMMON
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +98,18 @@ def test_defaults_are_the_quick_profile(key):
     published = paper.parameters("paper")
     for name in set(quick) | set(paper.parameters("smoke")):
         assert name in COMMON or name in published, f"{name} has no published value in the table"
+
+
+@each
+def test_every_number_has_limits_that_leave_room_for_every_profile(key):
+    paper, defaults = PAPERS[key], plan.notebook_parameters(PAPERS[key].notebook)
+    laid_over = [name for table in paper.settings.values() for name, value in table.items() if isinstance(value, dict)]
+    for profile, over in itertools.product(profiles.load()[0], ["", *laid_over]):
+        profiles.check_numbers(defaults | paper.parameters(profile, over))
+    for name, value in defaults.items():
+        if re.fullmatch(r"[-\[\]\d., e]+", str(value)):  # a number, or a list of numbers
+            with pytest.raises(UserError, match=rf"{name}=-1\d+ is out of range; allowed"):
+                profiles.check_numbers({name: [-(10**12)]})
 
 
 @each

@@ -91,7 +91,11 @@ def test_everything_is_written_and_nothing_without_a_folder(tmp_path, monkeypatc
     assert {"commit", "hardware", "versions", "finished", "seconds"} <= set(metrics["provenance"])
 
 
-def test_unknown_paper_and_missing_folder_are_refused(tmp_path):
+def test_unknown_paper_missing_folder_and_impossible_numbers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="batch=0 is out of range; allowed: a number from 2"):
+        make_run(batch=0)
+    with pytest.raises(UserError, match=r"iterations=2\.5 is not a whole number"):
+        make_run(iterations=2.5)
     with pytest.raises(UserError, match="did you mean 'gdfq'"):
         Run("gdqf", PARAMETERS)
     with pytest.raises(UserError, match="is not a folder"):

@@ -358,6 +358,8 @@ def test_two_at_once_lose_nothing(kit, tmp_path):
             ["--set", "iterations=many"],
             "--set iterations=many is not of the parameter's type; allowed: int, such as 10",
         ),
+        (["--set", "iterations=-3"], "iterations=-3 is out of range; allowed: a number from 1 to 1000."),
+        (["--set", "lr=nan"], "lr=nan is out of range"),
         (["--set", "cosine=maybe"], "--set cosine='maybe' is unknown; allowed: true, false"),
         (["--set", "iterations"], "--set iterations is not NAME=VALUE"),
         (["--set", "seed=3"], "--set seed=3 has an option of its own: use --seeds"),
