@@ -38,10 +38,8 @@ from dfqlib.plan import METRICS, NOTEBOOK, NOTEBOOK_PAGE, PlannedRun, complete, 
 from dfqlib.progress import FILE_VARIABLE
 
 if TYPE_CHECKING:
-    from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
-EXPORTING = threading.Lock()
 #: jsonschema, which checks notebooks, imports this if it is there, and that takes a second or two for a parser of URLs.
 ADDRESSES = "rfc3987_syntax"
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
@@ -162,8 +160,9 @@ class Machine:
     def place(self) -> Iterator[None]:
         """One of the places; who has to wait for it uses the time to make the first page quick."""
         if not self.free.acquire(blocking=False):
-            with EXPORTING:
-                html_exporter()
+            from dfqlib import notebook_page
+
+            notebook_page.warm_up()
             self.free.acquire()
         try:
             yield
@@ -267,7 +266,9 @@ class Machine:
                     on_cell_start=lambda cell_index, **_: None if cell_index else begin(),  # now the kernel is ready
                     on_cell_executed=turn.cell_ends,
                 )
-            write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
+            from dfqlib import notebook_page  # once the notebook has run, which need not wait for it
+
+            write_text(partial / NOTEBOOK_PAGE, notebook_page.as_page(partial / NOTEBOOK))
         except NotBegun:
             raise
         except papermill.PapermillExecutionError as error:
@@ -283,23 +284,6 @@ class Machine:
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps for want of memory" if dead else f"{type(error).__name__}: {error}"
             raise KernelFailure(line, f"{line}\n{tail}") from error
-
-
-def as_page(notebook: Path) -> str:
-    """An executed notebook as HTML; one at a time, since runs that end together share the exporter."""
-    with EXPORTING:
-        return html_exporter().from_filename(os.fspath(notebook))[0]
-
-
-@functools.cache
-def html_exporter() -> HTMLExporter:
-    """nbconvert's exporter after a first small page, for which it loads and compiles for seconds."""
-    from nbconvert import HTMLExporter
-    from nbformat import v4
-
-    exporter = HTMLExporter()
-    exporter.from_notebook_node(v4.new_notebook(cells=[v4.new_code_cell("1")]))
-    return exporter
 
 
 def set_aside(final: Path) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
-from dfqlib import execution
+from dfqlib import execution, notebook_page
 from dfqlib.kernels import cores
 
 
@@ -277,13 +277,13 @@ def ready(tmp_path, monkeypatch):
 def test_a_run_is_prepared_while_another_computes_and_begins_when_that_is_put_away(kit, tmp_path, monkeypatch, ready):
     """The first of two notebooks waits until the other is ready to begin, its page until the other has begun."""
     write_kit(kit, zeroq=PREPARED.format(folder=str(tmp_path)) + "time.sleep(0.5)\n(folder / 'at work').rmdir()")
-    as_page = execution.as_page
+    as_page = notebook_page.as_page
 
     def late(notebook: Path) -> str:
         wait_for(lambda: len(list(tmp_path.glob("begun *"))) == 2)
         return as_page(notebook)
 
-    monkeypatch.setattr(execution, "as_page", late)
+    monkeypatch.setattr(notebook_page, "as_page", late)
     assert call(tmp_path / "results", "--papers", "zeroq", "--seeds", "0", "1", "--jobs", "1") == 0
     seconds = [
         json.loads(path.read_text())["run"]["seconds"] for path in tmp_path.glob("results/quick/zeroq/*/metrics.json")

@@ -1,0 +1,43 @@
+"""Executed notebooks as pages: formulas are drawn by the browser itself, nothing comes from the network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from dfqlib.notebook_page import as_page
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+MATH = re.compile(r"<math.*?</math>", re.DOTALL)
+
+
+def page_of(path: Path, *cells: nbformat.NotebookNode) -> str:
+    nbformat.write(v4.new_notebook(cells=list(cells)), path)
+    return as_page(path)
+
+
+def test_formulas_become_mathml_and_code_stays(tmp_path):
+    text = r"Inline $\hat x = \frac{a}{2}$, and `$HOME` and `$x$` as they are." + "\n\n$$\n\\sum_i x_i^2\n$$\n"
+    page = page_of(tmp_path / "one.ipynb", v4.new_markdown_cell(text))
+    inline, block = MATH.findall(page)
+    assert "<mfrac><mrow><mi>a</mi></mrow><mrow><mn>2</mn></mrow></mfrac>" in inline
+    assert 'display="block"' in block and "<mo>∑</mo>" in block
+    assert "<code>$HOME</code>" in page and "<code>$x$</code>" in page
+
+
+def test_an_output_keeps_its_dollars(tmp_path):
+    output = v4.new_output("display_data", {"text/html": "<b>$5 and $6</b>"})
+    page = page_of(tmp_path / "one.ipynb", v4.new_code_cell("1", outputs=[output]))
+    assert "<b>$5 and $6</b>" in page and not MATH.search(page)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_kit_s_notebooks_have_formulas_that_are_understood_whole(notebook):
+    page = as_page(notebook)
+    formulas = MATH.findall(page)
+    assert formulas and not [formula for formula in formulas if "\\" in formula]
+    assert not re.search(r"""<script[^>]*\bsrc=|<link[^>]*\bhref=["']?http|<img[^>]*\bsrc=["']?http|import\(""", page)
