@@ -31,9 +31,10 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError, get_address_host
 from distributed.core import Status
 
-from dfqlib import kernels, plan, profiles
+from dfqlib import kernels, plan
 from dfqlib.errors import UserError
 from dfqlib.execution import Machine, Outcome, Turn, put_in_place
+from dfqlib.files import write_text
 from dfqlib.plan import PlannedRun, code_identity, data_folder, weights_file
 
 ANSWER = 10  # seconds in which a scheduler has to answer the first time
@@ -48,6 +49,7 @@ class Order:
     """What a worker needs to know to execute a run."""
 
     run: PlannedRun
+    notebook: str  # as it stands in its file: a worker may have no copy
     results: Path
     shared: bool  # whether workers see the results folder
     force: bool
@@ -150,9 +152,9 @@ class Cluster:
             if self._shared is None:
                 self._shared = _shared(self._client, results)
         data_root = os.environ.get("DFQ_DATA", "")
-        order = Order(
-            run, results, self._shared, force, self._topic, number, self._hosts(), data_root, self._checkpoint_every
-        )
+        notebook = run.paper.notebook.read_text(encoding="utf-8")
+        batch = self._topic, number, self._hosts(), data_root, self._checkpoint_every
+        order = Order(run, notebook, results, self._shared, force, *batch)
         inputs = None if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
         key = f"{run.paper.key}-{run.id}-{secrets.token_hex(4)}"
@@ -213,8 +215,9 @@ def work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
 
 
 def _work(order: Order, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
-    worker, run = get_worker(), at_home(order.run)
+    worker = get_worker()
     own = Path(worker.local_directory)
+    run = at_home(order.run, order.notebook, own / "notebooks" / order.run.id)
     results = order.results if order.shared else own / "results"
     machine = Machine(sharers(worker, order.hosts), order.checkpoint_every)
     machine.variables |= dict.fromkeys(THREADS, str(machine.threads))
@@ -271,12 +274,19 @@ def _stopped_by(topic: str, machine: Machine) -> Iterator[None]:
         over.set()
 
 
-def at_home(run: PlannedRun) -> PlannedRun:
-    """The run with this machine's copy of its notebook; UserError if the kit here is another version."""
-    paper = run.paper if run.paper.notebook.is_file() else profiles.paper(run.paper.key)
-    if code_identity(paper.notebook) != run.depends["code"]:
+def at_home(run: PlannedRun, notebook: str, folder: Path) -> PlannedRun:
+    """The run with its notebook on this machine: written into ``folder`` if its own path is not seen here.
+
+    UserError if the kit here is another version.
+    """
+    path = run.paper.notebook
+    if not path.is_file():
+        path = folder / path.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, notebook)
+    if code_identity(path) != run.depends["code"]:
         raise UserError(f"worker {get_worker().address} has another version of the kit; install the same one there.")
-    return dataclasses.replace(run, paper=paper)
+    return dataclasses.replace(run, paper=dataclasses.replace(run.paper, notebook=path))
 
 
 def inputs_of(run: PlannedRun) -> dict[str, Path]:

@@ -193,6 +193,21 @@ def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkey
     assert (tmp_path / "results" / "quick" / folder / "error.txt").is_file()
 
 
+def test_a_worker_needs_no_copy_of_the_notebook_but_the_same_kit(kit, tmp_path, monkeypatch):
+    """The kit installed as a package, as in a container's image, has none."""
+    (run,) = plan.plan(plan.Selection(papers=["zeroq"]))
+    path, folder = run.paper.notebook, tmp_path / "worker" / "notebooks"
+    text = path.read_text()
+    assert cluster.at_home(run, text, folder) == run and not folder.exists()
+    path.rename(path.with_suffix(".away"))
+    there = cluster.at_home(run, text, folder)
+    assert there.paper.notebook.parent == folder and there.paper.notebook.read_text() == text
+    assert (there.id, there.parameters) == (run.id, run.parameters)
+    monkeypatch.setattr(cluster, "get_worker", lambda: SimpleNamespace(address="tcp://node7:4000"))
+    with pytest.raises(UserError, match="node7:4000 has another version of the kit"):
+        cluster.at_home(run, text.replace("iterations = 10", "iterations = 11"), folder)
+
+
 def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "one.png").write_bytes(b"12345")

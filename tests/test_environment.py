@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from dfqlib.kernels import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -76,8 +81,17 @@ def test_binder_takes_torch_for_a_cpu_from_conda_and_the_rest_from_the_package()
     assert steps.stat().st_mode & 0o111 and "pip install --quiet --editable ." in steps.read_text()
 
 
+def test_binder_tells_its_kernels_how_many_cores_they_may_use():
+    """A container on Binder has a quota of a machine's many cores, and torch would start a thread for each of them."""
+    place = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [ROOT / "binder" / "start", "printenv", "OMP_NUM_THREADS"]
+    environment = os.environ | {"PATH": place, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "77"}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(printed) == cores()
+
+
 def test_no_file_names_a_host_to_install_from():
-    binder = ("binder/environment.yml", "binder/postBuild")
+    binder = ("binder/environment.yml", "binder/postBuild", "binder/start")
     for name in ("requirements.txt", "environment.yml", "pyproject.toml", "Makefile", ".ci/run", *binder):
         text = (ROOT / name).read_text()
         assert "://" not in text and "index-url" not in text.replace("--no-emit-index-url", ""), name

@@ -233,6 +233,11 @@ def test_an_interrupt_stops_every_run_at_work_and_no_other_begins(kit, tmp_path)
     assert not list(results.glob("quick/zeroq/.*.partial"))
 
 
+def test_a_container_s_quota_of_cores_counts(monkeypatch):
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 6)
+    assert execution.Machine(jobs=2).threads == 3
+
+
 def test_runs_at_once_share_the_cores(kit, tmp_path, monkeypatch):
     """Each notebook waits for the other to begin, so one after the other they would never end."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
