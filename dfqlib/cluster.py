@@ -16,11 +16,11 @@ import logging
 import os
 import secrets
 import shutil
-import tarfile
 import tempfile
 import threading
 import time
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,16 +311,17 @@ def inputs_of(run: PlannedRun) -> dict[str, Path]:
 def pack(paths: dict[str, Path]) -> bytes:
     """Files and folders as one archive, under the names given."""
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
+    with zipfile.ZipFile(stream, "w", strict_timestamps=False) as archive:
         for name, path in paths.items():
-            archive.add(path, name)
+            for part in (path, *sorted(path.rglob("*"))):
+                archive.write(part, name / part.relative_to(path))
     return stream.getvalue()
 
 
 def unpack(archive: bytes, folder: Path) -> list[Path]:
     """What :func:`pack` packed, now in ``folder``."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
-        packed.extractall(folder, filter="data")
+    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+        packed.extractall(folder)
     return sorted(folder.iterdir())
 
 
