@@ -46,10 +46,17 @@ class Budget:
         check_range("tuning_iterations", self.tuning_iterations, 2, 10**9)
 
     @property
+    def observe_iterations(self) -> int:
+        """In which students only see images, to learn their activation ranges."""
+        return max(1, round(WARM_UP * self.tuning_iterations))
+
+    @property
     def schedule(self) -> gdfq.Schedule:
         """GDFQ's and Qimera's settings within this budget, with learning rates that fall by a cosine."""
         return gdfq.Schedule(
             iterations=self.tuning_iterations,
+            observe_iterations=self.observe_iterations,
+            train_from=self.observe_iterations,
             generator_iterations=self.synthesis_iterations,
             batch=self.batch,
             generator_lr=self.generator_lr,
@@ -213,8 +220,8 @@ def _tune_saft(
 def _tuned(
     stream: Stream, students: Mapping[str, Student], budget: Budget, label: str, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, nn.Module], float]:
-    observed = max(1, round(WARM_UP * budget.tuning_iterations))
-    history = finetune(stream, students, budget.tuning_iterations, observed, label=label, checkpoint=checkpoint)
+    spans = budget.tuning_iterations, budget.observe_iterations
+    history = finetune(stream, students, *spans, label=label, checkpoint=checkpoint)
     return {width: student.network for width, student in students.items()}, history.seconds
 
 

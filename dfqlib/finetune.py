@@ -315,6 +315,15 @@ class History:
         return max(score for _, score in self.scores[student])
 
 
+def check_spans(iterations: int, observe_iterations: int, train_from: int) -> None:
+    """UserError if a fine-tuning of these numbers has nothing to observe or nothing to train."""
+    if not 0 < observe_iterations <= train_from < iterations:
+        raise UserError(
+            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing "
+            "to observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
+        )
+
+
 @held_memory()
 def finetune(
     stream: Stream,
@@ -343,11 +352,7 @@ def finetune(
     nothing to do, or the checkpoint is another run's.
     """
     train_from = observe_iterations if train_from is None else train_from
-    if not 0 < observe_iterations <= train_from < iterations:
-        raise UserError(
-            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing "
-            "to observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
-        )
+    check_spans(iterations, observe_iterations, train_from)
     tuners = {name: _Tuner(student) for name, student in students.items()}
     settings = {"iterations": iterations, "observe_iterations": observe_iterations, "train_from": train_from}
     settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every, "students": list(students)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib.errors import check_choice, check_range, parse_bits
-from dfqlib.finetune import DECAYS, GeneratorStream, Student, distil
+from dfqlib.finetune import DECAYS, GeneratorStream, Student, check_spans, distil
 from dfqlib.generators import Generator, draw_one_label
 from dfqlib.losses import bns_loss, generator_loss, student_loss
 from dfqlib.models import Teacher
@@ -42,6 +42,7 @@ class Schedule:
     kl_mean_over_classes: bool = False  # True is the published quirk: KL divided by the number of classes
 
     def __post_init__(self) -> None:
+        check_spans(self.iterations, self.observe_iterations, self.train_from)
         check_range("batch", self.batch, 2, 2**20)  # a batch norm cannot learn from one image
         for name in ("generator_warmup", "generator_iterations", "bns_weight", "ce_weight", "kl_weight"):
             check_range(name, getattr(self, name), 0, 10**9)

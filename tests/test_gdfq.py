@@ -78,7 +78,16 @@ def test_large_images_get_the_conditional_generator():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch": 1}, {"student_lr": 0}, {"kl_weight": -1}, {"student_decay": "linear"}, {"generator_lr": "fast"}]
+    "wrong",
+    [
+        {"batch": 1},
+        {"student_lr": 0},
+        {"kl_weight": -1},
+        {"student_decay": "linear"},
+        {"generator_lr": "fast"},
+        {"observe_iterations": 900},
+        {"train_from": 80_000},
+    ],
 )
 def test_wrong_numbers_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
