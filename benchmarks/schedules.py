@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from dfqlib import gdfq, plotting, profiles, qimera
 from dfqlib.data import load_test
@@ -94,16 +95,28 @@ def draw(table: pd.DataFrame) -> None:
         part = table[table["method"] == method]
         for colour, marker, (profile, runs) in zip(plotting.COLOURS, "os^", part.groupby("profile"), strict=False):
             for number, (_, one) in enumerate(runs.groupby("seed")):
-                name = f"{profile}, {runs['seed'].nunique()} seed(s), batch {one['batch'].iloc[0]}"
+                name = f"{profile}, {extent(runs)}, batch {one['batch'].iloc[0]}"
                 drop = one["teacher"] - one["top1"]
                 axes.plot(one["iteration"], drop, color=colour, marker=marker, label=None if number else name)
         bits, dataset = part[["bits", "dataset"]].iloc[0]
         published = published_drop(method, dataset, bits)
         axes.axhline(published, color="0.3", linestyle=":", marker="", label=f"published, 80,000: {published:.1f}")
         axes.set(title=f"{method}, {dataset}, {bits.upper()}", xlabel="iteration", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.legend(fontsize="small")
     grid[0][0].set_ylabel("points below the teacher")
     figure.savefig(FIGURE, dpi=120, bbox_inches="tight")
+
+
+def extent(runs: pd.DataFrame) -> str:
+    """How many seeds, and up to which iteration if the runs were cut."""
+    seeds, reached = runs["seed"].nunique(), runs["iteration"].max()
+    method, profile, dataset = runs[["method", "profile", "dataset"]].iloc[0]
+    schedule = schedule_of(method, profile, dataset)
+    whole = schedule.generator_warmup + schedule.iterations
+    return f"{seeds} seed{'s' if seeds > 1 else ''}" + (f", {reached:,} of {whole:,}" if reached < whole else "")
 
 
 def published_drop(method: str, dataset: str, bits: str) -> float:
