@@ -134,7 +134,8 @@ class Run:
     def figure(self, figure: Figure, name: str) -> Image:
         """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder, and return the picture.
 
-        Last expression of a notebook's cell. What the notebook shows is the file: a figure is drawn no second time.
+        Last expression of a notebook's cell. What the notebook shows is the file: a figure is drawn no second time. Its
+        name stands for it where it is not seen.
         """
         from IPython.display import Image
         from matplotlib import pyplot
@@ -152,7 +153,7 @@ class Run:
                 figure.savefig(path, format="svg", bbox_inches=box)
             self.figures.append(name)
         pyplot.close(figure)  # or the notebook would show it a second time
-        return Image(png.getvalue(), width=round(box.width * figure.dpi))
+        return Image(png.getvalue(), width=round(box.width * figure.dpi), alt=name.replace("_", " "))
 
     def table(self) -> Styler:
         """The results so far, ours beside the published values; last expression of a notebook's results cell."""

@@ -84,7 +84,7 @@ def test_everything_is_written_and_nothing_without_a_folder(tmp_path, monkeypatc
     picture = run.figure(figure, "curve")
     metrics = json.loads(run.save().read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"curve.png", "curve.svg", "metrics.json"}
-    assert picture.data == (tmp_path / "curve.png").read_bytes()
+    assert picture.data == (tmp_path / "curve.png").read_bytes() and picture.alt == "curve"
     assert metrics["records"]["loss"] == [1.0, None]
     assert metrics["records"]["bits per layer"] == [{"index": "conv1", "bits": 2}, {"index": "conv2", "bits": 8}]
     assert "out" not in metrics["parameters"] and metrics["figures"] == ["curve"]
