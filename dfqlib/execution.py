@@ -134,14 +134,17 @@ class Machine:
     """
 
     def __init__(self, jobs: int, checkpoint_every: int = 60) -> None:
-        # The same for one run as for many, so that what runs beside a run does not change its last digits.
         self.jobs, self.places = jobs + 1, jobs
         self.free = threading.Semaphore(jobs)
-        self.threads = max(1, kernels.cores() // jobs)
         self.variables = {CHECKPOINT_SECONDS: str(checkpoint_every)}
         self.locations: dict[str, str] = {}
         self.stopping = self.forks = False
         self.kernels: WeakSet = WeakSet()  # processes
+
+    @functools.cached_property
+    def threads(self) -> int:
+        """Of a run: as many for one as beside others, since last digits change with them."""
+        return max(1, kernels.cores() // self.places)
 
     def prepare(self, runs: list[PlannedRun]) -> None:
         """Make kernels for ``runs`` quick to start; to be called in the main thread."""

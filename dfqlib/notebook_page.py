@@ -24,13 +24,25 @@ EXPORTING = threading.Lock()
 
 
 class MathMLRenderer(IPythonRenderer):
-    """Markdown to HTML, with ``$...$`` and ``$$...$$`` as MathML."""
+    """Markdown to HTML, with formulas as MathML, or in TeX as they stand where latex2mathml cannot read them."""
 
     def inline_math(self, body: str) -> str:
-        return convert(body)
+        return _mathml(body, "inline") or super().inline_math(body)
 
     def block_math(self, body: str) -> str:
-        return convert(body, display="block")
+        return _mathml(body, "block") or super().block_math(body)
+
+    def latex_environment(self, name: str, body: str) -> str:
+        whole = f"\\begin{{{name}}}{body}\\end{{{name}}}"
+        return _mathml(whole, "block") or super().latex_environment(name, body)
+
+
+def _mathml(tex: str, display: str) -> str:
+    """A formula as MathML; "" for one that cannot be read, for a notebook that has run is not to fail for it."""
+    try:
+        return convert(tex, display=display)
+    except Exception:  # latex2mathml's own errors have no common class, and others come through
+        return ""
 
 
 class PageExporter(HTMLExporter):

@@ -29,6 +29,18 @@ def test_formulas_become_mathml_and_code_stays(tmp_path):
     assert "<code>$HOME</code>" in page and "<code>$x$</code>" in page
 
 
+@pytest.mark.parametrize("formula", [r"$a_b_c$", r"$$\left( x$$", r"\begin{align}{ a \end{align}"])
+def test_a_formula_that_cannot_be_read_stays_as_it_is(tmp_path, formula):
+    page = page_of(tmp_path / "one.ipynb", v4.new_markdown_cell(f"Here: {formula} and $y$"))
+    assert formula in page and len(MATH.findall(page)) == 1
+
+
+def test_environments_become_mathml(tmp_path):
+    page = page_of(tmp_path / "one.ipynb", v4.new_markdown_cell(r"\begin{align} a &= b \\ c &= d \end{align}"))
+    (table,) = MATH.findall(page)
+    assert table.count("<mtr>") == 2 and "begin" not in table
+
+
 def test_an_output_keeps_its_dollars(tmp_path):
     output = v4.new_output("display_data", {"text/html": "<b>$5 and $6</b>"})
     page = page_of(tmp_path / "one.ipynb", v4.new_code_cell("1", outputs=[output]))
