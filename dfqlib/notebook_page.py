@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,23 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import v4
 
-# nbconvert's page without its scripts, which come from the network and have nothing to do here.
+# nbconvert's page without its scripts, which come from the network and have nothing to do here, and with the names that
+# figures have in a notebook, which it leaves out.
 SCRIPTS = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
-TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in SCRIPTS)
+PICTURE = """
+{% block data_png scoped %}
+<div class="jp-RenderedImage jp-OutputArea-output {{ extra_class }}">
+<img alt="{{ (output | get_metadata('alt', 'image/png') or 'figure') | escape_html }}"
+ width="{{ output | get_metadata('width', 'image/png') or '' }}"
+ src="data:image/png;base64,{{ output.data['image/png'] }}">
+</div>
+{% endblock %}
+"""
+TEMPLATE = (
+    "{% extends 'index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in SCRIPTS) + PICTURE
+)
+# Of \lvert and \lVert, which in TeX are no higher than a letter; in MathML they are as high as the line, unless told.
+BARS = re.compile("<mo>(&#x0007C;|&#x02016;)</mo>")
 EXPORTING = threading.Lock()
 
 
@@ -40,7 +55,7 @@ class MathMLRenderer(IPythonRenderer):
 def _mathml(tex: str, display: str) -> str:
     """A formula as MathML; "" for one that cannot be read, for a notebook that has run is not to fail for it."""
     try:
-        return convert(tex, display=display)
+        return BARS.sub(r'<mo stretchy="false">\1</mo>', convert(tex, display=display))
     except Exception:  # latex2mathml's own errors have no common class, and others come through
         return ""
 

@@ -35,6 +35,14 @@ def test_a_formula_that_cannot_be_read_stays_as_it_is(tmp_path, formula):
     assert formula in page and len(MATH.findall(page)) == 1
 
 
+def test_bars_are_as_high_as_in_tex(tmp_path):
+    page = page_of(
+        tmp_path / "one.ipynb", v4.new_markdown_cell(r"$\lVert x \rVert \le \left\lvert \frac12 \right\rvert$")
+    )
+    (formula,) = MATH.findall(page)
+    assert formula.count('<mo stretchy="false">‖</mo>') == 2 and formula.count('stretchy="true"') == 2
+
+
 def test_environments_become_mathml(tmp_path):
     page = page_of(tmp_path / "one.ipynb", v4.new_markdown_cell(r"\begin{align} a &= b \\ c &= d \end{align}"))
     (table,) = MATH.findall(page)
@@ -45,6 +53,18 @@ def test_an_output_keeps_its_dollars(tmp_path):
     output = v4.new_output("display_data", {"text/html": "<b>$5 and $6</b>"})
     page = page_of(tmp_path / "one.ipynb", v4.new_code_cell("1", outputs=[output]))
     assert "<b>$5 and $6</b>" in page and not MATH.search(page)
+
+
+def test_a_figure_has_its_name_and_its_width(tmp_path):
+    picture = {"image/png": "iVBORw0KGgo="}
+    about = {"image/png": {"alt": "fine tuning", "width": 812}}
+    outputs = [v4.new_output("display_data", picture, metadata=metadata) for metadata in (about, {})]
+    page = page_of(tmp_path / "one.ipynb", v4.new_code_cell("1", outputs=outputs))
+    first, second = re.findall("<img[^>]*>", page)
+    assert all(
+        part in first for part in ('alt="fine tuning"', 'width="812"', 'src="data:image/png;base64,iVBORw0KGgo="')
+    )
+    assert 'alt="figure"' in second
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
