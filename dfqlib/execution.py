@@ -227,7 +227,7 @@ class Machine:
             progress_file.unlink(missing_ok=True)
             shutil.rmtree(unfinished, ignore_errors=True)
             partial.rename(unfinished)
-            message = f"{line.rstrip('.')}; what it did is in {unfinished}"
+            message = f"{line.rstrip('.')}. What it did is in {unfinished}"
             return Outcome(run, "stopped" if self.stopping else "failed", message)
         for leftover in (unfinished, checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
