@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from dfqlib import plan, preflight, profiles, published
+from dfqlib import places
 from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.papers import profiles, published
+from dfqlib.runner import plan, preflight, run_folder
 
 if TYPE_CHECKING:
-    from dfqlib.batch import Executor
+    from dfqlib.runner.batch import Executor
 
 HERE = Path(__file__).resolve().parent
 
@@ -127,7 +129,7 @@ def selection(options: argparse.Namespace) -> plan.Selection:
 
 def list_rows(console: Console, chosen: plan.Selection) -> None:
     """Every published row (of the papers, data sets, models and bits asked for), and whether it can run here."""
-    from dfqlib.report import paper_of
+    from dfqlib.report.collect import paper_of
 
     table = Table("paper", "data set", "model", "bits", "scheme", "top-1", "runs here", "needs", box=None)
     for row in published.rows():
@@ -151,7 +153,7 @@ def list_rows(console: Console, chosen: plan.Selection) -> None:
 def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force: bool) -> int:
     """Show what would run."""
     for run in runs:
-        there = plan.complete(run.folder(results)) and not force
+        there = run_folder.complete(run.folder(results)) and not force
         model = run.parameters.get("model", "") if run.paper.methods else ""
         lacking = preflight.missing(run.parameters.get("dataset", ""), model, run.parameters)
         state = "found" if there else "cannot run: " + lacking if lacking else "to run"
@@ -162,14 +164,14 @@ def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force:
 
 def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace) -> int:
     """Check everything, run what is missing, write and print the tables."""
-    from dfqlib import batch, execution
-    from dfqlib.screen import Screen
+    from dfqlib.runner import batch, execute
+    from dfqlib.runner.screen import Screen
 
     batch.check_folder(results)
     failures: dict[tuple[str, str, str], str] = {}
     able, missing = [], []
     for planned in runs:
-        known = not options.force and plan.complete(planned.folder(results))
+        known = not options.force and run_folder.complete(planned.folder(results))
         why = "" if known else preflight.obstacle(planned)
         if why and (options.datasets or options.models or options.set):
             raise UserError(why)
@@ -181,18 +183,18 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             missing += [] if known else [planned]
     if not able:
         raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
-    for sentence in plan.broken_files(results):
+    for sentence in run_folder.broken_files(results):
         console.print(sentence, markup=False, soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        executor: batch.Executor = execution.Machine(options.jobs or 2, options.checkpoint_every)
+        executor: batch.Executor = execute.LocalExecutor(options.jobs or 2, options.checkpoint_every)
         if options.executor == "dask" and missing:
-            from dfqlib.cluster import Cluster
+            from dfqlib.runner.cluster import Cluster
 
             settings = options.scheduler, options.workers or 2, options.jobs, options.checkpoint_every
             executor = stack.enter_context(Cluster(*settings))
             if executor.empty:
                 console.print(f"No worker has come to {executor.address} yet: the runs wait for one.", soft_wrap=True)
-        seconds = plan.expected_seconds(able, results)
+        seconds = run_folder.expected_seconds(able, results)
         for sentence in [*origins(able), forecast(missing, len(able) - len(missing), seconds, executor)]:
             console.print(sentence, markup=False, soft_wrap=True)
         screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
@@ -218,15 +220,13 @@ def import_report() -> None:
     """Import what the tables and the page of figures need, which takes seconds."""
     import seaborn  # noqa: F401
 
-    from dfqlib import report  # noqa: F401
-
 
 def origins(runs: list[plan.PlannedRun]) -> list[str]:
     """Where the test images come from, a sentence for each data set."""
     sentences = []
     for run in runs:
         dataset = run.parameters.get("dataset", "")
-        folder = plan.data_folder(dataset, run.parameters)
+        folder = places.data_folder(dataset, run.parameters)
         embedded = (
             f"the 2,000 test images in the package; for the full set put it into $DFQ_DATA/{dataset}, or name its "
             "folder with --set data_folder=FOLDER"
@@ -242,7 +242,7 @@ def forecast(missing: list[plan.PlannedRun], there: int, seconds: dict[str, floa
     known = [seconds[run.identity] for run in missing if seconds[run.identity] is not None]
     if not known:
         return text + "."
-    minutes = plan.makespan(known, executor.places) / 60
+    minutes = run_folder.makespan(known, executor.places) / 60
     unknown = f"; {len(missing) - len(known)} more were never timed" if len(known) < len(missing) else ""
     return f"{text}: about {max(1, round(minutes))} min, {executor.places} at once{unknown}."
 
@@ -257,10 +257,10 @@ def show(
     console: Console, runs: list[plan.PlannedRun], results: Path, failures: dict[tuple[str, str, str], str]
 ) -> None:
     """Write the tables and print those of the papers of this call."""
-    from dfqlib import report, tables
+    from dfqlib.report import collect, tables
 
     profile = profiles.load()[0][runs[0].profile]
-    written = report.write(results, profile, {run.identity for run in runs}, failures)
+    written = collect.write(results, profile, {run.identity for run in runs}, failures)
     for paper in {run.paper.key: run.paper for run in runs}.values():
         if paper.key not in written:
             continue

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import published
-from dfqlib import dsg, gdfq, hast, qimera, saft, zeroq
-from dfqlib.errors import parse_bits
-from dfqlib.finetune import GeneratorStream, ImageStream, UnaskedBatch, finetune
-from dfqlib.models import Teacher
-from dfqlib.views import Viewer
+from dfqlib.bits import parse_bits
+from dfqlib.finetuning.loop import finetune
+from dfqlib.finetuning.network_views import NetworkProbe
+from dfqlib.finetuning.streams import GeneratorStream, ImageStream, UnaskedBatch
+from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
+from dfqlib.models.teacher import Teacher
 
 WIDTHS = ("w3a3", "w4a4", "w5a5", "w8a8")
-SETTING = qimera.Setting()  # CIFAR-10's
+SETTING = qimera.SuperpositionSettings()  # CIFAR-10's
 MARGIN_IMAGES = 64  # noise images behind DSG's margins; they are found before the first iteration
 SHIFT = 30 / 224  # DSG rolls images by at most this share of their side
 SEED = 0
@@ -142,7 +143,7 @@ def make_zeroq(teacher: Teacher, batch: int) -> Case:
     """ZeroQ's distillation."""
 
     def ours(iterations: int, tick: Tick) -> Outcome:
-        return synthesised(teacher, tick, lambda: zeroq.distill(teacher, batch, iterations, seed=SEED))
+        return synthesised(teacher, tick, lambda: zeroq.distil_images(teacher, batch, iterations, seed=SEED))
 
     def theirs() -> Step:
         start = zeroq.start_images(batch, teacher.entry.input_size, SEED).to(teacher.device)
@@ -200,9 +201,11 @@ def make_saft(teacher: Teacher, batch: int) -> Case:
     labels = torch.randint(teacher.entry.classes, (batch,), generator=random).to(teacher.device)
 
     def ours(iterations: int, tick: Tick) -> Outcome:
-        viewer = Viewer(teacher.network)
-        student = saft.make_student(teacher, viewer, "w4a4", saft.Terms(), decay="constant")
-        stream = saft.Seen(Ticking(ImageStream(teacher.network, images, labels, batch, seed=SEED), tick), viewer)
+        viewer = NetworkProbe(teacher.network)
+        student = saft.make_student(teacher, viewer, "w4a4", saft.LossWeights(), decay="constant")
+        stream = saft.WithTeacherView(
+            Ticking(ImageStream(teacher.network, images, labels, batch, seed=SEED), tick), viewer
+        )
         history = finetune(stream, {"w4a4": student}, iterations, observe_iterations=1)
         losses = [[], *([loss] for loss in history.students["w4a4"])]
         return Outcome(losses, published.by_name(student.network))

@@ -19,9 +19,10 @@ from torch import nn
 from benchmarks.cases import WIDTHS, make_gdfq
 from benchmarks.measure import ROUND, Alternating
 from benchmarks.steps import RESULTS, provenance
-from dfqlib.models import CIFAR_MEAN, CIFAR_STD, Teacher
+from dfqlib.device import pick_device, seed_everything
+from dfqlib.models.teacher import Teacher
+from dfqlib.models.zoo import CIFAR_MEAN, CIFAR_STD
 from dfqlib.plotting import COLOURS, style
-from dfqlib.runtime import pick_device, seed_everything
 
 LABELS = {"batch": "images per batch", "widths": "bit widths", "depth": "layers of the ResNet"}
 

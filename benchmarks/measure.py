@@ -17,9 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import Case, make_case
-from dfqlib.acceleration import uses
-from dfqlib.memory import give_back, hold
-from dfqlib.models import load_teacher
+from dfqlib.models.teacher import load_teacher
 
 SIDES = ("published", "ours")
 ROUND, SETTLING = 4, 2  # iterations of one side before the other's, and the first of them, which do not count
@@ -44,8 +42,7 @@ class Alternating:
     """The tick of the kit's loop: after each :data:`ROUND` of its iterations it calls some other functions as often.
 
     So a machine that is busy for a while slows all alike. The first two calls of a round do not count: they find caches
-    as the others left them and memory as the system hands it out, and in the first of all students only observe. Freed
-    memory, which the kit's loop keeps, is given back before the others run: they get it as any process does.
+    as the others left them, and in the first of all students only observe.
     """
 
     def __init__(self, device: torch.device, *others: Callable[[], object]) -> None:
@@ -58,11 +55,8 @@ class Alternating:
     def __call__(self) -> None:
         self.end()
         if self.iterations % ROUND == 0:
-            give_back()
             for function, spent in zip(self.others, self.theirs, strict=True):
                 spent += [seconds(function, self.device) for _ in range(ROUND)][SETTLING:]
-            if uses("held_memory"):
-                hold()
         self.iterations += 1
         self.began = now(self.device)
 

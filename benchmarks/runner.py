@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dfqlib import plan
-from dfqlib.runtime import code_version, describe_hardware, pick_device
+from dfqlib.device import code_version, describe_hardware, pick_device
+from dfqlib.runner import plan, run_folder
 from tests.stub_kit import ROOT, write_kit
 
 
@@ -44,7 +44,7 @@ def finding(folder: Path, runs: int) -> str:
     results = folder / f"found-{runs}"
     call(results, 1)
     (made,) = results.glob("quick/zeroq/*")
-    metrics = json.loads((made / plan.METRICS).read_text())
+    metrics = json.loads((made / run_folder.METRICS).read_text())
     began = time.perf_counter()
     planned = plan.plan(plan.Selection(papers=["zeroq"], seeds=list(range(runs))))
     planning = time.perf_counter() - began
@@ -53,8 +53,8 @@ def finding(folder: Path, runs: int) -> str:
         copy.mkdir(exist_ok=True)
         metrics["run"] |= {"id": run.id, "identity": run.identity}
         metrics["rows"] = [row | {"seed": run.parameters["seed"]} for row in metrics["rows"]]
-        (copy / plan.METRICS).write_text(json.dumps(metrics))
-        for name in (plan.NOTEBOOK, "curve.png"):
+        (copy / run_folder.METRICS).write_text(json.dumps(metrics))
+        for name in (run_folder.NOTEBOOK, "curve.png"):
             (copy / name).write_bytes((made / name).read_bytes())
     call(results, runs)  # the page of figures is drawn once
     took = call(results, runs)

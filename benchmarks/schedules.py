@@ -17,14 +17,17 @@ import pandas as pd
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from dfqlib import gdfq, plotting, profiles, qimera
-from dfqlib.data import load_test
-from dfqlib.errors import parse_bits
+from dfqlib import plotting
+from dfqlib.bits import parse_bits
+from dfqlib.data.image_sets import load_test
+from dfqlib.device import code_version, describe_hardware, pick_device, seed_everything
 from dfqlib.files import atomic_path
-from dfqlib.finetune import Checkpoint, History, finetune
-from dfqlib.models import load_teacher, top1
-from dfqlib.published import find
-from dfqlib.runtime import code_version, describe_hardware, pick_device, seed_everything
+from dfqlib.finetuning.loop import Checkpoint, History, finetune
+from dfqlib.methods import gdfq, qimera
+from dfqlib.models.evaluate import top1
+from dfqlib.models.teacher import load_teacher
+from dfqlib.papers import profiles
+from dfqlib.papers.published import find
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLE, FIGURE = RESULTS / "schedules.csv", RESULTS / "schedules.png"

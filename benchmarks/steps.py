@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.cases import CASES, Case, make_case
 from benchmarks.measure import ROUND, Alternating, multiplication, operations, peaks_in_new_processes
-from dfqlib.models import MODELS, load_teacher
+from dfqlib.device import code_version, describe_hardware, pick_device, seed_everything
+from dfqlib.models.teacher import load_teacher
+from dfqlib.models.zoo import MODELS
 from dfqlib.plotting import COLOURS, style
-from dfqlib.runtime import code_version, describe_hardware, pick_device, seed_everything
 
 RESULTS = Path(__file__).parent / "results"
 

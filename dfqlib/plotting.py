@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 # The first four go from dark to light, which is their order in greyscale too; the last two lie between.
 COLOURS = ("#14213d", "#b5380b", "#35ab9c", "#eeb422", "#7b2d8b", "#8d99ae")
 MARKERS = ("o", "s", "^", "D", "v", "P")

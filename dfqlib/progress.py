@@ -18,10 +18,8 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-
 FILE_VARIABLE = "DFQ_PROGRESS_FILE"
 SECONDS_BETWEEN_WRITES = 0.2
-
 _loops: list[dict[str, Any]] = []  # the loops that run now, outermost first
 _last_write = 0.0
 

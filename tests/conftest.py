@@ -8,8 +8,8 @@ import pytest
 import torch
 from stub_kit import write_kit
 
-from dfqlib import plan
-from dfqlib.kernels import cores
+from dfqlib import places
+from dfqlib.runner.kernels import cores
 
 # Only in a worker: what the process that starts the workers sets, they inherit.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -38,5 +38,5 @@ def kit(tmp_path, monkeypatch):
         "cifar100-2k.webp",
     ):
         (assets / name).write_bytes(name.encode())
-    monkeypatch.setattr(plan, "ASSETS", assets)
+    monkeypatch.setattr(places, "ASSETS", assets)
     return tmp_path / "kit"

@@ -11,7 +11,8 @@ import pytest
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import KernelManager
 
-from dfqlib import kernels, plan, profiles
+from dfqlib.papers import profiles
+from dfqlib.runner import identity, kernels
 
 
 class ForkingManager(KernelManager):
@@ -31,6 +32,6 @@ class ForkingManager(KernelManager):
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the process that is forked, where processes can be."""
-    modules = set().union(*(plan.imports_of(paper.notebook) for paper in profiles.load()[1].values()))
+    modules = set().union(*(identity.imports_of(paper.notebook) for paper in profiles.load()[1].values()))
     if kernels.warm_up(modules, threads=1):
         nbval.kernel.KernelManager = ForkingManager

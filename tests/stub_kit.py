@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 import run_all
-from dfqlib import plan
+from dfqlib import places
 
 ROOT = Path(run_all.__file__).resolve().parent
 
@@ -123,8 +123,8 @@ def run_folders(results: Path, suffix: str = "") -> list[str]:
 def start(results: Path, *arguments: str, background: bool = False) -> subprocess.Popen:
     """run_all.py as a process of its own, with the same assets as the test; in the background it ignores Ctrl-C."""
     code = (
-        "import sys, pathlib, run_all; from dfqlib import plan\n"
-        f"plan.ASSETS = pathlib.Path({str(plan.ASSETS)!r})\n"
+        "import sys, pathlib, run_all; from dfqlib import places\n"
+        f"places.ASSETS = pathlib.Path({str(places.ASSETS)!r})\n"
         f"sys.exit(run_all.main({['--results', str(results), *arguments]!r}))"
     )
     # Said either way: these tests may run in the background themselves.

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from dfqlib import hast, zeroq
-from dfqlib.acceleration import ACCELERATIONS, OFF_VARIABLE, off_from_start, uses, without
+from dfqlib.device import channels_last
 from dfqlib.errors import UserError
-from dfqlib.finetune import finetune
-from dfqlib.gdfq import Schedule, make_stream, make_student
-from dfqlib.models import load_teacher
-from dfqlib.runtime import channels_last
+from dfqlib.finetuning.loop import finetune
+from dfqlib.methods import hast, zeroq
+from dfqlib.methods.gdfq import Schedule, make_stream, make_student
+from dfqlib.models.teacher import load_teacher
+from dfqlib.speed.switches import ACCELERATIONS, OFF_VARIABLE, off_from_start, uses, without
 
 SCHEDULE = Schedule(iterations=3, observe_iterations=1, train_from=1, generator_iterations=3, batch=8, student_lr=1e-3)
 
@@ -23,7 +23,7 @@ def gdfq_run() -> list[torch.Tensor]:
 
 
 def zeroq_run() -> list[torch.Tensor]:
-    images, losses = zeroq.distill(load_teacher("resnet20_cifar10"), batch=4, iterations=3)
+    images, losses = zeroq.distil_images(load_teacher("resnet20_cifar10"), batch=4, iterations=3)
     return [images, torch.tensor(losses)]
 
 

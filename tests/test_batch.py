@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.text import Text
 from stub_kit import write_kit
 
-from dfqlib import execution, plan, preflight, profiles, progress, published
+from dfqlib import progress
 from dfqlib.errors import UserError
-from dfqlib.execution import Turn
-from dfqlib.plan import Selection
-from dfqlib.screen import Line, Screen
+from dfqlib.papers import profiles, published
+from dfqlib.runner import execute, identity, plan, preflight, run_folder
+from dfqlib.runner.execute import Turn
+from dfqlib.runner.plan import Selection
+from dfqlib.runner.screen import Line, Screen
 
 
 def names(selection: Selection) -> list[str]:
@@ -127,13 +129,13 @@ def test_code_identity_follows_imports(tmp_path, monkeypatch):
     cell = {"cell_type": "code", "metadata": {}, "source": ["from dfqlib.a import anything\n", "1"]}
     notebook.write_text(json.dumps({"cells": [cell, {"cell_type": "markdown", "metadata": {}, "source": "why"}]}))
 
-    first = plan.code_identity(notebook)
+    first = identity.code_identity(notebook)
     (tmp_path / "a.py").write_text('"""Other text."""\nfrom dfqlib import b\n\nfrom dfqlib.c import thing  # said\n')
     (tmp_path / "d.py").write_text("x = 2\n")  # imported by nobody
-    assert plan.code_identity(notebook) == first
+    assert identity.code_identity(notebook) == first
     for name in ("b", "c"):
         (tmp_path / f"{name}.py").write_text("x = 2\n")
-        assert plan.code_identity(notebook) != first
+        assert identity.code_identity(notebook) != first
         (tmp_path / f"{name}.py").write_text("x = 1\n")
 
 
@@ -147,15 +149,15 @@ def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):
     broken = zeroq[2].folder(tmp_path)
     broken.mkdir()
     (broken / "metrics.json").write_text('{"run": {"sec')
-    expected = plan.expected_seconds(runs, tmp_path)
+    expected = run_folder.expected_seconds(runs, tmp_path)
     assert {run.paper.key: expected[run.identity] for run in runs} == {"zeroq": 20.0, "gdfq": 60.0}
-    unknown = plan.expected_seconds(plan.plan(Selection(profile="paper", papers=["zeroq"])), tmp_path)
+    unknown = run_folder.expected_seconds(plan.plan(Selection(profile="paper", papers=["zeroq"])), tmp_path)
     assert set(unknown.values()) == {None}
 
 
 def test_makespan_takes_the_longest_first():
-    assert plan.makespan([1, 2, 3, 4], 2) == 5
-    assert plan.makespan([5, 1], 1) == 6 and plan.makespan([], 3) == 0
+    assert run_folder.makespan([1, 2, 3, 4], 2) == 5
+    assert run_folder.makespan([5, 1], 1) == 6 and run_folder.makespan([], 3) == 0
 
 
 def test_run_id_is_a_folder_name(kit):
@@ -189,7 +191,7 @@ def test_a_finished_run_is_renamed_to_its_place(tmp_path, older):
     if older:
         final.mkdir()
         (final / "old").touch()
-    execution.put_in_place(partial, final)
+    execute.put_in_place(partial, final)
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "new"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES, make_case
-from dfqlib.models import load_teacher
+from dfqlib.models.teacher import load_teacher
 
 ITERATIONS = 2  # in the first one students observe, in the second one they learn
 

@@ -18,8 +18,8 @@ import pytest
 from distributed import Client, LocalCluster
 from stub_kit import ROOT, call, kill_family, run_folders, start, wait_for, write_kit
 
-from dfqlib import cluster, kernels, plan, preflight
 from dfqlib.errors import UserError
+from dfqlib.runner import cluster, kernels, plan, preflight, run_folder
 
 
 def free_port() -> int:
@@ -186,7 +186,7 @@ def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkey
     options = ["--papers", "zeroq", "--executor", "dask", "--workers", "1", "--set", f"weights={weights}"]
     assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 0
     (folder,) = run_folders(tmp_path / "results")
-    assert plan.complete(tmp_path / "results" / "quick" / folder)
+    assert run_folder.complete(tmp_path / "results" / "quick" / folder)
     write_kit(kit, zeroq="raise ValueError('broken')")
     assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 1
     (folder,) = run_folders(tmp_path / "results", ".unfinished")

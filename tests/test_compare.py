@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from dfqlib import dsg
-from dfqlib.compare import SOURCES, USES, Budget, Pool, make_pool, make_students, variance_shares
 from dfqlib.errors import UserError
-from dfqlib.finetune import Checkpoint
-from dfqlib.models import load_teacher
+from dfqlib.finetuning.loop import Checkpoint
+from dfqlib.methods import dsg
+from dfqlib.methods.compare import SOURCES, USES, Budget, Pool, make_pool, make_students, variance_shares
+from dfqlib.models.teacher import load_teacher
 
 BUDGET = Budget(images=6, synthesis_iterations=1, batch=4, tuning_iterations=3)
 
@@ -96,8 +96,8 @@ def test_what_is_finished_is_not_made_again(teacher, pool, tmp_path, monkeypatch
 
     first, weights, seconds = make()
     assert torch.equal(first.images, pool("gdfq").images)
-    monkeypatch.setattr("dfqlib.finetune.GeneratorStream.next_batch", None)  # nobody may ask for it again
-    monkeypatch.setattr("dfqlib.finetune.ImageStream.next_batch", None)
+    monkeypatch.setattr("dfqlib.finetuning.streams.GeneratorStream.next_batch", None)  # nobody may ask for it again
+    monkeypatch.setattr("dfqlib.finetuning.streams.ImageStream.next_batch", None)
     again, same_weights, same_seconds = make()
     assert torch.equal(again.images, first.images) and again.images.stride() == first.images.stride()
     assert torch.equal(again.labels, first.labels) and (again.seconds, same_seconds) == (first.seconds, seconds)

@@ -10,17 +10,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from dfqlib.data import (
-    ASSETS,
-    DATASETS,
-    ImageSet,
-    balanced_subset,
-    check_folder,
-    few_shot,
-    load_test,
-    load_train,
-)
+from dfqlib.data.image_sets import DATASETS, ImageSet, balanced_subset, check_folder, few_shot, load_test, load_train
 from dfqlib.errors import UserError
+from dfqlib.places import ASSETS
 
 CIFAR10 = DATASETS["cifar10"].classes
 EMBEDDED = json.loads((ASSETS / "images.json").read_text())

@@ -17,16 +17,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfqlib import dsg, gdfq, hast, qimera, saft, zeroq
-from dfqlib.crops import RandomCrops
-from dfqlib.data import few_shot
+from dfqlib.data.crops import RandomCrops
+from dfqlib.data.image_sets import few_shot
+from dfqlib.device import pick_device
 from dfqlib.errors import UserError
-from dfqlib.finetune import FirstThen, ImageStream, finetune
-from dfqlib.models import Teacher
-from dfqlib.quantize import observing, quantize_model
-from dfqlib.quantizer import OBSERVERS, FakeQuantize
-from dfqlib.runtime import pick_device
-from dfqlib.views import Viewer
+from dfqlib.finetuning.loop import finetune
+from dfqlib.finetuning.network_views import NetworkProbe
+from dfqlib.finetuning.streams import FirstThen, ImageStream
+from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.convert import quantize_model
+from dfqlib.quantizers.layers import FakeQuantize, observing
+from dfqlib.quantizers.observers import OBSERVERS
 
 ACCELERATOR = torch.device("meta")
 GENERATOR = torch.Generator
@@ -141,7 +143,7 @@ def readings(monkeypatch):
         counts.append(len(losses))
         return [0.0] * len(losses)
 
-    monkeypatch.setattr("dfqlib.terms.numbers", numbers)
+    monkeypatch.setattr("dfqlib.loss_terms.to_floats", numbers)
     return counts
 
 
@@ -173,31 +175,33 @@ def run_gdfq(teacher, iterations):
 
 
 def run_qimera(teacher, iterations):
-    setting = qimera.Setting(p=1.0, k=3, embedding="random")
+    setting = qimera.SuperpositionSettings(p=1.0, k=3, embedding="random")
     return tune(qimera.make_stream(teacher, SCHEDULE, setting), students(teacher, "w4a4"), iterations)
 
 
 def run_dsg_qat(teacher, iterations, **parts):
     gaps = dsg.noise_gaps(teacher, 8)
     return tune(
-        dsg.make_stream(teacher, SCHEDULE, gaps, parts=dsg.Parts(**parts)), students(teacher, "w4a4"), iterations
+        dsg.make_stream(teacher, SCHEDULE, gaps, parts=dsg.DiversityTerms(**parts)),
+        students(teacher, "w4a4"),
+        iterations,
     )
 
 
 def run_saft(teacher, iterations):
     """On a generator's images first, on photographs from the second batch on."""
-    terms = saft.Terms()
-    viewer = Viewer(teacher.network)
+    terms = saft.LossWeights()
+    viewer = NetworkProbe(teacher.network)
     student = known_ranges(saft.make_student(teacher, viewer, "w4a4", terms))
     shots = few_shot("cifar10", 1)
     photographs = teacher.normalise(shots.images[..., 12:20, 12:20])
     stream = ImageStream(teacher.network, photographs, shots.labels.to(teacher.device), 4)
     stream = FirstThen(gdfq.make_stream(teacher, SCHEDULE), 1, stream)
-    return tune(saft.Seen(stream, viewer), {"w4a4": student}, iterations)
+    return tune(saft.WithTeacherView(stream, viewer), {"w4a4": student}, iterations)
 
 
 def run_zeroq(teacher, iterations):
-    return [zeroq.distill(teacher, batch=4, iterations=iterations)[0]]
+    return [zeroq.distil_images(teacher, batch=4, iterations=iterations)[0]]
 
 
 def run_dsg_ptq(teacher, iterations):

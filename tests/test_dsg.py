@@ -7,36 +7,37 @@ import torch
 from official import recorded_losses, recorded_network
 from torch import nn
 
-from dfqlib import gdfq
-from dfqlib.correlation import eigenpairs, mean_similarity, similarity, spatial_correlation_loss
-from dfqlib.dsg import (
+from dfqlib.errors import UserError
+from dfqlib.finetuning.loop import finetune
+from dfqlib.losses import bns_loss
+from dfqlib.methods import gdfq
+from dfqlib.methods.dsg import (
     RANGE_RULES,
+    DiversityTerms,
     Margins,
     NoiseGaps,
-    Parts,
     deviations,
+    dsg_statistics_loss,
+    eigenpairs,
+    image_prior_loss,
     make_stream,
+    mean_similarity,
     noise_gaps,
+    published_slack_bns_loss,
+    sample_weights,
     share_within,
-    spread,
+    similarity,
+    slack,
+    slack_bns_loss,
+    spatial_correlation_loss,
+    spread_over_samples,
     start_images,
     synthesise_diverse,
 )
-from dfqlib.errors import UserError
-from dfqlib.finetune import finetune
-from dfqlib.losses import (
-    bns_loss,
-    dsg_statistics_loss,
-    image_prior_loss,
-    published_slack_bns_loss,
-    sample_weights,
-    slack,
-    slack_bns_loss,
-    zeroq_statistics_loss,
-)
-from dfqlib.models import Teacher
-from dfqlib.quantizer import OBSERVERS
-from dfqlib.statistics import BatchNormInputs, Layer, batch_mean_var, weighted_mean_var
+from dfqlib.methods.zeroq import zeroq_statistics_loss
+from dfqlib.models.batch_norm_statistics import BatchNormInput, BatchNormInputs, batch_mean_var, weighted_mean_var
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.observers import OBSERVERS
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_every_sample_has_a_layer_of_its_own():
 def test_statistics_loss_by_hand():
     # Two samples of one channel; the images are 0 with a standard deviation of about 0, so they cost 3 channels each.
     inputs = torch.tensor([[1.0, 5.0], [2.0, 2.0]]).view(2, 1, 1, 2)  # means 3 and 2, deviations 8^0.5 and 0
-    layer = Layer("norm", inputs, norm_of([0.0], [1.0]))
+    layer = BatchNormInput("norm", inputs, norm_of([0.0], [1.0]))
     margins = torch.tensor([1.0]), torch.tensor([0.5])
     weights = torch.tensor([[2.0, 1.0]])
     first = 2**2 + (8**0.5 - 1 - 0.5) ** 2
@@ -117,7 +118,7 @@ def test_statistics_loss_by_hand():
 
 def test_slack_bns_by_hand():
     inputs = torch.tensor([[1.0, 5.0], [2.0, 2.0]]).view(2, 1, 1, 2).repeat(1, 2, 1, 1)
-    layer = Layer("norm", inputs, norm_of([0.0, 2.0], [1.0, 1.0]))
+    layer = BatchNormInput("norm", inputs, norm_of([0.0, 2.0], [1.0, 1.0]))
     margins = torch.tensor([1.0]), torch.tensor([0.25])
     # The first sample counts twice: mean (1 + 5 + 1 + 5 + 2 + 2) / 6, mean square (2 * 26 + 8) / 6.
     mean, square = 16 / 6, 60 / 6
@@ -255,10 +256,10 @@ def test_synthesis_lowers_its_loss_and_leaves_the_teacher(teacher):
 @pytest.mark.parametrize(
     "change",
     [
-        {"parts": Parts(slack=False)},
-        {"parts": Parts(enhancement=False)},
-        {"parts": Parts(correlation=False)},
-        {"parts": Parts(published=True)},
+        {"parts": DiversityTerms(slack=False)},
+        {"parts": DiversityTerms(enhancement=False)},
+        {"parts": DiversityTerms(correlation=False)},
+        {"parts": DiversityTerms(published=True)},
         {"label_weight": 0.0},
         {"prior_weight": 0.0},
         {"epsilon": 0.1},
@@ -308,14 +309,14 @@ def precise(teacher):
 def test_without_its_parts_tuning_is_gdfqs(precise):
     schedule = gdfq.Schedule(batch=6, generator_iterations=3)
     gaps = noise_gaps(precise, 16)
-    none = make_stream(precise, schedule, gaps, parts=Parts(False, False, False), seed=2)
+    none = make_stream(precise, schedule, gaps, parts=DiversityTerms(False, False, False), seed=2)
     plain = gdfq.make_stream(precise, schedule, seed=2)
     for _ in range(3):
         torch.testing.assert_close(none.next_batch().images, plain.next_batch().images, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.stack(none.losses), torch.stack(plain.losses), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("parts", [Parts(), Parts(published=True)], ids=["paper", "published"])
+@pytest.mark.parametrize("parts", [DiversityTerms(), DiversityTerms(published=True)], ids=["paper", "published"])
 def test_a_short_tuning_run_is_the_same_again(teacher, parts):
     schedule = gdfq.Schedule(iterations=4, observe_iterations=2, train_from=2, generator_iterations=4, batch=6)
     gaps, runs = noise_gaps(teacher, 16), []
@@ -324,7 +325,7 @@ def test_a_short_tuning_run_is_the_same_again(teacher, parts):
         students = {"w4a4": gdfq.make_student(teacher, "w4a4", schedule)}
         runs.append(finetune(stream, students, schedule.iterations, schedule.observe_iterations, schedule.train_from))
     assert runs[0].generator == runs[1].generator and runs[0].students == runs[1].students
-    other = make_stream(teacher, schedule, gaps, parts=Parts(published=not parts.published), seed=1)
+    other = make_stream(teacher, schedule, gaps, parts=DiversityTerms(published=not parts.published), seed=1)
     other.next_batch()
     assert other.losses[0].item() != runs[0].generator[0]
 
@@ -340,7 +341,9 @@ def test_images_of_any_size(teacher):
 
 def test_correlation_is_part_of_the_generators_loss(teacher):
     schedule, gaps = gdfq.Schedule(batch=6), noise_gaps(teacher, 16)
-    with_it, without = (make_stream(teacher, schedule, gaps, parts=Parts(correlation=on)) for on in (True, False))
+    with_it, without = (
+        make_stream(teacher, schedule, gaps, parts=DiversityTerms(correlation=on)) for on in (True, False)
+    )
     images = with_it.next_batch().images
     without.next_batch()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
@@ -353,8 +356,8 @@ def test_deviations_and_spread_by_hand():
     images = torch.tensor([[[[1.0, 5.0]], [[0.0, 0.0]]], [[[7.0, 7.0]], [[2.0, 0.0]]]])
     found = deviations(network, images)
     torch.testing.assert_close(found["0"], torch.tensor([[1.0, 0.0], [3.0, 1.0]]), rtol=1e-4, atol=1e-4)
-    assert spread(found)["0"] == pytest.approx(((2 + 0.5) / 2) ** 0.5, rel=1e-4)
-    assert spread(deviations(network, images[:1].repeat(3, 1, 1, 1)))["0"] == pytest.approx(0, abs=1e-4)
+    assert spread_over_samples(found)["0"] == pytest.approx(((2 + 0.5) / 2) ** 0.5, rel=1e-4)
+    assert spread_over_samples(deviations(network, images[:1].repeat(3, 1, 1, 1)))["0"] == pytest.approx(0, abs=1e-4)
 
 
 def test_share_within_by_hand():

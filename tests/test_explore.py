@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.explore import before_and_after, controls, rounding_error
-from dfqlib.zeroq import calibrated
+from dfqlib.notebook.explore import before_and_after, controls, rounding_error
+from dfqlib.quantizers.calibrate import calibrated
 
 
 @pytest.fixture

@@ -13,24 +13,15 @@ import torch
 from torch import nn
 
 from dfqlib.checkpoint import load_checkpoint
-from dfqlib.crops import RandomCrops
+from dfqlib.data.crops import RandomCrops
 from dfqlib.errors import UserError
-from dfqlib.finetune import (
-    Batch,
-    Checkpoint,
-    FirstThen,
-    GeneratorStream,
-    History,
-    ImageStream,
-    Student,
-    decay_factor,
-    distil,
-    finetune,
-)
-from dfqlib.generators import Generator
+from dfqlib.finetuning.loop import Checkpoint, History, Student, distillation_loss, finetune
+from dfqlib.finetuning.streams import Batch, FirstThen, GeneratorStream, ImageStream
+from dfqlib.generators.networks import Generator
 from dfqlib.losses import student_loss
-from dfqlib.quantize import quantize_model
-from dfqlib.quantizer import FakeQuantize
+from dfqlib.quantizers.convert import quantize_model
+from dfqlib.quantizers.layers import FakeQuantize
+from dfqlib.schedules import decay_factor
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +151,9 @@ def test_a_student_in_training_mode_keeps_its_mode(teacher):
 
 
 def test_tuning_brings_the_student_closer_to_the_teacher(teacher):
-    student = make_student(teacher, bits=2, lr=0.01, loss=partial(distil, loss=partial(student_loss, ce_weight=0)))
+    student = make_student(
+        teacher, bits=2, lr=0.01, loss=partial(distillation_loss, loss=partial(student_loss, ce_weight=0))
+    )
     history = finetune(make_stream(teacher, 0), {"s": student}, iterations=45, observe_iterations=5)
     losses = history.students["s"]
     assert len(losses) == 40

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfqlib.folding import FoldedNorm, fold_batch_norms
-from dfqlib.losses import bns_loss, zeroq_statistics_loss
-from dfqlib.models import MODELS, Teacher, build, load_teacher
-from dfqlib.statistics import BatchNormInputs
+from dfqlib.losses import bns_loss
+from dfqlib.methods.zeroq import zeroq_statistics_loss
+from dfqlib.models.batch_norm_statistics import BatchNormInputs
+from dfqlib.models.teacher import Teacher, load_teacher
+from dfqlib.models.zoo import MODELS, build
+from dfqlib.speed.fold_batch_norms import FoldedNorm, fold_batch_norms
 
 
 def with_statistics(network: nn.Module) -> nn.Module:

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from dfqlib.errors import UserError, check_bits, check_choice, check_range
+from dfqlib.bits import check_bits
+from dfqlib.device import describe_hardware, pick_device, seed_everything
+from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.files import atomic_path, sha256, write_json, write_text
-from dfqlib.runtime import describe_hardware, pick_device, seed_everything
 
 
 def test_unknown_choice_names_parameter_value_and_what_is_allowed():

@@ -5,10 +5,10 @@ import torch
 from pytorchcv.model_provider import get_model
 
 from dfqlib.errors import UserError
-from dfqlib.finetune import finetune
-from dfqlib.gdfq import Schedule, labelled_images, layer_gaps, make_stream, make_student
-from dfqlib.models import Teacher
-from dfqlib.quantize import observing
+from dfqlib.finetuning.loop import finetune
+from dfqlib.methods.gdfq import Schedule, labelled_images, layer_gaps, make_stream, make_student
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.layers import observing
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dfqlib.errors import UserError
-from dfqlib.generators import ConditionalBatchNorm2d, Generator, UpsampleConv2d
+from dfqlib.generators.networks import ConditionalBatchNorm2d, Generator, UpsampleConv2d
 
 DATA = Path(__file__).parent / "data" / "generator_gdfq.npz"
 OFFICIAL_NAMES = {  # our module: its name in the official code for 32 x 32, and for 224 x 224

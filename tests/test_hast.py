@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from pytorchcv.model_provider import get_model
 from torch import nn
 
-from dfqlib import hast
-from dfqlib.crops import RandomCrops
+from dfqlib.data.crops import RandomCrops
 from dfqlib.errors import UserError
-from dfqlib.losses import bns_loss, difficulty, hast_loss
-from dfqlib.models import Teacher, load_teacher
-from dfqlib.statistics import BatchNormInputs, Layer
+from dfqlib.losses import bns_loss, difficulty
+from dfqlib.methods import hast
+from dfqlib.methods.hast import hast_loss
+from dfqlib.models.batch_norm_statistics import BatchNormInput, BatchNormInputs
+from dfqlib.models.teacher import Teacher, load_teacher
 
 DATA = Path(__file__).parent / "data" / "losses.npz"
 
@@ -46,7 +47,9 @@ def test_loss_by_hand():
     # p_y = 3/4 and 1/2: (1/4)^2 log(4/3) and (1/2)^2 log 2
     logits, labels = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
     norm = nn.BatchNorm2d(1)
-    layers = [Layer("norm", torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), norm)]  # mean 2, variance 1 against 0, 1
+    layers = [
+        BatchNormInput("norm", torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), norm)
+    ]  # mean 2, variance 1 against 0, 1
     torch.testing.assert_close(difficulty(logits, labels), torch.tensor([0.25, 0.5]))
     hard = (math.log(4 / 3) / 16 + math.log(2) / 4) / 2
     torch.testing.assert_close(hast_loss(logits, labels, layers, 10, 2), torch.tensor(4 + 10 * hard))
@@ -57,7 +60,7 @@ def test_loss_by_hand():
 
 def test_easy_samples_lose_their_pull_and_stay_finite():
     logits = torch.tensor([[40.0, 0.0], [0.0, 1.0]], requires_grad=True)
-    layers = [Layer("norm", torch.zeros(2, 1, 1, 1), nn.BatchNorm2d(1))]
+    layers = [BatchNormInput("norm", torch.zeros(2, 1, 1, 1), nn.BatchNorm2d(1))]
     for gamma in (0.5, 2.0):
         (gradient,) = torch.autograd.grad(hast_loss(logits, torch.tensor([0, 0]), layers, 1, gamma), logits)
         assert gradient.isfinite().all()
@@ -116,7 +119,7 @@ def test_centres_are_one_image_a_class_that_the_teacher_names_so(small):
 
 def test_centre_gap_by_hand():
     # One sample of two positions 1 and 3: mean 2, unbiased variance 2. Its class's centre: mean 0, deviation 1.
-    layers = [Layer("deep", torch.tensor([1.0, 3.0]).view(1, 1, 1, 2), nn.BatchNorm2d(1))]
+    layers = [BatchNormInput("deep", torch.tensor([1.0, 3.0]).view(1, 1, 1, 2), nn.BatchNorm2d(1))]
     centres = hast.Centres(torch.empty(0), {"deep": (torch.tensor([[9.0], [0.0]]), torch.tensor([[9.0], [1.0]]))})
     by_hand = torch.tensor(4 + ((2 + 1e-6) ** 0.5 - 1) ** 2)
     torch.testing.assert_close(hast.centre_gap(layers, torch.tensor([1]), centres), by_hand)

@@ -11,12 +11,16 @@ from functools import partial
 import pytest
 import torch
 
-from dfqlib import dsg, gdfq, hast, published, saft, zeroq
 from dfqlib.checkpoint import load_checkpoint
-from dfqlib.finetune import Checkpoint, ImageStream, finetune
-from dfqlib.generators import Generator
-from dfqlib.models import MODELS, Teacher, build
-from dfqlib.views import Viewer
+from dfqlib.finetuning.loop import Checkpoint, finetune
+from dfqlib.finetuning.network_views import NetworkProbe
+from dfqlib.finetuning.streams import ImageStream
+from dfqlib.generators.networks import Generator
+from dfqlib.methods import dsg, gdfq, hast, saft, zeroq
+from dfqlib.models.teacher import Teacher
+from dfqlib.models.zoo import MODELS, build
+from dfqlib.papers import published
+from dfqlib.quantizers import calibrate
 
 IMAGENET = published.models_of("imagenet")
 SCHEDULE = gdfq.Schedule(iterations=2, observe_iterations=1, train_from=1, generator_iterations=1, batch=2)
@@ -36,10 +40,10 @@ def test_the_tables_have_the_models_they_should():
 
 def test_post_training_quantization_runs(teacher):
     size = teacher.entry.input_size
-    images, losses = zeroq.distill(teacher, batch=2, iterations=1)
+    images, losses = zeroq.distil_images(teacher, batch=2, iterations=1)
     assert images.shape == (2, 3, size, size) and all(map(math.isfinite, losses))
     with torch.no_grad():
-        assert zeroq.calibrated(teacher.network, 8, 8, images)(images).shape == (2, 1000)
+        assert calibrate.calibrated(teacher.network, 8, 8, images)(images).shape == (2, 1000)
     diverse, labels, losses = dsg.synthesise_diverse(teacher, dsg.noise_gaps(teacher, 2), batch=2, iterations=1)
     assert diverse.shape == images.shape and labels.max() < 1000 and all(map(math.isfinite, losses))
 
@@ -74,12 +78,14 @@ def test_fine_tuning_on_a_generator_runs_and_goes_on_after_a_stop(teacher, tmp_p
 
 def test_alignment_with_hard_images_runs(teacher):
     made = hast.hard_images(teacher, 2, beta=0.1, gamma=1.0, batch=2, iterations=1)
-    viewer = Viewer(teacher.network)
+    viewer = NetworkProbe(teacher.network)
     with torch.no_grad():
         residual = len(viewer(made.images).attentions) > 0
-    terms = saft.Terms() if residual else saft.Terms(attention_weight=0.0)  # Inception has no units to align
+    terms = (
+        saft.LossWeights() if residual else saft.LossWeights(attention_weight=0.0)
+    )  # Inception has no units to align
     student = saft.make_student(teacher, viewer, "w6a6", terms)
-    seen = saft.Seen(ImageStream(teacher.network, made.images, made.labels, batch=2), viewer)
+    seen = saft.WithTeacherView(ImageStream(teacher.network, made.images, made.labels, batch=2), viewer)
     history = finetune(seen, {"w6a6": student}, iterations=2, observe_iterations=1)
     losses = [*made.losses[0], *history.students["w6a6"]]
     assert made.images.shape[0] == 2 and len(history.students["w6a6"]) == 1 and all(map(math.isfinite, losses))

@@ -7,8 +7,9 @@ import torch
 from official import recorded_losses, recorded_network
 from torch import nn
 
-from dfqlib.losses import bns_loss, distillation_kl, generator_loss, student_loss, zeroq_statistics_loss
-from dfqlib.statistics import BatchNormInputs, Layer
+from dfqlib.losses import bns_loss, distillation_kl, generator_loss, student_loss
+from dfqlib.methods.zeroq import zeroq_statistics_loss
+from dfqlib.models.batch_norm_statistics import BatchNormInput, BatchNormInputs
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,9 @@ def test_bns_by_hand():
     norm.running_mean.fill_(1.0)
     norm.running_var.fill_(3.0)
     inputs = torch.tensor([0.0, 2.0, 4.0, 6.0]).view(2, 1, 1, 2)  # mean 3, biased variance 5
-    torch.testing.assert_close(bns_loss([Layer("norm", inputs, norm)]), torch.tensor(4.0 + 4.0))
-    far = Layer("far", inputs + 2, norm)  # mean 5, biased variance 5
-    torch.testing.assert_close(bns_loss([Layer("norm", inputs, norm), far]), torch.tensor((8.0 + 20.0) / 2))
+    torch.testing.assert_close(bns_loss([BatchNormInput("norm", inputs, norm)]), torch.tensor(4.0 + 4.0))
+    far = BatchNormInput("far", inputs + 2, norm)  # mean 5, biased variance 5
+    torch.testing.assert_close(bns_loss([BatchNormInput("norm", inputs, norm), far]), torch.tensor((8.0 + 20.0) / 2))
 
 
 def test_statistics_reach_the_images_by_gradient():

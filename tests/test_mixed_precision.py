@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.mixed_precision import layer_sizes, mean_kl, pareto_frontier, sensitivity
-from dfqlib.quantize import quantize_model
+from dfqlib.quantizers.convert import quantize_model
+from dfqlib.quantizers.mixed_precision import layer_sizes, mean_kl, pareto_frontier, sensitivity
 
 
 class Net(nn.Module):

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dfqlib import models
-from dfqlib.data import ASSETS, ImageSet, load_test
+from dfqlib.data.image_sets import ImageSet, load_test
 from dfqlib.errors import UserError
 from dfqlib.files import sha256
-from dfqlib.models import MODELS, Teacher, build, load_teacher, read_weights, save_teacher, top1
+from dfqlib.models import teacher
+from dfqlib.models.evaluate import top1
+from dfqlib.models.teacher import Teacher, load_teacher, read_weights, save_teacher
+from dfqlib.models.zoo import MODELS, build
+from dfqlib.places import ASSETS
 
 NAME = "resnet20_cifar10"
 
@@ -43,7 +46,7 @@ def own(classes: int = 3) -> Teacher:
 
 
 def test_every_published_model_has_an_entry():
-    with open(Path(models.__file__).parent / "published.csv", newline="") as file:
+    with open(Path(teacher.__file__).parent / "published.csv", newline="") as file:
         published = {row["model"] for row in csv.DictReader(file)}
     assert published | {"resnet34_cifar100"} <= set(MODELS)
 
@@ -144,7 +147,7 @@ def test_top1_refuses_images_of_other_classes():
 
 def test_weights_are_looked_for_in_the_data_folder(state, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQ_DATA", str(tmp_path))
-    monkeypatch.setattr(models, "ASSETS", tmp_path / "no assets")
+    monkeypatch.setattr("dfqlib.places.ASSETS", tmp_path / "no assets")
     (tmp_path / "teachers").mkdir()
     torch.save(state, tmp_path / "teachers" / f"{NAME}.pth")
     assert str(tmp_path / "teachers") in load_teacher(NAME, download=False).source

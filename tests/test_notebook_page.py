@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from dfqlib.notebook_page import as_page
+from dfqlib.runner.notebook_page import as_page
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MATH = re.compile(r"<math.*?</math>", re.DOTALL)

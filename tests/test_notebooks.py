@@ -24,9 +24,10 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from dfqlib import plan, profiles
 from dfqlib.errors import UserError
-from dfqlib.profiles import COMMON
+from dfqlib.papers import profiles
+from dfqlib.papers.profiles import COMMON
+from dfqlib.runner import notebook_source, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = profiles.load()[1]
@@ -91,7 +92,7 @@ def test_committed_outputs_are_there_and_from_the_quick_profile(key):
 @each
 def test_defaults_are_the_quick_profile(key):
     """A notebook opened by hand computes what run_all.py computes; each reduced parameter has its published value."""
-    defaults, paper = plan.notebook_parameters(PAPERS[key].notebook), PAPERS[key]
+    defaults, paper = notebook_source.notebook_parameters(PAPERS[key].notebook), PAPERS[key]
     quick = paper.parameters("quick")
     assert quick == {name: value for name, value in defaults.items() if name in quick}
     assert {name for name in defaults if name not in COMMON} >= set(quick), "unknown parameters"
@@ -102,7 +103,7 @@ def test_defaults_are_the_quick_profile(key):
 
 @each
 def test_every_number_has_limits_that_leave_room_for_every_profile(key):
-    paper, defaults = PAPERS[key], plan.notebook_parameters(PAPERS[key].notebook)
+    paper, defaults = PAPERS[key], notebook_source.notebook_parameters(PAPERS[key].notebook)
     laid_over = [name for table in paper.settings.values() for name, value in table.items() if isinstance(value, dict)]
     for profile, over in itertools.product(profiles.load()[0], ["", *laid_over]):
         profiles.check_numbers(defaults | paper.parameters(profile, over))

@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from dfqlib import page, profiles, published
+from dfqlib.papers import profiles, published
+from dfqlib.report import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -10,27 +10,23 @@ from pytorchcv.model_provider import get_model
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.finetune import finetune
-from dfqlib.gdfq import Schedule, make_student
-from dfqlib.generators import Generator
-from dfqlib.models import Teacher
-from dfqlib.qimera import (
+from dfqlib.finetuning.loop import finetune
+from dfqlib.generators.networks import Generator
+from dfqlib.methods.gdfq import Schedule, make_student
+from dfqlib.methods.qimera import (
     QimeraGenerator,
-    Setting,
     Superposition,
-    boundary_distance,
+    SuperpositionSettings,
     class_embeddings,
-    classifier,
     make_stream,
     mix_in_gdfq,
     path_between,
-    penultimate,
-    principal_plane,
     published_setting,
     soft_targets,
     standardise,
-    top_two_margin,
 )
+from dfqlib.models.features import boundary_distance, classifier, penultimate, principal_plane, top_two_margin
+from dfqlib.models.teacher import Teacher
 
 DATA = Path(__file__).parent / "data" / "generator_qimera.npz"
 OFFICIAL_NAMES = {
@@ -139,7 +135,7 @@ def test_embeddings_start_at_the_teachers_last_layer_or_random(teacher):
     weight = teacher.network.output.weight
     assert torch.equal(class_embeddings(teacher, "teacher"), weight)
     assert class_embeddings(teacher, "random").shape == weight.shape
-    stream = make_stream(teacher, Schedule(batch=2), Setting(embedding="teacher"))
+    stream = make_stream(teacher, Schedule(batch=2), SuperpositionSettings(embedding="teacher"))
     before = stream.generator.embedding.weight.clone()
     assert torch.equal(before, weight)
     stream.next_batch()
@@ -199,7 +195,7 @@ def test_a_short_run_on_resnet20(teacher, published):
     schedule = Schedule(iterations=4, observe_iterations=2, train_from=2, generator_iterations=4, batch=4)
     runs = []
     for _ in range(2):
-        stream = make_stream(teacher, schedule, Setting(p=0.5, k=3), published, seed=1)
+        stream = make_stream(teacher, schedule, SuperpositionSettings(p=0.5, k=3), published, seed=1)
         students = {bits: make_student(teacher, bits, schedule) for bits in ("w3a3", "w4a4")}
         runs.append(finetune(stream, students, schedule.iterations, schedule.observe_iterations, schedule.train_from))
     assert len(runs[0].generator) == 4 and runs[0].generator == runs[1].generator
@@ -208,11 +204,11 @@ def test_a_short_run_on_resnet20(teacher, published):
 
 
 def test_published_settings_by_model_and_bits():
-    assert published_setting("resnet20_cifar100", "w4a4") == Setting(0.4, 10, "teacher")
+    assert published_setting("resnet20_cifar100", "w4a4") == SuperpositionSettings(0.4, 10, "teacher")
     assert published_setting("resnet20_cifar100", "w5a5").k == 50
     assert published_setting("resnet20_cifar100", "w3a3").k == 10
-    assert published_setting("resnet50", "w4a4") == Setting(0.7, 500, "teacher")
-    assert published_setting("own", "w4a4") == Setting(0.4, 2, "random")
+    assert published_setting("resnet50", "w4a4") == SuperpositionSettings(0.7, 500, "teacher")
+    assert published_setting("own", "w4a4") == SuperpositionSettings(0.4, 2, "random")
 
 
 @pytest.mark.parametrize(
@@ -220,4 +216,4 @@ def test_published_settings_by_model_and_bits():
 )
 def test_wrong_settings_are_refused(options, told):
     with pytest.raises(UserError, match=told):
-        Setting(**options)
+        SuperpositionSettings(**options)

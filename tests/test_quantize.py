@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfqlib.errors import UserError
-from dfqlib.quantize import describe, model_bytes, observing, quantize_model, set_observing
-from dfqlib.quantizer import FakeQuantize, MovingAverage, QuantConv2d, QuantLinear, fake_quantize_per_channel
+from dfqlib.quantizers.convert import quantize_model
+from dfqlib.quantizers.describe import describe, model_bytes
+from dfqlib.quantizers.fake_quantize import fake_quantize_per_channel
+from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear, observing, set_observing
+from dfqlib.quantizers.observers import MovingAverage
 
 
 class Block(nn.Module):

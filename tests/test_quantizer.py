@@ -8,18 +8,15 @@ import torch
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.quantizer import (
+from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
+from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
+from dfqlib.quantizers.observers import (
     OBSERVERS,
-    FakeQuantize,
     MeanSquaredError,
     MovingAverage,
     Percentile,
-    QuantConv2d,
-    QuantLinear,
     RunningMinMax,
     SampleMeanMinMax,
-    fake_quantize,
-    fake_quantize_per_channel,
 )
 
 OFFICIAL = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "data" / "quantizer.npz").items()}

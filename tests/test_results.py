@@ -12,12 +12,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dfqlib import preflight, profiles, published, report, tables
-from dfqlib.data import DATASETS, load_test
+from dfqlib.data.image_sets import DATASETS, load_test
 from dfqlib.errors import UserError
-from dfqlib.models import MODELS, Teacher
-from dfqlib.profiles import Profile
-from dfqlib.results import Run, plain
+from dfqlib.models.teacher import Teacher
+from dfqlib.models.zoo import MODELS
+from dfqlib.notebook.run import Run, plain
+from dfqlib.papers import profiles, published
+from dfqlib.papers.profiles import Profile
+from dfqlib.report import collect, tables
+from dfqlib.runner import preflight
 
 PARAMETERS = {
     "profile": "quick",
@@ -218,19 +221,19 @@ def finished(results: Path, name: str, seed: int, top1: float, code: str, finish
 def test_a_table_never_mixes_versions(kit, tmp_path):
     """Of several codes and schedules, those of this call are shown; else of the present code; else the latest."""
     paper = profiles.paper("gdfq")
-    now = report.code_identity(paper.notebook)
+    now = collect.code_identity(paper.notebook)
     for seed in (0, 1):
         finished(tmp_path, f"old{seed}", seed, 50, "other code", "2026-01-03", iterations=1)
         finished(tmp_path, f"now{seed}", seed, 60 + seed, now, "2026-01-01", iterations=1)
         finished(tmp_path, f"long{seed}", seed, 70, now, "2026-01-02", iterations=2)
 
     def shown(*present: str) -> list[float]:
-        return list(report.collect(tmp_path, ["quick"], [paper], set(present))["top1"])
+        return list(collect.collect(tmp_path, ["quick"], [paper], set(present))["top1"])
 
     assert shown() == [70, 70]
     assert shown("now0") == [60, 61]
     assert shown("old0", "old1") == [50, 50]
-    rows = report.collect(tmp_path, ["quick"], [paper], {"old0"})
+    rows = collect.collect(tmp_path, ["quick"], [paper], {"old0"})
     assert all("(older code)" in schedule for schedule in rows["schedule"])
 
 
@@ -238,7 +241,7 @@ def test_tables_of_papers_that_did_not_run_stay(kit, tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "zeroq.md").write_text("## ZeroQ\n\n![f](../figures/f.png)\n")
     finished(tmp_path, "a", 0, 60, "code", "2026-01-01")
-    written = report.write(tmp_path, Profile("quick", "", ["cifar10"]), set(), {})
+    written = collect.write(tmp_path, Profile("quick", "", ["cifar10"]), set(), {})
     assert list(written) == ["gdfq"]
     text = (tmp_path / "README.md").read_text()
     assert "![f](figures/f.png)" in text and "| gdfq | resnet20_cifar10 | W3A3 |" in text
@@ -249,7 +252,7 @@ def test_unfinished_runs_are_no_results(kit, tmp_path):
     finished(tmp_path, "a.unfinished", 0, 60, "code", "2026-01-01")
     finished(tmp_path, "b", 0, 60, "code", "2026-01-01")
     (tmp_path / "quick" / "gdfq" / "b" / "notebook.ipynb").unlink()
-    assert report.collect(tmp_path, ["quick"], [profiles.paper("gdfq")], set()).empty
+    assert collect.collect(tmp_path, ["quick"], [profiles.paper("gdfq")], set()).empty
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):

@@ -21,11 +21,14 @@ from test_finetune import make_stream, make_student, small_teacher
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import Diverged
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS
-from dfqlib.finetune import Batch, Checkpoint, FirstThen, finetune
-from dfqlib.plan import Selection, broken_files, notebook_sources, plan, read_metrics
-from dfqlib.saft import Seen
-from dfqlib.synthesis import synthesise
-from dfqlib.terms import add_up, finite_numbers, kept
+from dfqlib.finetuning.loop import Checkpoint, finetune
+from dfqlib.finetuning.streams import Batch, FirstThen
+from dfqlib.generators.optimise_images import synthesise
+from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
+from dfqlib.methods.saft import WithTeacherView
+from dfqlib.runner.notebook_source import notebook_sources
+from dfqlib.runner.plan import Selection, plan
+from dfqlib.runner.run_folder import broken_files, read_metrics
 
 matplotlib.use("Agg")
 
@@ -83,7 +86,7 @@ def test_a_report_cut_in_half_is_drawn_again(kit, tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_broken_checkpoint_in_a_batch_is_begun_anew(tmp_path, monkeypatch, share):
-    from dfqlib.results import Run
+    from dfqlib.notebook.run import Run
 
     monkeypatch.setenv(CHECKPOINTS, str(tmp_path))
     monkeypatch.setenv(CHECKPOINT_SECONDS, "9")
@@ -118,7 +121,7 @@ class Slow:
 
 def test_a_checkpoint_is_written_after_so_many_seconds(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("dfqlib.finetune.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("dfqlib.finetuning.loop.time.perf_counter", lambda: clock[0])
     path = tmp_path / "run.ckpt"
     stream = Slow(path, clock)
     finetune(stream, {"s": make_student(small_teacher())}, 8, 1, checkpoint=Checkpoint(path, seconds=3))
@@ -265,13 +268,13 @@ def test_terms_of_sums_of_sums_and_the_first_loss_that_breaks():
     inner = add_up({"KL": one, "CE": one})
     assert inner == 2
     outer = add_up({"": inner, "copies": add_up({"KL": nan, "CE": inf}), "saliency": one})
-    losses = [kept(inner), kept(outer), kept(nan)]
+    losses = [detach_with_terms(inner), detach_with_terms(outer), detach_with_terms(nan)]
     with pytest.raises(Diverged) as error:
-        finite_numbers(losses, "It is", "!", 10)
+        to_finite_floats(losses, "It is", "!", 10)
     assert str(error.value) == "It is nan (KL of copies is nan, CE of copies is inf) at iteration 11!"
     with pytest.raises(Diverged, match="It is nan at iteration 0"):
-        finite_numbers([kept(nan)], "It is", "!")
-    assert finite_numbers([kept(one)], "", "") == [1.0] and finite_numbers([], "", "") == []
+        to_finite_floats([detach_with_terms(nan)], "It is", "!")
+    assert to_finite_floats([detach_with_terms(one)], "", "") == [1.0] and to_finite_floats([], "", "") == []
 
 
 def test_synthesis_names_the_term_that_breaks():
@@ -297,7 +300,7 @@ def breaks_at(iteration):
     return loss
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: FirstThen(s, 99, None), lambda s: Seen(s, None)])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: FirstThen(s, 99, None), lambda s: WithTeacherView(s, None)])
 def test_the_generator_is_named_with_its_term_also_behind_other_streams(wrap):
     stream = make_stream(small_teacher(), iterations=6, loss=breaks_at(3))
     for _ in range(4):

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
-from dfqlib import execution, notebook_page
-from dfqlib.kernels import cores
+from dfqlib.runner import execute, notebook_page
+from dfqlib.runner.kernels import cores
 
 
 def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
@@ -235,7 +235,7 @@ def test_an_interrupt_stops_every_run_at_work_and_no_other_begins(kit, tmp_path)
 
 def test_a_container_s_quota_of_cores_counts(monkeypatch):
     monkeypatch.setattr("dask.system.cpu_count", lambda: 6)
-    assert execution.Machine(jobs=2).threads == 3
+    assert execute.LocalExecutor(jobs=2).threads == 3
 
 
 def test_runs_at_once_share_the_cores(kit, tmp_path, monkeypatch):
@@ -270,13 +270,13 @@ while len(list(folder.glob("ready *"))) < 2:
 @pytest.fixture
 def ready(tmp_path, monkeypatch):
     """Runs whose kernels are ready leave a file in the folder."""
-    begin = execution.Turn.begin
+    begin = execute.Turn.begin
 
-    def leave_file(turn: execution.Turn, *arguments: object) -> None:
+    def leave_file(turn: execute.Turn, *arguments: object) -> None:
         (tmp_path / f"ready {id(turn)}").touch()
         begin(turn, *arguments)
 
-    monkeypatch.setattr(execution.Turn, "begin", leave_file)
+    monkeypatch.setattr(execute.Turn, "begin", leave_file)
 
 
 def test_a_run_is_prepared_while_another_computes_and_begins_when_that_is_put_away(kit, tmp_path, monkeypatch, ready):

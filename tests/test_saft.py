@@ -8,15 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfqlib import gdfq, saft
 from dfqlib.errors import UserError
-from dfqlib.finetune import Batch, FirstThen, GeneratorStream, ImageStream, decay_factor, finetune
-from dfqlib.generators import Generator
-from dfqlib.losses import attention_gap, channel_attention, distillation_kl, selective_cross_entropy
-from dfqlib.models import Teacher
-from dfqlib.quantize import observing
-from dfqlib.saft import HAST, Seen, Terms, agreement, make_student, promote
-from dfqlib.views import View, Viewer
+from dfqlib.finetuning.loop import finetune
+from dfqlib.finetuning.network_views import NetworkProbe, View, channel_attention
+from dfqlib.finetuning.streams import Batch, FirstThen, GeneratorStream, ImageStream
+from dfqlib.generators.networks import Generator
+from dfqlib.losses import distillation_kl
+from dfqlib.methods import gdfq, saft
+from dfqlib.methods.saft import (
+    HAST,
+    LossWeights,
+    WithTeacherView,
+    agreement,
+    attention_gap,
+    make_student,
+    promote,
+    selective_cross_entropy,
+)
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.layers import observing
+from dfqlib.schedules import decay_factor
 
 
 class Residual(nn.Module):
@@ -53,12 +64,12 @@ def data():
 
 def make(teacher, data, bits="w2a2", batch=8, **terms):
     """(stream, student, the student's loss on the next batch) with ranges learned."""
-    terms = Terms(**terms)
-    viewer = Viewer(teacher.network, terms.saliency_of)
+    terms = LossWeights(**terms)
+    viewer = NetworkProbe(teacher.network, terms.saliency_of)
     student = make_student(teacher, viewer, bits, terms, lr=1e-4, decay="cosine")
     with observing(student.network), torch.no_grad():
         student.network(data[0])
-    return Seen(ImageStream(teacher.network, *data, batch), viewer), student
+    return WithTeacherView(ImageStream(teacher.network, *data, batch), viewer), student
 
 
 def test_selective_cross_entropy_by_hand():
@@ -93,7 +104,7 @@ def test_agreement_is_the_sum_of_its_weighted_terms():
     logits = torch.randn(2, 5, 4, generator=random)
     attention = torch.rand(2, 5, 6, generator=random)
     ours, theirs = (View(logits[i], [attention[i]], None) for i in range(2))
-    labels, terms = torch.arange(5) % 4, Terms(easy_below=0.8)
+    labels, terms = torch.arange(5) % 4, LossWeights(easy_below=0.8)
     kl = 20 * distillation_kl(theirs.logits, ours.logits, 20)
     ce = 0.05 * selective_cross_entropy(ours.logits, theirs.logits, labels, 0.8)
     fa = 2000 * attention_gap(ours.attentions, theirs.attentions)
@@ -120,7 +131,7 @@ def test_promotion_moves_each_pixel_by_epsilon_and_raises_the_loss(teacher, data
 
 def by_hand(teacher, student, batch, terms, perturbed_attention=True):
     """The whole loss, composed anew from the networks alone."""
-    own, other = Viewer(student.network, terms.saliency_of), Viewer(teacher.network, terms.saliency_of)
+    own, other = NetworkProbe(student.network, terms.saliency_of), NetworkProbe(teacher.network, terms.saliency_of)
     images = batch.images.clone().requires_grad_()
     ours, theirs = own(images, True), other(batch.images, True)
     clean = agreement(ours, theirs, batch.labels, terms)
@@ -146,7 +157,7 @@ def test_the_loss_is_both_agreements_and_the_gap_of_the_maps(teacher, data, chan
     stream, student = make(teacher, data, **changes)
     batch = stream.next_batch()
     ours = student.loss(student.network, batch)
-    terms = Terms(**changes)
+    terms = LossWeights(**changes)
     torch.testing.assert_close(ours, by_hand(teacher, student, batch, terms, terms.perturbed_attention))
     ours.backward()
     assert all(parameter.grad.isfinite().all() for parameter in student.network.parameters())
@@ -162,10 +173,10 @@ def test_switches_change_the_loss(teacher, data):
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn_but_labels(teacher, data):
-    terms = Terms(ce_weight=0.0)
-    viewer = Viewer(teacher.network)
-    batch = Seen(ImageStream(teacher.network, *data, 8), viewer).next_batch()
-    assert saft.Alignment(viewer, Viewer(teacher.network), terms)(teacher.network, batch).item() < 1e-3
+    terms = LossWeights(ce_weight=0.0)
+    viewer = NetworkProbe(teacher.network)
+    batch = WithTeacherView(ImageStream(teacher.network, *data, 8), viewer).next_batch()
+    assert saft.Alignment(viewer, NetworkProbe(teacher.network), terms)(teacher.network, batch).item() < 1e-3
 
 
 def test_tuning_brings_the_student_closer_to_the_teacher(teacher, data):
@@ -193,7 +204,7 @@ def test_the_view_of_a_batch_is_the_teachers_and_carries_no_gradient(teacher, da
 
 def test_a_generator_learns_behind_the_view(teacher, data):
     stream = GeneratorStream(teacher.network, Generator(4, size=8), 2, batch=4)
-    first, then = Seen(stream, Viewer(teacher.network)), ImageStream(teacher.network, *data, 8)
+    first, then = WithTeacherView(stream, NetworkProbe(teacher.network)), ImageStream(teacher.network, *data, 8)
     both = FirstThen(first, 2, then)
     assert [len(both.next_batch().images) for _ in range(3)] == [4, 4, 8] and len(stream.losses) == 2
 
@@ -248,17 +259,17 @@ def test_late_steps_are_those_of_the_published_epochs():
 )
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(UserError, match=f"{next(iter(setting))}="):
-        Terms(**setting)
+        LossWeights(**setting)
 
 
 def test_nothing_to_learn_is_refused():
     with pytest.raises(UserError, match="nothing to learn"):
-        Terms(kl_weight=0, ce_weight=0, attention_weight=0, saliency_weight=0)
+        LossWeights(kl_weight=0, ce_weight=0, attention_weight=0, saliency_weight=0)
 
 
 def test_attention_without_residual_units_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     plain = Teacher.from_module(network.append(nn.Linear(4, 2)), 2, (0.5,) * 3, (0.25,) * 3, input_size=8)
     with pytest.raises(UserError, match="attention_weight=2000"):
-        make_student(plain, Viewer(plain.network), "w4a4", Terms())
-    make_student(plain, Viewer(plain.network), "w4a4", Terms(attention_weight=0))
+        make_student(plain, NetworkProbe(plain.network), "w4a4", LossWeights())
+    make_student(plain, NetworkProbe(plain.network), "w4a4", LossWeights(attention_weight=0))

@@ -6,10 +6,11 @@ from test_folding import with_statistics
 from torch import nn
 from torch.nn import functional as F
 
-from dfqlib.acceleration import without
-from dfqlib.models import MODELS, build
-from dfqlib.quantize import observing, quantize_model
-from dfqlib.scaling import ScaledConv2d, scale_weights
+from dfqlib.models.zoo import MODELS, build
+from dfqlib.quantizers.convert import quantize_model
+from dfqlib.quantizers.layers import observing
+from dfqlib.speed.scale_weights import ScaledConv2d, scale_weights
+from dfqlib.speed.switches import without
 
 
 def student_of(network: nn.Module, size: int, bits: int | None = 4) -> tuple[nn.Module, torch.Tensor]:

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dfqlib.crops import RandomCrops
+from dfqlib.data.crops import RandomCrops
+from dfqlib.data.spectrum import low_pass, radial_power
 from dfqlib.errors import UserError
-from dfqlib.spectrum import low_pass, radial_power
 
 
 def wave(frequency, size=16):

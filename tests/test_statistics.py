@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.statistics import BatchNormInputs, batch_mean_var, sample_mean_square, sample_mean_std
+from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var, sample_mean_square, sample_mean_std
 
 
 class RegisteredBackwards(nn.Module):

@@ -2,9 +2,9 @@
 
 import torch
 
-from dfqlib import toy
 from dfqlib.losses import bns_loss
-from dfqlib.statistics import BatchNormInputs
+from dfqlib.methods import toy
+from dfqlib.models.batch_norm_statistics import BatchNormInputs
 
 
 def test_labels_are_the_sign_of_the_product():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.training import FilterMuon, Recipe, augment, choose_images, orthogonalise, train_teacher
+from dfqlib.models.training import FilterMuon, Recipe, augment, choose_images, orthogonalise, train_teacher
 
 RECIPE = Recipe(epochs=4, batch=8, warmup=1.0, sizes=(6, 8), seed=3)
 

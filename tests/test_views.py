@@ -10,11 +10,11 @@ from torch import nn
 from torchvision.models import resnet18
 
 from dfqlib.errors import UserError
-from dfqlib.losses import channel_attention
-from dfqlib.models import build
-from dfqlib.quantize import observing, quantize_model
-from dfqlib.saliency import cam_weights, convolution_gradient, grad_cam, map_correlation
-from dfqlib.views import LAYERS, Viewer
+from dfqlib.finetuning.grad_cam import cam_weights, convolution_gradient, grad_cam, map_correlation
+from dfqlib.finetuning.network_views import LAYERS, NetworkProbe, channel_attention
+from dfqlib.models.zoo import build
+from dfqlib.quantizers.convert import quantize_model
+from dfqlib.quantizers.layers import observing
 
 
 def lived(network):
@@ -84,7 +84,7 @@ def map_by_hand(network, images, module):
 def test_maps_with_and_without_a_backward_pass_are_equal(which, layer, request):
     network = request.getfixturevalue(which)
     images = torch.randn(4, 3, 32, 32)
-    short, long = Viewer(network, layer), Viewer(network, layer, autograd=True)
+    short, long = NetworkProbe(network, layer), NetworkProbe(network, layer, autograd=True)
     assert short.closed and not long.closed
     with torch.no_grad():
         ours, theirs = short(images, saliency=True), long(images, saliency=True)
@@ -102,7 +102,7 @@ def test_gradients_of_maps_are_equal_too(student, layer):
     gradients = []
     for autograd in (False, True):
         student.zero_grad()
-        (Viewer(student, layer, autograd)(images, saliency=True).saliency ** 2).mean().backward()
+        (NetworkProbe(student, layer, autograd)(images, saliency=True).saliency ** 2).mean().backward()
         gradients.append(student.get_submodule("features.init_block.conv").weight.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
@@ -112,8 +112,8 @@ def test_maps_equal_those_by_hand(teacher):
     images = torch.randn(3, 3, 32, 32)
     last = teacher.features.stage3.unit3
     with torch.no_grad():
-        of_features = Viewer(teacher)(images, saliency=True).saliency
-        of_convolution = Viewer(teacher, "convolution")(images, saliency=True).saliency
+        of_features = NetworkProbe(teacher)(images, saliency=True).saliency
+        of_convolution = NetworkProbe(teacher, "convolution")(images, saliency=True).saliency
     torch.testing.assert_close(of_features, map_by_hand(teacher, images, last), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(of_convolution, map_by_hand(teacher, images, last.body.conv2.conv), rtol=1e-4, atol=1e-5)
     assert (of_features - of_convolution).abs().mean() > 0.01  # another kind of map
@@ -138,7 +138,7 @@ def test_global_pooling_by_functions_is_recognised(pool):
             return self.output(pool(self.features(x)))
 
     network, images = lived(Pooled()), torch.randn(3, 3, 8, 8)
-    viewer = Viewer(network)
+    viewer = NetworkProbe(network)
     assert viewer.closed
     torch.testing.assert_close(
         viewer(images, saliency=True).saliency.detach(), map_by_hand(network, images, network.features[2])
@@ -148,7 +148,7 @@ def test_global_pooling_by_functions_is_recognised(pool):
 @pytest.mark.parametrize("kind", [TwoLayers, FixedWindow])
 def test_a_head_that_is_not_pool_and_linear_goes_by_autograd(kind):
     network = lived(kind())
-    viewer = Viewer(network)
+    viewer = NetworkProbe(network)
     assert not viewer.closed and viewer.units == 0
     images = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_a_head_that_is_not_pool_and_linear_goes_by_autograd(kind):
 def test_attentions_are_those_of_the_units_bodies(teacher, student):
     images = torch.randn(2, 3, 32, 32)
     for network, last in ((teacher, "features.stage2.unit1.body.conv2.bn"), (student, None)):
-        view = Viewer(network)(images)
+        view = NetworkProbe(network)(images)
         assert view.saliency is None and len(view.attentions) == 9
         assert [a.shape[1] for a in view.attentions] == [16] * 3 + [32] * 3 + [64] * 3
         if last:
@@ -178,14 +178,14 @@ def test_a_sum_in_place_leaves_the_attention_as_it_is():
     network.layer1[0].bn2.register_forward_hook(lambda _, inputs, output: kept.append(output.clone()))
     images = torch.randn(2, 3, 32, 32)
     network(images)
-    view = Viewer(network)(images)
+    view = NetworkProbe(network)(images)
     assert len(view.attentions) == 8
     torch.testing.assert_close(view.attentions[0], channel_attention(kept[0]))
     sum(attention.square()[:, 0].sum() for attention in view.attentions).backward()  # nothing needed is overwritten
 
 
 def test_a_viewer_shares_the_students_weights(student):
-    viewer = Viewer(student)
+    viewer = NetworkProbe(student)
     weight = student.get_submodule("output").weight
     images = torch.randn(2, 3, 32, 32)
     kept = weight.detach().clone()
@@ -199,7 +199,7 @@ def test_a_viewer_shares_the_students_weights(student):
 def test_published_models_have_units_and_maps(name):
     network = lived(build(name))
     size = 32 if "cifar" in name else 224
-    viewer = Viewer(network)
+    viewer = NetworkProbe(network)
     with torch.no_grad():
         view = viewer(torch.randn(1, 3, size, size), saliency=True)
     assert viewer.closed and viewer.units > 8
@@ -231,6 +231,6 @@ def test_map_correlation():
 
 def test_what_cannot_be_viewed_is_refused():
     with pytest.raises(UserError, match="layer='conv'"):
-        Viewer(nn.Linear(2, 2), "conv")
+        NetworkProbe(nn.Linear(2, 2), "conv")
     with pytest.raises(UserError, match="no convolution"):
-        Viewer(nn.Sequential(nn.Linear(2, 2)))
+        NetworkProbe(nn.Sequential(nn.Linear(2, 2)))

@@ -7,12 +7,12 @@ from pytorchcv.model_provider import get_model
 from torch import nn
 
 from dfqlib.errors import UserError
-from dfqlib.losses import zeroq_statistics_loss
-from dfqlib.models import Teacher
-from dfqlib.quantize import describe
-from dfqlib.statistics import BatchNormInputs
-from dfqlib.synthesis import synthesise
-from dfqlib.zeroq import calibrated, distill, start_images, statistics_gaps, with_outliers
+from dfqlib.generators.optimise_images import synthesise
+from dfqlib.methods.zeroq import distil_images, start_images, statistics_gaps, with_outliers, zeroq_statistics_loss
+from dfqlib.models.batch_norm_statistics import BatchNormInputs
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.calibrate import calibrated
+from dfqlib.quantizers.describe import describe
 
 OFFICIAL = Path(__file__).parent / "data" / "losses.npz"
 
@@ -67,7 +67,7 @@ def test_start_images_are_the_official_ones_levels():
 def test_distilled_statistics_come_closer_and_the_teacher_stays_as_it_was():
     teacher = small_teacher()
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
-    images, history = distill(teacher, batch=4, iterations=60)
+    images, history = distil_images(teacher, batch=4, iterations=60)
     assert images.shape == (4, 3, 8, 8) and not images.requires_grad
     assert len(history) == 60 and history[-1] < history[0] / 3
     first, last = statistics_gaps(teacher.network, start_images(4, 8)), statistics_gaps(teacher.network, images)
@@ -80,7 +80,7 @@ def test_distilled_statistics_come_closer_and_the_teacher_stays_as_it_was():
 
 def test_a_seed_gives_the_same_images_again_and_another_seed_others():
     teacher = small_teacher()
-    runs = [distill(teacher, batch=2, iterations=5, seed=seed)[0] for seed in (3, 3, 4)]
+    runs = [distil_images(teacher, batch=2, iterations=5, seed=seed)[0] for seed in (3, 3, 4)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2])
 
@@ -124,7 +124,7 @@ def test_outlier_channels_change_the_ranges_but_not_the_function(resnet, officia
 def test_a_teacher_without_batch_norm_is_refused():
     teacher = Teacher.from_module(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UserError, match="no batch norm with running statistics"):
-        distill(teacher, batch=2, iterations=1)
+        distil_images(teacher, batch=2, iterations=1)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_teacher_without_batch_norm_is_refused():
 )
 def test_a_setting_out_of_range_is_refused(setting, value):
     with pytest.raises(UserError, match=f"^{setting}={value}"):
-        distill(small_teacher(), **{setting: value})
+        distil_images(small_teacher(), **{setting: value})
 
 
 def test_synthesis_finds_the_minimum_and_leaves_the_given_images():

@@ -1,0 +1,339 @@
+"""Data sets as one uint8 tensor each, and where they are found.
+
+Normalisation belongs to the teacher (:mod:`dfqlib.models`), not to the data set: images here are pixels, 0 to 255.
+Every :class:`ImageSet` says by its name which images it holds: ``cifar10`` is the full test set, ``cifar10-2k`` the
+balanced subset that comes with the package, ``cifar10-10shot`` ten real training images per class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import math
+import os
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.places import ASSETS
+
+EMBEDDED_PER_CLASS = {"cifar10": 200, "cifar100": 20}  # 2,000 test images of each
+FEW_SHOT = 10  # embedded training images per class
+CROP = 0.875  # centre crop over resized shorter side: 224 of 256, 299 of 342
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+SPLIT_FOLDERS = {"test": ("test", "val", "validation"), "train": ("train",)}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images: ``images`` uint8 (N, 3, H, W), ``labels`` int64 (N,), ``classes`` the N_classes names."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known about a data set before it is read; ``classes`` is empty where only their number is known."""
+
+    name: str
+    size: int
+    class_count: int
+    counts: dict[str, int]  # images of each full split
+    classes: tuple[str, ...] = ()
+    torchvision_class: str = ""
+    torchvision_folder: str = ""
+
+
+def _class_names(dataset: str) -> tuple[str, ...]:
+    """The official names in the official label order, which is also the alphabetical one."""
+    return tuple((ASSETS / f"{dataset}-classes.txt").read_text(encoding="utf-8").split())
+
+
+CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
+DATASETS: dict[str, Dataset] = {
+    "cifar10": Dataset("cifar10", 32, 10, CIFAR_COUNTS, _class_names("cifar10"), "CIFAR10", "cifar-10-batches-py"),
+    "cifar100": Dataset("cifar100", 32, 100, CIFAR_COUNTS, _class_names("cifar100"), "CIFAR100", "cifar-100-python"),
+    "imagenet": Dataset("imagenet", 224, 1000, {"train": 1_281_167, "test": 50_000}),
+}
+
+
+def load_test(
+    dataset: str = "cifar10", folder: str | Path | None = None, download: bool = False, size: int | None = None
+) -> ImageSet:
+    """Test (validation) images, from the first of: ``folder``, ``$DFQ_DATA/<dataset>``, the package, a download.
+
+    ``folder`` is a torchvision layout (holding ``cifar-10-batches-py`` or ``cifar-100-python``) or an ImageFolder tree
+    (class folders, or ``test/`` or ``val/`` with class folders inside), or holds one in a folder named ``dataset``;
+    ``$DFQ_DATA/<dataset>`` likewise. The package carries 2,000 test images of CIFAR-10 and of CIFAR-100;
+    ``download=True`` asks for all 10,000 instead, through torchvision. A name beside those of ``DATASETS`` stands for
+    an ImageFolder tree with any classes.
+
+    ``size`` (pixels, default 224 for imagenet) is the centre crop of an ImageFolder tree's images after their shorter
+    side is resized to ``size / 0.875``; images that already have that size are left as they are. All of ImageNet's
+    validation images at 224 pixels take 7.5 GB. Raises :class:`UserError` for what cannot be found or has the wrong
+    classes.
+    """
+    return _load(dataset, "test", folder, download, size)
+
+
+def load_train(
+    dataset: str = "cifar10", folder: str | Path | None = None, download: bool = False, size: int | None = None
+) -> ImageSet:
+    """All training images, found as :func:`load_test` finds test images; the package has only :func:`few_shot`."""
+    return _load(dataset, "train", folder, download, size)
+
+
+def embedded_test(dataset: str = "cifar10") -> ImageSet:
+    """The package's 2,000 test images, ``cifar10-2k`` or ``cifar100-2k``, whatever else is on this machine."""
+    check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
+    return _read_sheet(dataset, f"{dataset}-2k", "test")
+
+
+def few_shot(dataset: str = "cifar10", per_class: int = FEW_SHOT) -> ImageSet:
+    """The package's real training images, ``per_class`` (1 to 10) of each class, class by class in turn."""
+    check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
+    check_range("per_class", per_class, 1, FEW_SHOT)
+    shots = _read_sheet(dataset, f"{dataset}-{FEW_SHOT}shot", "training")
+    count = per_class * len(shots.classes)
+    source = f"the package's {per_class} real {dataset} training images per class"
+    return ImageSet(f"{dataset}-{per_class}shot", shots.images[:count], shots.labels[:count], shots.classes, source)
+
+
+def balanced_subset(image_set: ImageSet, per_class: int, name: str, seed: int = 0) -> ImageSet:
+    """``per_class`` images of each of the C classes in turn, so that any multiple of C from the front is balanced.
+
+    They are chosen by the smallest SHA-256 of seed and pixels, so that the choice depends neither on the order of the
+    images nor on a random generator's version.
+    """
+    chosen = []
+    for label in range(len(image_set.classes)):
+        members = (image_set.labels == label).nonzero().flatten().tolist()
+        if len(members) < per_class:
+            held = f"{len(members)} images of {image_set.classes[label]!r}"
+            raise UserError(f"per_class={per_class} is more than the {held}; allowed: at most that number.")
+        digests = [hashlib.sha256(b"%d" % seed + image_set.images[i].numpy().tobytes()).digest() for i in members]
+        chosen.append([i for _, i in sorted(zip(digests, members, strict=True))[:per_class]])
+    index = torch.tensor(chosen).T.flatten()
+    source = f"{per_class} images per class of {image_set.source}"
+    return ImageSet(name, image_set.images[index], image_set.labels[index], image_set.classes, source)
+
+
+def require_network(url: str, wanted: str) -> None:
+    """Raise :class:`UserError` unless ``url`` answers within 15 seconds; ``wanted`` says what it was for."""
+    try:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "dfqlib"})
+        with urllib.request.urlopen(request, timeout=15):
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer; what it refuses to a HEAD request it may still give to the download
+    except OSError as error:  # URLError among them
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{wanted} could not be downloaded: {url} does not answer ({reason}).") from None
+
+
+def _load(dataset: str, split: str, folder: str | Path | None, download: bool, size: int | None) -> ImageSet:
+    known = DATASETS.get(dataset)
+    if known and known.torchvision_class and size not in (None, known.size):
+        raise UserError(f"size={size!r} does not fit {dataset}, whose images have {known.size} pixels; leave it out.")
+    if size is not None:
+        check_range("size", size, 1, 4096)
+    if folder:
+        return _read_folder(dataset, split, Path(folder).expanduser(), f"folder={str(folder)!r}", size)
+    root = os.environ.get("DFQ_DATA", "")
+    if root and not Path(root).expanduser().is_dir():
+        raise UserError(f"$DFQ_DATA={root!r} is not a folder; correct it or unset it.")
+    if root and (Path(root).expanduser() / dataset).is_dir():
+        place = Path(root).expanduser() / dataset
+        return _read_folder(dataset, split, place, f"$DFQ_DATA/{dataset}={str(place)!r}", size)
+    if known is None:
+        near = difflib.get_close_matches(dataset, DATASETS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(
+            f"dataset={dataset!r} is unknown{hint}; allowed: {', '.join(DATASETS)}, or any name with folder= an "
+            "ImageFolder tree."
+        )
+    if download and known.torchvision_class:
+        return _download(known, split, Path(root or "~/.cache/dfqlib").expanduser() / dataset)
+    if split == "test" and dataset in EMBEDDED_PER_CLASS:
+        return embedded_test(dataset)
+    ways = "download=True, " if known.torchvision_class else ""
+    raise UserError(
+        f"dataset={dataset!r}: its {split} images are neither on this machine nor in the package; allowed: {ways}"
+        f"folder= their folder, or the environment variable DFQ_DATA= a folder that holds {dataset}/."
+    )
+
+
+def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
+    """An embedded set: a lossless sheet of tiles, read row by row; tile i shows class i mod C."""
+    known = DATASETS[dataset]
+    sheet = np.array(Image.open(ASSETS / f"{name}.webp").convert("RGB"))
+    rows, columns = sheet.shape[0] // known.size, sheet.shape[1] // known.size
+    tiles = sheet.reshape(rows, known.size, columns, known.size, 3).transpose(0, 2, 4, 1, 3)
+    images = torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, known.size, known.size))
+    labels = torch.arange(len(images)) % known.class_count
+    source = f"the package's balanced subset of {len(images):,} {dataset} {split} images"
+    return ImageSet(name, images, labels, known.classes, source)
+
+
+def check_folder(dataset: str, folder: str | Path) -> None:
+    """Raise the :class:`UserError` that :func:`load_test` would for ``folder``, having read one of its images only."""
+    told = f"folder={str(folder)!r}"
+    known, place = DATASETS.get(dataset), _find_split(dataset, "test", Path(folder).expanduser(), told)
+    if not _is_torchvision(known, place):
+        _, files, _ = _list_tree(known, place, told)
+        _read_image(files[0], None)
+
+
+def _read_folder(dataset: str, split: str, folder: Path, told: str, size: int | None) -> ImageSet:
+    """The split in ``folder``, a torchvision layout or an ImageFolder tree; ``told`` names the folder in errors."""
+    known, place = DATASETS.get(dataset), _find_split(dataset, split, folder, told)
+    if _is_torchvision(known, place):
+        return _read_torchvision(known, split, place, told)
+    return _read_tree(dataset, split, place, told, size)
+
+
+def _is_torchvision(known: Dataset | None, folder: Path) -> bool:
+    return bool(known and known.torchvision_folder and (folder / known.torchvision_folder).is_dir())
+
+
+def _find_split(dataset: str, split: str, folder: Path, told: str) -> Path:
+    """Where in ``folder`` the class folders of the split are, or the folder of torchvision's layout."""
+    if not folder.is_dir():
+        raise UserError(f"{told} is not a folder.")
+    known = DATASETS.get(dataset)
+    if known and (folder / dataset).is_dir():
+        folder = folder / dataset
+    if known and known.torchvision_folder:
+        if folder.name == known.torchvision_folder:
+            folder = folder.parent
+        if _is_torchvision(known, folder):
+            return folder
+    inside = {entry.name for entry in folder.iterdir()}
+    if not inside:
+        raise UserError(f"{told} is empty.")
+    splits = [name for names in SPLIT_FOLDERS.values() for name in names if name in inside]
+    here = [name for name in SPLIT_FOLDERS[split] if name in inside]
+    if splits and set(inside) <= set(sum(SPLIT_FOLDERS.values(), ())) and not here:
+        raise UserError(
+            f"{told} has no {' or '.join(f'{name}/' for name in SPLIT_FOLDERS[split])} beside {splits[0]}/."
+        )
+    return folder / here[0] if here else folder
+
+
+def _read_torchvision(known: Dataset, split: str, folder: Path, told: str) -> ImageSet:
+    """CIFAR's own batches; torchvision compares each file with its published MD5 before it reads it."""
+    try:
+        read = _torchvision_class(known)(folder, train=split == "train")
+    except RuntimeError:
+        raise UserError(
+            f"{told} holds an incomplete or damaged {known.torchvision_folder}; download it again."
+        ) from None
+    images = torch.from_numpy(np.ascontiguousarray(read.data.transpose(0, 3, 1, 2)))
+    source = f"all {len(images):,} {known.name} {split} images in {folder / known.torchvision_folder}"
+    return ImageSet(known.name, images, torch.tensor(read.targets), known.classes, source)
+
+
+def _torchvision_class(known: Dataset) -> type:
+    """Imported when it is needed, since torchvision takes seconds."""
+    return getattr(importlib.import_module("torchvision.datasets"), known.torchvision_class)
+
+
+def _download(known: Dataset, split: str, folder: Path) -> ImageSet:
+    """The full data set through torchvision, into ``folder`` unless it is there already."""
+    dataset_class = _torchvision_class(known)
+    if not (folder / known.torchvision_folder).is_dir():
+        require_network(dataset_class.url, f"dataset={known.name!r}")
+        try:
+            dataset_class(folder, download=True)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"dataset={known.name!r} could not be downloaded to {folder}: {error}") from None
+    return _read_torchvision(known, split, folder, f"folder={str(folder)!r}")
+
+
+def _read_tree(dataset: str, split: str, folder: Path, told: str, size: int | None) -> ImageSet:
+    """The images of an ImageFolder tree, in the order of :func:`_list_tree`."""
+    known = DATASETS.get(dataset)
+    names, files, labels = _list_tree(known, folder, told)
+    cropped = known is None or not known.torchvision_class
+    pixels = (size or (known.size if known else None)) if cropped else None
+    with ThreadPoolExecutor() as pool:
+        first = _read_image(files[0], pixels)
+        images = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+        expected = (3, known.size, known.size) if known and not cropped else tuple(first.shape)
+        for i, image in enumerate(pool.map(lambda path: _read_image(path, pixels), files)):
+            if tuple(image.shape) != expected:
+                found = f"{image.shape[2]} x {image.shape[1]}"
+                allowed = f"{expected[2]} x {expected[1]}" + (" like the others, or size= a crop" if cropped else "")
+                raise UserError(f"{told}: image {files[i]} has {found} pixels; allowed: {allowed}.")
+            images[i] = image
+    full = known is not None and len(files) == known.counts[split]
+    name = dataset if full or known is None else f"{dataset}-{len(files)}"
+    return ImageSet(name, images, torch.tensor(labels), tuple(names), f"{len(files):,} {split} images in {folder}")
+
+
+def _list_tree(known: Dataset | None, folder: Path, told: str) -> tuple[list[str], list[Path], list[int]]:
+    """Class names (class folders in alphabetical order), and the image files of all of them with their labels."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    _check_classes(known, names, folder, told)
+    files, labels = [], []
+    for label, name in enumerate(names):
+        members = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not members:
+            raise UserError(f"{told}: class folder {name!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        files += members
+        labels += [label] * len(members)
+    return names, files, labels
+
+
+def _check_classes(known: Dataset | None, names: Sequence[str], folder: Path, told: str) -> None:
+    if not names:
+        loose = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        held = f"{loose} images without class folders" if loose else "no class folders"
+        raise UserError(f"{told} holds {held}; allowed: one folder of images per class.")
+    if known is None:
+        return
+    if known.classes and tuple(names) != known.classes:
+        missing = [name for name in known.classes if name not in names]
+        extra = [name for name in names if name not in known.classes]
+        parts = [
+            f"{word} {', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}"
+            for word, some in (("missing", missing), ("unexpected", extra))
+            if some
+        ]
+        raise UserError(f"{told} does not hold the {known.class_count} classes of {known.name}: {'; '.join(parts)}.")
+    if len(names) != known.class_count:
+        raise UserError(
+            f"{told} holds {len(names)} class folders ({', '.join(names[:3])}, ..) but {known.name} has "
+            f"{known.class_count}."
+        )
+
+
+def _read_image(path: Path, size: int | None) -> Tensor:
+    """One image as uint8 (3, H, W); with ``size``, shorter side resized to size / 0.875, then the centre crop."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"image {path} cannot be read: {error}.") from None
+    if size is not None and image.size != (size, size):
+        scale = math.ceil(size / CROP) / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,239 @@
+"""The fine-tuning loop: one stream of labelled images, any number of quantized students.
+
+The stream decides what the images are: :class:`GeneratorStream` trains a generator against the teacher and hands on
+each batch it was trained on; :class:`ImageStream` goes through a fixed set of images. A stream never sees a student, so
+one run of it serves every bit width, and a student learns the same whether it is tuned alone or with others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib.checkpoint import load_checkpoint, save_checkpoint
+from dfqlib.device import fused
+from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.finetuning.streams import LOWER_LR_HINT, Batch, Stream, read_losses
+from dfqlib.loss_terms import detach_with_terms, to_finite_floats, to_floats
+from dfqlib.losses import student_loss
+from dfqlib.progress import track
+from dfqlib.quantizers.layers import observing
+from dfqlib.schedules import DECAYS, decay_factor
+from dfqlib.speed.scale_weights import scale_weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file from which a fine-tuning goes on after a stop, written after every so many batches, and at the end.
+
+    With ``seconds`` it is written whenever so many have passed instead. A file that cannot be read is refused, unless
+    ``anew`` says to begin anew then, with a warning: for a file that nobody named. UserError for an interval out of
+    range.
+    """
+
+    path: Path
+    every: int = 500
+    seconds: float | None = None
+    anew: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("every", self.every, 1, 10**9)
+        if self.seconds is not None:
+            check_range("seconds", self.seconds, 0, 10**9)
+
+    def due(self, drawn: int, seconds: float) -> bool:
+        """Whether to write it after ``drawn`` batches in all, ``seconds`` after it was last written."""
+        return drawn % self.every == 0 if self.seconds is None else seconds >= self.seconds
+
+
+def distillation_loss(network: nn.Module, batch: Batch, loss: Callable[..., Tensor] = student_loss) -> Tensor:
+    """``loss`` of the student's logits, the teacher's and the labels of a batch."""
+    return loss(network(batch.images), batch.teacher_logits, batch.labels)
+
+
+@dataclass
+class Student:
+    """A quantized network and how it learns: its loss on a batch, and SGD with Nesterov momentum.
+
+    The network's mode is left as it is: in eval mode, as published, its batch-norm statistics stay the teacher's.
+    """
+
+    network: nn.Module
+    lr: float = 1e-4
+    decay: str = "step"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    loss: Callable[[nn.Module, Batch], Tensor] = distillation_loss
+
+
+@dataclass
+class History:
+    """What a fine-tuning run recorded: losses per iteration, and test scores (iteration, top-1 in per cent)."""
+
+    generator: list[float] = field(default_factory=list)
+    students: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)  # spent so far, with the parts before a stop
+
+    def last(self, student: str) -> float:
+        """Top-1 after the last iteration."""
+        return self.scores[student][-1][1]
+
+    def best(self, student: str) -> float:
+        """The best top-1 of all evaluations: picked on the test set, so too good; recorded to be named as such."""
+        return max(score for _, score in self.scores[student])
+
+
+def check_spans(iterations: int, observe_iterations: int, train_from: int) -> None:
+    """UserError if a fine-tuning of these numbers has nothing to observe or nothing to train."""
+    if not 0 < observe_iterations <= train_from < iterations:
+        raise UserError(
+            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing "
+            "to observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
+        )
+
+
+def finetune(
+    stream: Stream,
+    students: Mapping[str, Student],
+    iterations: int,
+    observe_iterations: int = 800,
+    train_from: int | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate_every: int = 200,
+    on_evaluation: Callable[[History], None] | None = None,
+    label: str = "fine-tuning",
+    generator_warmup: int = 0,
+    checkpoint: Checkpoint | None = None,
+) -> History:
+    """Tune every student on the same stream of batches; networks and generator change in place.
+
+    The first ``generator_warmup`` batches no student sees: the stream's generator learns alone. They count in none of
+    the other numbers. In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn
+    their activation ranges; then the ranges are frozen, and the students train from iteration ``train_from`` (at once,
+    if it is not given) to the end. ``evaluate`` gives a network's test score; it runs before the first iteration of
+    training, after every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then.
+
+    With a ``checkpoint`` a run that was stopped goes on from its file, if that exists, and on a CPU ends with the very
+    same numbers as one that was not. Raises Diverged, naming the student or the generator, the iteration and the
+    term that broke, if a loss is no longer finite, at the next evaluation or checkpoint; UserError if the spans leave
+    nothing to do, or the checkpoint is another run's.
+    """
+    train_from = observe_iterations if train_from is None else train_from
+    check_spans(iterations, observe_iterations, train_from)
+    tuners = {name: _Tuner(student) for name, student in students.items()}
+    settings = {"iterations": iterations, "observe_iterations": observe_iterations, "train_from": train_from}
+    settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every, "students": list(students)}
+    run = _Progress(stream, tuners, History(scores={name: [] for name in students}))
+    if checkpoint is not None and (state := load_checkpoint(checkpoint.path, settings, checkpoint.anew)):
+        run.load_state_dict(state)
+    written = time.perf_counter()
+    began = written - run.history.seconds
+    for drawn in track(range(run.drawn, generator_warmup + iterations), label):
+        batch = stream.next_batch()
+        iteration = drawn - generator_warmup  # below 0 the generator learns alone
+        if 0 <= iteration < observe_iterations:
+            for tuner in tuners.values():
+                tuner.observe(batch)
+        if iteration >= train_from:
+            progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
+            for tuner in tuners.values():
+                tuner.step(batch, *progress)
+        done, run.drawn = iteration + 1, drawn + 1
+        if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
+            _read_losses(run.history, stream, tuners, train_from)
+            if evaluate is not None:
+                for name, student in students.items():
+                    run.history.scores[name].append((done, evaluate(student.network)))
+            if on_evaluation is not None:
+                on_evaluation(run.history)
+        now = time.perf_counter()
+        run.history.seconds = now - began
+        if checkpoint is not None and (done == iterations or checkpoint.due(run.drawn, now - written)):
+            _read_losses(run.history, stream, tuners, train_from)  # from a broken state nothing could go on
+            save_checkpoint(checkpoint.path, settings, run.state_dict())
+            written = time.perf_counter()
+    _read_losses(run.history, stream, tuners, train_from)
+    return run.history
+
+
+@dataclass
+class _Progress:
+    """How far a fine-tuning has come: all that its rest depends on."""
+
+    stream: Stream
+    tuners: Mapping[str, _Tuner]
+    history: History
+    drawn: int = 0  # batches taken from the stream
+
+    def state_dict(self) -> dict[str, Any]:
+        students = {name: tuner.state_dict() for name, tuner in self.tuners.items()}
+        history = {"scores": self.history.scores, "seconds": self.history.seconds}
+        return {"drawn": self.drawn, "stream": self.stream.state_dict(), "students": students, "history": history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn = state["drawn"]
+        self.history.scores, self.history.seconds = state["history"]["scores"], state["history"]["seconds"]
+        self.stream.load_state_dict(state["stream"])
+        for name, tuner in self.tuners.items():
+            tuner.load_state_dict(state["students"][name])
+
+
+class _Tuner:
+    """One student at work: its optimizer, and its losses so far as device scalars, so that no step waits for them."""
+
+    def __init__(self, student: Student) -> None:
+        check_choice("decay", student.decay, DECAYS)
+        self.student = student
+        self.network = scale_weights(student.network)  # the same parameters, trained faster
+        self.optimizer = torch.optim.SGD(
+            student.network.parameters(),
+            lr=student.lr,
+            momentum=student.momentum,
+            weight_decay=student.weight_decay,
+            nesterov=student.momentum > 0,
+            fused=fused(student.network.parameters()),
+        )
+        self.losses: list[Tensor] = []
+
+    @torch.no_grad()
+    def observe(self, batch: Batch) -> None:
+        with observing(self.network):
+            self.network(batch.images)
+
+    def step(self, batch: Batch, progress: float, training_progress: float) -> None:
+        """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
+        student = self.student
+        for group in self.optimizer.param_groups:
+            stepwise = student.decay in ("step", "late_step")
+            factor = decay_factor(student.decay, progress if stepwise else training_progress)
+            group["lr"] = student.lr * factor
+        self.optimizer.zero_grad()
+        loss = student.loss(self.network, batch)
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(detach_with_terms(loss))
+
+    def state_dict(self) -> dict[str, Any]:
+        network, optimizer = self.student.network.state_dict(), self.optimizer.state_dict()
+        return {"network": network, "optimizer": optimizer, "losses": to_floats(self.losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        device = next(self.student.network.parameters()).device
+        self.losses = list(torch.tensor(state["losses"], device=device))
+
+
+def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
+    """Bring the losses from the device; Diverged where one is not finite."""
+    history.generator = read_losses(stream)
+    for name, tuner in tuners.items():
+        before = f"student {name!r} diverged: its loss is"
+        history.students[name] = to_finite_floats(tuner.losses, before, LOWER_LR_HINT, train_from + 1)

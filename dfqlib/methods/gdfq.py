@@ -1,0 +1,122 @@
+"""GDFQ (Xu et al., ECCV 2020): a generator learns images from the teacher; the quantized student is tuned on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib.bits import parse_bits
+from dfqlib.device import channels_last
+from dfqlib.errors import check_choice, check_range
+from dfqlib.finetuning.loop import Student, check_spans, distillation_loss
+from dfqlib.finetuning.streams import GeneratorStream
+from dfqlib.generators.networks import Generator, draw_one_label
+from dfqlib.losses import bns_loss, generator_loss, student_loss
+from dfqlib.models.batch_norm_statistics import BatchNormInputs
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.convert import quantize_model
+from dfqlib.schedules import DECAYS
+
+LARGE = 32  # above this size in pixels the generator is conditional, as published for 224
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every number of a run; the defaults are the paper's for CIFAR, counted in iterations (200 an epoch)."""
+
+    iterations: int = 80_000  # of fine-tuning, the observing ones included
+    observe_iterations: int = 800  # students only see images, to learn their activation ranges
+    train_from: int = 800  # students train from here on
+    generator_warmup: int = 0  # iterations of the generator alone, before any student sees an image
+    generator_iterations: int = 80_000  # in all; afterwards the generator is left as it is
+    batch: int = 200
+    generator_lr: float = 1e-3  # Adam, betas (0.5, 0.999)
+    generator_decay: str = "step"
+    student_lr: float = 1e-4  # SGD, Nesterov momentum 0.9, weight decay 1e-4
+    student_decay: str = "step"
+    bns_weight: float = 0.1  # of L_BNS in L_G
+    ce_weight: float = 1.0  # of CE in L_S
+    kl_weight: float = 1.0  # alpha, of tau^2 KL in L_S
+    temperature: float = 20.0  # tau
+    kl_mean_over_classes: bool = False  # True is the published quirk: KL divided by the number of classes
+
+    def __post_init__(self) -> None:
+        check_spans(self.iterations, self.observe_iterations, self.train_from)
+        check_range("batch", self.batch, 2, 2**20)  # a batch norm cannot learn from one image
+        for name in ("generator_warmup", "generator_iterations", "bns_weight", "ce_weight", "kl_weight"):
+            check_range(name, getattr(self, name), 0, 10**9)
+        for name in ("generator_lr", "student_lr", "temperature"):
+            check_range(name, getattr(self, name), 1e-12, 10**3)
+        for name in ("generator_decay", "student_decay"):
+            check_choice(name, getattr(self, name), DECAYS)
+
+
+def make_stream(
+    teacher: Teacher,
+    schedule: Schedule,
+    loss: Callable[..., Tensor] | None = None,
+    seed: int = 0,
+    build: Callable[[], nn.Module] | None = None,
+    draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
+    image_loss: Callable[[Tensor], Tensor] | None = None,
+) -> GeneratorStream:
+    """A fresh generator for the teacher's classes and input size, and the stream of images of its training.
+
+    ``loss`` replaces L_G and ``image_loss``, of the images, is added to it; ``build`` makes another generator and
+    ``draw`` its input, for methods that differ in these. The generator's first weights and its noise follow from
+    ``seed`` alone.
+    """
+    size = teacher.entry.input_size
+    build = build or partial(Generator, teacher.entry.classes, size=size, conditional=size > LARGE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = build()
+    generator = channels_last(generator.to(teacher.device))
+    return GeneratorStream(
+        teacher.folded,
+        generator,
+        schedule.generator_iterations,
+        batch=schedule.batch,
+        lr=schedule.generator_lr,
+        decay=schedule.generator_decay,
+        loss=loss or partial(generator_loss, bns_weight=schedule.bns_weight),
+        draw=draw,
+        seed=seed,
+        image_loss=image_loss,
+    )
+
+
+def make_student(teacher: Teacher, bits: str, schedule: Schedule, **loss_options: float | bool) -> Student:
+    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` vary the loss."""
+    options = {
+        "ce_weight": schedule.ce_weight,
+        "kl_weight": schedule.kl_weight,
+        "temperature": schedule.temperature,
+        "mean_over_classes": schedule.kl_mean_over_classes,
+    }
+    network = quantize_model(teacher.network, *parse_bits(bits), observer="moving_average")
+    loss = partial(student_loss, **(options | loss_options))
+    return Student(network, schedule.student_lr, schedule.student_decay, loss=partial(distillation_loss, loss=loss))
+
+
+@torch.no_grad()
+def labelled_images(generator: Generator, labels: Tensor, seed: int = 0) -> Tensor:
+    """Images (N, 3, H, W) of these labels (N,), from the same noise at each call, with the batch's own statistics.
+
+    As in training, the batch norms see this batch alone, so give labels by the dozen for images as students see them.
+    """
+    device = next(generator.parameters()).device
+    z = torch.randn(len(labels), generator.latent, generator=torch.Generator().manual_seed(seed))
+    return generator(z.to(device), labels.to(device))
+
+
+@torch.no_grad()
+def layer_gaps(network: nn.Module, images: Tensor) -> list[float]:
+    """The terms of L_BNS for ``images`` (B, 3, H, W): one per batch norm, in execution order; their mean is L_BNS."""
+    with BatchNormInputs(network) as norms:
+        network(images)
+        return [bns_loss([layer]).item() for layer in norms.layers]

@@ -1,0 +1,182 @@
+"""SaFT, SynQ and HAST's fine-tuning: the student shall answer, and look, as the teacher does, also on harder images.
+
+One recipe with settings (:class:`Terms`): SaFT on a few real images, SynQ on synthetic ones that pass a low-pass
+filter, HAST on synthetic ones without saliency. The loop is :func:`dfqlib.finetune.finetune`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfqlib.bits import parse_bits
+from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.finetuning.loop import Student
+from dfqlib.finetuning.network_views import LAYERS, NetworkProbe, View
+from dfqlib.finetuning.streams import Batch, Stream, read_losses
+from dfqlib.loss_terms import add_up
+from dfqlib.losses import difficulty, distillation_kl
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.convert import quantize_model
+
+
+def selective_cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, easy_below: float = 0.5
+) -> Tensor:
+    """CE(S(x), y), mean over the samples whose difficulty for the teacher is under ``easy_below``; 0 if there are none.
+
+    Logits (B, classes), labels (B,) integers. The teacher errs on hard samples, so their hard labels mislead; they are
+    learned from its soft ones alone. Above 1 every sample counts. Source: SynQ, soft labels for difficult samples.
+    """
+    easy = (difficulty(teacher_logits, labels) < easy_below).to(student_logits.dtype)
+    losses = F.cross_entropy(student_logits, labels, reduction="none")
+    return (easy * losses).sum() / easy.sum().clamp(min=1)
+
+
+def attention_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """FA: the mean squared gap between channel attentions (B, C), summed over the residual units.
+
+    ``student`` and ``teacher`` hold one attention per unit, in the same order; at least one.
+    Source: HAST, feature alignment.
+    """
+    return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]).sum()
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weights of the fine-tuning loss; 0 switches a term off. The defaults are SaFT's.
+
+    ``epsilon`` is how far the perturbed copies are moved, in normalised pixels. ``perturbed_attention=False`` is the
+    published code on CIFAR: a slip of operator precedence drops FA from the perturbed copies, which halves its weight.
+    ``saliency_of`` as for :class:`dfqlib.views.Viewer`: the published code takes the last ``"convolution"``.
+    """
+
+    kl_weight: float = 20.0  # alpha, of tau^2 KL
+    temperature: float = 20.0  # tau
+    ce_weight: float = 0.05  # lambda_CE
+    easy_below: float = 0.5  # cross-entropy only where the difficulty 1 - p_T(y) is less
+    attention_weight: float = 2000.0  # lam, of FA
+    epsilon: float = 0.02
+    saliency_weight: float = 20.0  # lambda_CAM
+    perturbed_attention: bool = True
+    saliency_of: str = "activations"
+
+    def __post_init__(self) -> None:
+        for name in ("kl_weight", "ce_weight", "attention_weight", "epsilon", "saliency_weight"):
+            check_range(name, getattr(self, name), 0, 10**9)
+        check_range("temperature", self.temperature, 1e-6, 10**6)
+        check_range("easy_below", self.easy_below, 0, 2)
+        check_choice("saliency_of", self.saliency_of, LAYERS)
+        if not (self.kl_weight or self.ce_weight or self.attention_weight or self.saliency_weight):
+            raise UserError("kl_weight, ce_weight, attention_weight and saliency_weight are all 0: nothing to learn.")
+
+
+# HAST has cross-entropy on every image and no saliency; SynQ is SaFT's recipe on other images.
+HAST = {"ce_weight": 1.0, "easy_below": 2.0, "saliency_weight": 0.0}
+
+
+@dataclass(frozen=True)
+class BatchWithTeacherView(Batch):
+    """A batch with what the teacher makes of it, gathered once for all students."""
+
+    seen: View
+
+
+class WithTeacherView:
+    """``stream`` with the teacher's view of each batch, which brings its logits too; no gradients."""
+
+    def __init__(self, stream: Stream, teacher: NetworkProbe) -> None:
+        self.stream, self.teacher = stream, teacher
+
+    def next_batch(self) -> BatchWithTeacherView:
+        batch = self.stream.next_batch()  # with gradients: a generator may be learning behind it
+        with torch.no_grad():
+            seen = self.teacher(batch.images, saliency=True).detach()
+        return BatchWithTeacherView(batch.images, batch.labels, seen.logits, seen)
+
+    def read_losses(self) -> list[float]:
+        """The stream's."""
+        return read_losses(self.stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
+        self.stream.load_state_dict(state)
+
+
+def agreement(student: View, teacher: View, labels: Tensor, terms: LossWeights, attention: bool = True) -> Tensor:
+    """alpha tau^2 KL(T || S) + lambda_CE CE|easy + lam FA, of one set of images; labels (B,) integers.
+
+    ``attention=False`` leaves FA out. Source: SynQ, equation 6; SaFT; FA from HAST, feature alignment.
+    """
+    parts = {}
+    if terms.kl_weight:
+        parts["KL"] = terms.kl_weight * distillation_kl(teacher.logits, student.logits, terms.temperature)
+    if terms.ce_weight:
+        cross_entropy = selective_cross_entropy(student.logits, teacher.logits, labels, terms.easy_below)
+        parts["CE"] = terms.ce_weight * cross_entropy
+    if terms.attention_weight and attention:
+        parts["FA"] = terms.attention_weight * attention_gap(student.attentions, teacher.attentions)
+    return add_up(parts) if parts else student.logits.new_zeros(())
+
+
+def promote(images: Tensor, loss: Tensor, epsilon: float) -> Tensor:
+    """x + eps sign(dL/dx): ``images`` (B, 3, H, W) moved to where the student's ``loss`` on them is higher.
+
+    The images must require a gradient, and ``loss`` keeps its graph. The teacher's part in the loss is taken as
+    constant. Source: HAST, sample difficulty promotion.
+    """
+    (gradient,) = torch.autograd.grad(loss, images, retain_graph=True)
+    return images.detach() + epsilon * gradient.sign()
+
+
+class Alignment:
+    """A student's loss on a :class:`SeenBatch`, as :class:`dfqlib.finetune.Student` calls it.
+
+    agreement(x) + agreement(x') + lambda_CAM MSE(map of S, map of T), with x' the promoted copies of x, on which both
+    networks run anew, and each network's map of its own top class. UserError if FA is asked for and ``teacher`` has no
+    residual units. Source: SaFT; SynQ, equation 6.
+    """
+
+    def __init__(self, teacher: NetworkProbe, student: NetworkProbe, terms: LossWeights) -> None:
+        self.teacher, self.student, self.terms = teacher, student, terms
+        if terms.attention_weight and not teacher.units:
+            raise UserError(
+                f"attention_weight={terms.attention_weight:g} aligns residual units, of which this network has none; "
+                "allowed: 0."
+            )
+
+    def __call__(self, network: nn.Module, batch: BatchWithTeacherView) -> Tensor:
+        terms = self.terms
+        moves = terms.epsilon > 0 and (terms.kl_weight or terms.ce_weight or terms.attention_weight)
+        images = batch.images.detach().requires_grad_(bool(moves))
+        ours = self.student(images, saliency=terms.saliency_weight > 0)
+        parts = {"": agreement(ours, batch.seen, batch.labels, terms)}
+        if moves:
+            harder = promote(images, parts[""], terms.epsilon)
+            with torch.no_grad():
+                theirs = self.teacher(harder)
+            copies = agreement(self.student(harder), theirs, batch.labels, terms, terms.perturbed_attention)
+            parts["perturbed copies"] = copies
+        if terms.saliency_weight:
+            parts["saliency"] = terms.saliency_weight * F.mse_loss(ours.saliency, batch.seen.saliency)
+        return add_up(parts)
+
+
+def make_student(
+    teacher: Teacher, viewer: NetworkProbe, bits: str, terms: LossWeights, lr: float = 1e-5, decay: str = "late_step"
+) -> Student:
+    """A quantized copy of ``teacher`` that learns by ``terms``; ``viewer`` is the teacher's, with the same layer.
+
+    Moving-average ranges and SGD are GDFQ's; ``lr`` and ``decay`` SaFT's.
+    """
+    network = quantize_model(teacher.network, *parse_bits(bits), observer="moving_average")
+    return Student(network, lr, decay, loss=Alignment(viewer, NetworkProbe(network, terms.saliency_of), terms))

@@ -1,0 +1,245 @@
+"""Channel statistics of tensors, and the tensors that enter a network's batch norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dfqlib.errors import UserError
+from dfqlib.speed.fold_batch_norms import FoldedNorm, undo_affine_statistics
+from dfqlib.speed.switches import uses
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FoldedNorm)
+EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
+
+
+class BatchNormInput(NamedTuple):
+    """What a batch norm of some name is given, (B, C, ...), and the module that keeps the training data's statistics.
+
+    Where the batch norm is folded into the convolution before it, ``tensor`` is what would leave it; the methods tell
+    the statistics of what enters it all the same.
+    """
+
+    name: str
+    tensor: Tensor
+    norm: nn.Module
+
+    def mean_var(self) -> tuple[Tensor, Tensor]:
+        """:func:`batch_mean_var` of what enters: (C,) each."""
+        return undo_affine_statistics(*batch_mean_var(self.tensor), *self.affine)
+
+    def sample_mean_std(self) -> tuple[Tensor, Tensor]:
+        """:func:`sample_mean_std` of what enters: (B, C) each."""
+        mean, variance = undo_affine_statistics(*sample_mean_var(self.tensor), *self.affine)
+        return mean, (variance + EPSILON).sqrt()
+
+    @property
+    def channels(self) -> int:
+        return self.tensor.shape[1]
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Gain and shift (C,) of the affine map that lies between what enters and ``tensor``."""
+        if isinstance(self.norm, FoldedNorm):
+            return self.norm.gain, self.norm.shift
+        return torch.ones_like(self.norm.running_mean), torch.zeros_like(self.norm.running_mean)
+
+
+class BatchNormInputs:
+    """Collects what enters each batch norm of ``network``, while open as a context manager.
+
+    ``layers`` holds a :class:`Layer` for each in the latest forward pass, in the order the batch norms ran, so it does
+    not depend on the order in which a network registers its layers. Their tensors are not detached: a loss on them
+    reaches the images. On exit the hooks are gone and ``layers`` is empty. :class:`UserError` if the network has no
+    batch norm with running statistics, for then there is nothing to compare with.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.layers: list[BatchNormInput] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._norms = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(module, BATCH_NORMS) and module.running_mean is not None
+        }
+        if not self._norms:
+            raise UserError(
+                f"network={type(network).__name__} has no batch norm with running statistics; "
+                "data-free methods read the training data's statistics there."
+            )
+
+    def __enter__(self) -> BatchNormInputs:
+        self._handles.append(self.network.register_forward_pre_hook(self._start))
+        for name, norm in self._norms.items():
+            self._handles.append(norm.register_forward_pre_hook(self._collector(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.layers = []
+
+    def _start(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.layers = []  # a new list: one taken from the pass before keeps its tensors
+
+    def _collector(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def collect(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            self.layers.append(BatchNormInput(name, inputs[0] if inputs else named["input"], norm))
+
+        return collect
+
+
+class _MeanVariance(torch.autograd.Function):
+    """Mean and variance over ``dims``, kept as size 1, with the gradient in one pass over the tensor.
+
+    torch.var_mean on a CPU takes seven times as long (Welford's update is not vectorised over strided dimensions), and
+    its gradient is put together from five elementwise passes.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dims: Sequence[int], correction: int) -> tuple[Tensor, Tensor]:
+        ctx.count = math.prod(x.shape[dim] for dim in dims)
+        ctx.degrees = ctx.count - correction
+        if x.device.type == "cpu" and dims == (0, *range(2, x.dim())) and not correction:
+            # What a batch norm computes, by its own kernel: a third of the time of the general case below.
+            statistics = torch.batch_norm_update_stats(x, None, None, 0.0)
+            mean, variance = (each.view(1, -1, *[1] * (x.dim() - 2)) for each in statistics)
+        elif x.device.type == "cpu":
+            mean = x.mean(dims, keepdim=True)
+            variance = (x - mean).square_().sum(dims, keepdim=True) / ctx.degrees
+        else:
+            variance, mean = torch.var_mean(x, dim=dims, correction=correction, keepdim=True)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, None, None]:
+        x, mean = ctx.saved_tensors
+        # d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / degrees, gathered into gain * x + offset.
+        gain = grad_variance * (2 / ctx.degrees)
+        return torch.addcmul(grad_mean / ctx.count - gain * mean, gain, x), None, None
+
+
+def _mean_var(x: Tensor, dims: Sequence[int], correction: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance over ``dims``, kept as size 1."""
+    if uses("fused_statistics"):
+        return _MeanVariance.apply(x, dims, correction)
+    variance, mean = torch.var_mean(x, dims, correction=correction, keepdim=True)
+    return mean, variance
+
+
+def batch_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of ``x`` (B, C, ...) over everything but channels: what a batch norm computes."""
+    dims = (0, *range(2, x.dim()))
+    mean, variance = _mean_var(x, dims, 0)
+    return mean.flatten(), variance.flatten()
+
+
+def sample_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (B, C) of each sample and channel of ``x`` (B, C, h, w, ...) over space.
+
+    ValueError if there are fewer than two positions, for then a sample has no spread of its own.
+    """
+    if math.prod(x.shape[2:]) < 2:
+        raise ValueError(f"x of shape {tuple(x.shape)} has no spread over space; allowed: (B, C, h, w), h * w >= 2.")
+    mean, variance = _mean_var(x, tuple(range(2, x.dim())), 1)
+    return mean.flatten(1), variance.flatten(1)
+
+
+def sample_mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`sample_mean_var`, with the standard deviation: root of the variance + 1e-6 (ZeroQ, section 3.1)."""
+    mean, variance = sample_mean_var(x)
+    return mean, (variance + EPSILON).sqrt()
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean of squares over space, (B, C), with the gradient in one pass: autograd's own takes five."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square().mean((2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * (gradient * (2 / math.prod(x.shape[2:])))[..., None, None]
+
+
+def sample_mean_square(x: Tensor) -> Tensor:
+    """Mean square (B, C) of each sample and channel of ``x`` (B, C, h, w) over space."""
+    return _MeanSquare.apply(x) if uses("fused_statistics") else x.square().mean((2, 3))
+
+
+def pooled_mean_var(mean: Tensor, variance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of N groups together, from their own (N, C) each and their weights (N,)."""
+    shares = (weights / weights.sum()).unsqueeze(1)
+    together = (shares * mean).sum(0)
+    return together, (shares * (variance + (mean - together).square())).sum(0)
+
+
+def weighted_mean_var(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`batch_mean_var`, with sample i of ``x`` (B, C, ...) counting ``weights[i]`` times, (B,)."""
+    x = x if x.dim() > 2 else x.unsqueeze(2)
+    mean, variance = _mean_var(x, tuple(range(2, x.dim())), 0)
+    return pooled_mean_var(mean.flatten(1), variance.flatten(1), weights)
+
+
+def sample_gaps(layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
+    """How far each sample's channel means and standard deviations are off: (B, sum of C) each.
+
+    The channels of all ``layers`` stand side by side, so that a loss takes its steps once, not once for every layer.
+    """
+    mean, variance = _entering([sample_mean_var(layer.tensor) for layer in layers], layers)
+    running_mean, running_variance = _running_statistics(layers)
+    return mean - running_mean, (variance + EPSILON).sqrt() - (running_variance + EPSILON).sqrt()
+
+
+def batch_gaps(layers: Sequence[BatchNormInput], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How far the batch's means and biased variances are off, all channels side by side: (sum of C,) each.
+
+    With ``weights`` (L, B), a sample counts so often in each layer.
+    """
+    if weights is None:
+        statistics = [batch_mean_var(layer.tensor) for layer in layers]
+    else:
+        statistics = [weighted_mean_var(layer.tensor, weight) for layer, weight in zip(layers, weights, strict=True)]
+    mean, variance = _entering(statistics, layers)
+    running_mean, running_variance = _running_statistics(layers)
+    return mean - running_mean, variance - running_variance
+
+
+def _entering(statistics: Sequence[tuple[Tensor, Tensor]], layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
+    """Means and variances (..., sum of C) each of what enters, from those (..., C) of each layer's tensor."""
+    return undo_affine_statistics(*_side_by_side(statistics), *_side_by_side(layer.affine for layer in layers))
+
+
+def _running_statistics(layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
+    """Running means and variances, (sum of C,) each."""
+    return _side_by_side((layer.norm.running_mean, layer.norm.running_var) for layer in layers)
+
+
+def _side_by_side(statistics: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Two statistics (..., C) of each layer as (..., sum of C) each."""
+    first, second = zip(*statistics, strict=True)
+    return torch.cat(first, -1), torch.cat(second, -1)
+
+
+def over_channels(values: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
+    """``values`` (..., L), one of each layer, for each of its channels: (..., sum of C)."""
+    each = zip(values.unbind(-1), layers, strict=True)
+    return torch.cat([value.unsqueeze(-1).expand(*value.shape, layer.channels) for value, layer in each], -1)
+
+
+def by_layer(values: Tensor, layers: Sequence[BatchNormInput]) -> Sequence[Tensor]:
+    """``values`` (..., sum of C) of channels side by side, apart again: (..., C) for each layer."""
+    return values.split([layer.channels for layer in layers], -1)

@@ -1,0 +1,276 @@
+"""Train a full-precision teacher from the full data set, resumable after any epoch.
+
+The notebook ``00_teachers.ipynb`` tells the story; this module holds its steps: augmentation on whole-batch tensors,
+the optimizer, the schedule, and the epoch loop with its checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from dfqlib.checkpoint import load_checkpoint, save_checkpoint
+from dfqlib.device import channels_last
+from dfqlib.errors import Diverged
+from dfqlib.progress import track
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a teacher's training, as its card records it.
+
+    The rate rises over ``warmup`` epochs to its peak and falls along ``knots``: (fraction of the epochs, fraction of
+    the peak), linear in between. It falls fast when the images grow for the first time: the peak is for coarse
+    features, and at it the loss soon stands still. The images' ``sizes`` follow each other in equal parts of the
+    epochs: most of what a network of this kind learns costs a fraction of the full resolution. Until ``full`` of the
+    epochs are over, images of less than the mean loss are left out with probability ``prune``. The result is the mean
+    of the weights after each epoch of the last ``average`` of the epochs; 0 takes the last epoch's.
+    """
+
+    epochs: int = 60
+    batch: int = 128
+    filter_lr: float = 0.05  # turn of each filter bank per step, in radians
+    lr: float = 0.1  # SGD rate of batch-norm affines and of the classifier
+    momentum: float = 0.9
+    weight_decay: float = 5e-4  # of the classifier's weight alone; filter banks keep their norm
+    warmup: float = 0.5
+    knots: tuple[tuple[float, float], ...] = ((0.15, 1.0), (0.3, 14 / 17), (1 / 3, 0.4), (1.0, 0.0))
+    sizes: tuple[int, ...] = (20, 24, 32)
+    prune: float = 0.5
+    full: float = 0.875
+    average: float = 0.0
+    seed: int = 0
+
+    def rate(self, epoch: float) -> float:
+        """The rate at a moment in training, in (fractional) epochs, as a fraction of its peak."""
+        rising = (epoch + 0.01) / self.warmup if self.warmup else 1.0
+        return float(min(rising, np.interp(epoch / self.epochs, *zip(*self.knots, strict=True))))
+
+    def size(self, epoch: int) -> int:
+        """Height and width of the training images in an epoch, in pixels."""
+        return self.sizes[epoch * len(self.sizes) // self.epochs]
+
+    def pruned(self, epoch: int) -> float:
+        """Probability with which an epoch leaves out an image of less than the mean loss."""
+        return self.prune if epoch < self.full * self.epochs else 0.0
+
+    def averaged(self, epoch: int) -> bool:
+        """Whether the weights at the end of an epoch count in the mean that is the result."""
+        return epoch >= (1 - self.average) * self.epochs
+
+
+def next_cycle(epochs: int, batch: int, seed: int) -> Recipe:
+    """Recipe that takes trained weights further: the rate starts again where they can still move, and falls to zero.
+
+    Most images are known by then and teach nothing, so two in three of them are left out of an epoch. The mean over the
+    last epochs stands nearer to the middle of the minimum than any one of them.
+    """
+    return Recipe(
+        epochs,
+        batch,
+        filter_lr=0.015,
+        lr=0.03,
+        knots=((0.0, 1.0), (1.0, 0.0)),
+        sizes=(24, 32, 32),
+        prune=2 / 3,
+        full=0.95,
+        average=0.3,
+        seed=seed,
+    )
+
+
+def choose_images(losses: Tensor, prune: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The images of an epoch in random order, and the weight of each of their losses: two (M,) tensors, M <= N.
+
+    losses: (N,) the loss of every image when it was last seen. Those under the mean are left out with probability
+    ``prune``; the ones that stay count 1 / (1 - prune) times, which keeps the expected gradient that of all images.
+
+    Qin et al., "InfoBatch: lossless training speed up by unbiased dynamic data pruning", ICLR 2024, section 3.
+    """
+    easy = losses < losses.mean()
+    kept = ~easy | (torch.rand(len(losses), generator=generator) >= prune)
+    order = torch.randperm(len(losses), generator=generator)
+    order = order[kept[order]]
+    return order, torch.where(easy[order], 1 / (1 - prune), 1.0)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix, (rows, columns) -> same, by the quintic Newton-Schulz iteration of Muon.
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+class FilterMuon(torch.optim.Optimizer):
+    """Muon for convolution filters that a batch norm follows: the loss does not see their scale, so it is held.
+
+    Each step turns the filter bank, flattened to (out, in * kh * kw), by ``lr`` radians towards the orthogonalised
+    Nesterov momentum and restores its norm. ``torch.optim.Muon`` takes matrices only, and decays the norm instead.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(p.grad)
+                update = orthogonalise(p.grad.add(buffer, alpha=group["momentum"]).flatten(1)).view_as(p)
+                norm = p.norm()
+                p.sub_(update, alpha=float(group["lr"] * norm / update.norm()))
+                p.mul_(norm / p.norm())
+
+
+def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Random 4-pixel shift (zero padding) and horizontal flip of (B, 3, H, W) images, then resized to ``size``."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
+    dy, dx = torch.randint(0, 9, (2, b), generator=generator).to(images.device)
+    rows = dy[:, None] + torch.arange(h, device=images.device)
+    columns = dx[:, None] + torch.arange(w, device=images.device)
+    flipped = (torch.rand(b, generator=generator) < 0.5).to(images.device)
+    columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    sample = torch.arange(b, device=images.device)[:, None, None]
+    out = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if size != h:
+        out = F.interpolate(out, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return channels_last(out)
+
+
+def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the filter banks, SGD with Nesterov momentum for everything else (decay on matrices only)."""
+    parameters = list(network.parameters())
+    matrices = [p for p in parameters if p.ndim == 2]
+    vectors = [p for p in parameters if p.ndim == 1]
+    rest = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        FilterMuon([p for p in parameters if p.ndim == 4], recipe.filter_lr, recipe.momentum),
+        torch.optim.SGD(rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=True),
+    ]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Set every group's learning rate to a fraction of its peak, which is the one it was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = fraction * group.setdefault("peak_lr", group["lr"])
+
+
+def accept_any_size(network: nn.Module) -> nn.Module:
+    """Replace average pooling over a fixed final map by pooling over the whole map (the same at the native size)."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if name == "final_pool" and isinstance(child, nn.AvgPool2d):
+                setattr(parent, name, nn.AdaptiveAvgPool2d(1))
+    return network
+
+
+def train_teacher(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    recipe: Recipe,
+    checkpoint: str | Path,
+    evaluate: Callable[[nn.Module], float],
+    compiled: bool = False,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train ``network`` in place, from ``checkpoint`` if there is one, and return the history, one entry an epoch.
+
+    ``images`` are uint8 (N, 3, H, W), ``labels`` int64 (N,); ``normalise`` turns a uint8 batch into the network's
+    input; ``evaluate`` gives its top-1 in per cent after each epoch (it chooses nothing). Averaged weights get
+    batch-norm statistics of their own, over all images once, augmented (Izmailov et al., "Averaging weights leads to
+    wider optima and better generalization", UAI 2018, section 3.1).
+    Training computes on the device the network is on and writes the checkpoint after every epoch. Diverged, naming
+    the epoch, if the loss is no longer finite: the checkpoint is then that of the epoch before.
+    """
+    checkpoint = Path(checkpoint)
+    device = next(network.parameters()).device
+    network = channels_last(accept_any_size(network))
+    mean = AveragedModel(network)
+    steppers = optimizers(network, recipe)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    losses = torch.zeros(len(images))
+    history: list[dict[str, float]] = []
+    state = load_checkpoint(checkpoint, asdict(recipe))
+    if state is not None:
+        network.load_state_dict(state["network"])
+        mean.load_state_dict(state["mean"])
+        for optimizer, saved in zip(steppers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        generator.set_state(state["generator"])
+        losses, history = state["losses"], state["history"]
+    forward = torch.compile(network, dynamic=False) if compiled else network
+    images, labels, losses = images.to(device), labels.to(device), losses.to(device)
+    for epoch in range(len(history), recipe.epochs):
+        network.train()
+        size = recipe.size(epoch)
+        order, weights = (t.to(device) for t in choose_images(losses.cpu(), recipe.pruned(epoch), generator))
+        steps = max(len(order) // recipe.batch, 1)
+        for step in track(range(steps), f"teacher, epoch {epoch + 1} of {recipe.epochs}"):
+            batch = slice(step * recipe.batch, (step + 1) * recipe.batch)
+            chosen = order[batch]
+            rate = recipe.rate(epoch + step / steps)
+            logits = forward(augment(normalise(images[chosen]), size, generator))
+            loss = F.cross_entropy(logits, labels[chosen], reduction="none")
+            for optimizer in steppers:
+                set_rate(optimizer, rate)
+                optimizer.zero_grad()
+            (loss * weights[batch]).mean().backward()
+            for optimizer in steppers:
+                optimizer.step()
+            losses[chosen] = loss.detach()
+        network.eval()
+        if recipe.averaged(epoch):
+            mean.update_parameters(network)
+        mean_loss = float(losses.mean())
+        if not math.isfinite(mean_loss):
+            raise Diverged(
+                f"the teacher diverged: its cross-entropy is {mean_loss} in epoch {epoch + 1}; lower its lr."
+            )
+        entry = {
+            "epoch": epoch + 1,
+            "size": size,
+            "images": steps * recipe.batch,
+            "loss": mean_loss,
+            "top1": evaluate(network),
+        }
+        history.append(entry)
+        save_checkpoint(
+            checkpoint,
+            asdict(recipe),
+            {
+                "network": network.state_dict(),
+                "mean": mean.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in steppers],
+                "generator": generator.get_state(),
+                "losses": losses.cpu(),
+                "history": history,
+            },
+        )
+        if on_epoch is not None:
+            on_epoch(entry)
+    if recipe.average:
+        views = (augment(normalise(part), recipe.sizes[-1], generator) for part in images.split(recipe.batch))
+        update_bn(views, mean)
+        network.load_state_dict(mean.module.state_dict())
+        network.eval()
+    return history

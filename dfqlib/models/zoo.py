@@ -1,0 +1,94 @@
+"""Every model of the published results: its architecture and the input that its weights expect."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+
+import torch
+from pytorchcv.models.resnet_cifar import CIFARResNet
+from torch import Tensor, nn
+
+from dfqlib.errors import check_choice
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model's architecture (``factory``) and the input its weights expect.
+
+    ``factory`` is ``module:function``. ``resize`` is the shorter side before the centre crop to ``input_size``, both in
+    pixels; ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1].
+    """
+
+    name: str
+    dataset: str
+    factory: str
+    input_size: int
+    resize: int
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(pixels / 255 - mean) / std, per channel: uint8 (N, C, H, W) -> float32, on the same device."""
+        mean, std = _on_device(self.mean, self.std, pixels.device)
+        return pixels.float().mul(1 / (255 * std)).sub_(mean / std)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Inverse of :meth:`normalise`, rounded and clipped: float32 (N, C, H, W) -> uint8, on the same device."""
+        mean, std = _on_device(self.mean, self.std, images.device)
+        return ((images.detach() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """Both as one tensor (2, 1, C, 1, 1), brought to a device once: in every step a copy would make it wait."""
+    return torch.tensor([mean, std], device=device).view(2, 1, -1, 1, 1)
+
+
+def _cifar(name: str, dataset: str, factory: str) -> ModelEntry:
+    return ModelEntry(name, dataset, factory, 32, 32, 100 if dataset == "cifar100" else 10, CIFAR_MEAN, CIFAR_STD)
+
+
+def _imagenet(name: str, factory: str, input_size: int = 224, resize: int = 256) -> ModelEntry:
+    return ModelEntry(name, "imagenet", factory, input_size, resize, 1000, IMAGENET_MEAN, IMAGENET_STD)
+
+
+MODELS: dict[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        _cifar("resnet20_cifar10", "cifar10", "pytorchcv.models.resnet_cifar:resnet20_cifar10"),
+        _cifar("resnet20_cifar100", "cifar100", "pytorchcv.models.resnet_cifar:resnet20_cifar100"),
+        _cifar("resnet34_cifar100", "cifar100", "dfqlib.models.zoo:resnet34_cifar100"),
+        _imagenet("resnet18", "pytorchcv.models.resnet:resnet18"),
+        _imagenet("resnet50", "pytorchcv.models.resnet:resnet50"),
+        _imagenet("inceptionv3", "pytorchcv.models.inceptionv3:inceptionv3", 299, 342),
+        _imagenet("mobilenetv2_w1", "pytorchcv.models.mobilenetv2:mobilenetv2_w1"),
+        _imagenet("shufflenet_g1_w1", "pytorchcv.models.shufflenet:shufflenet_g1_w1"),
+        _imagenet("sqnxt23_w2", "pytorchcv.models.squeezenext:sqnxt23_w2"),
+        _imagenet("torchvision/resnet18", "torchvision.models:resnet18"),
+    )
+}
+
+
+def resnet34_cifar100() -> nn.Module:
+    """ResNet-34 with a 3x3 stem and no pooling before the first stage, for 32 x 32 images; 21.3 M parameters.
+
+    The few-shot setting of SaFT names a ResNet-34 on CIFAR-100; pytorchcv has its blocks but not this network.
+    """
+    channels = [[64] * 3, [128] * 4, [256] * 6, [512] * 3]
+    network = CIFARResNet(channels=channels, init_block_channels=64, bottleneck=False, num_classes=100)
+    # Four stages leave 4 x 4 positions where pytorchcv's pool of 8 x 8 expects three stages.
+    network.features.final_pool = nn.AdaptiveAvgPool2d(1)
+    return network
+
+
+def build(name: str) -> nn.Module:
+    """The untrained network of a ``MODELS`` entry, in training mode, with its library's random initialisation."""
+    module, _, function = MODELS[check_choice("model", name, MODELS)].factory.partition(":")
+    # Imported when it is needed: torchvision, and with it the whole of pytorchcv, takes seconds.
+    return getattr(importlib.import_module(module), function)()

@@ -1,0 +1,73 @@
+"""Published accuracies, from ``published.csv``: one row each, with its source."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from dataclasses import dataclass
+from importlib import resources
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published number: top-1 in percent, ``None`` where a setting was published without a number."""
+
+    method: str
+    dataset: str
+    model: str
+    weight_bits: int
+    activation_bits: int
+    top1: float | None
+    fp32_top1: float | None
+    scheme: str
+    source: str
+
+    @property
+    def bits(self) -> str:
+        """The bit widths as run_all.py and the notebooks name them, e.g. ``"w4a8"``."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+
+@functools.cache
+def rows() -> tuple[Published, ...]:
+    """Every published row, in the order of the file."""
+    text = resources.files("dfqlib.papers").joinpath("published.csv").read_text(encoding="utf-8")
+    return tuple(
+        Published(
+            **{key: row[key] for key in ("method", "dataset", "model", "scheme", "source")},
+            weight_bits=int(row["weight_bits"]),
+            activation_bits=int(row["activation_bits"]),
+            top1=float(row["top1"]) if row["top1"] else None,
+            fp32_top1=float(row["fp32_top1"]) if row["fp32_top1"] else None,
+        )
+        for row in csv.DictReader(text.splitlines())
+    )
+
+
+def find(
+    method: str, dataset: str, model: str, weight_bits: int, activation_bits: int, scheme: str = ""
+) -> list[Published]:
+    """The published rows of one setting; several where sources disagree, an empty ``scheme`` admits both."""
+    wanted = (method, dataset, model, weight_bits, activation_bits)
+    return [
+        row
+        for row in rows()
+        if (row.method, row.dataset, row.model, row.weight_bits, row.activation_bits) == wanted
+        and scheme in ("", row.scheme)
+    ]
+
+
+def teacher_top1(dataset: str, model: str) -> float | None:
+    """Published full-precision top-1 of a teacher, the highest where papers disagree; ``None`` if no paper tells it."""
+    values = [row.fp32_top1 for row in rows() if (row.dataset, row.model) == (dataset, model) and row.fp32_top1]
+    return max(values, default=None)
+
+
+def datasets_of(model: str) -> list[str]:
+    """The data sets on which papers report ``model``."""
+    return list(dict.fromkeys(row.dataset for row in rows() if row.model == model))
+
+
+def models_of(dataset: str) -> list[str]:
+    """The models that papers report on ``dataset``."""
+    return list(dict.fromkeys(row.model for row in rows() if row.dataset == dataset))

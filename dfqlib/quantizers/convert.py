@@ -1,0 +1,111 @@
+"""Turn a trained network into its quantized student."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from dfqlib.bits import check_bits
+from dfqlib.errors import UserError, check_choice
+from dfqlib.quantizers.layers import FakeQuantize
+from dfqlib.quantizers.observers import OBSERVERS, RunningMinMax
+from dfqlib.quantizers.trace import _QUANTIZED_KIND, trace, weight_layers
+
+Bits = int | None | Mapping[str, int | None]
+_RELU_FUNCTIONS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
+_RELU_METHODS = {"relu", "relu_"}
+_ALWAYS_INPLACE = {F.relu_, torch.relu_, "relu_"}
+
+
+def quantize_model(
+    model: nn.Module,
+    weight_bits: Bits,
+    activation_bits: Bits,
+    observer: str | Callable[[], RunningMinMax] = "moving_average",
+) -> fx.GraphModule:
+    """A quantized copy of ``model`` to calibrate or fine-tune; ``model`` itself and its hooks are left as they are.
+
+    Every Conv2d and Linear, first and last included, becomes a layer that fake-quantizes its weight per output channel;
+    after every ReLU and ReLU6, and nowhere else, stands a :class:`FakeQuantize` with an observer of its own, also where
+    one ReLU module is called at several places or a function does the work. So the input, linear bottlenecks and pooled
+    features stay in float, as in the papers' code. The copy is in eval mode (batch-norm statistics frozen) and all its
+    parameters train. Its activation ranges must be learned before use: ``with observing(student): student(images)``.
+
+    weight_bits, activation_bits: 2 to 8; None or 32 leaves float; or a mapping with one of these for every layer, named
+    as :func:`describe` names them. observer: a name in ``OBSERVERS`` or a function that makes one.
+    Raises UserError for other bits, missing or unknown layers, and a model that torch.fx cannot trace, naming the part.
+    """
+    make_observer = OBSERVERS[check_choice("observer", observer, OBSERVERS)] if isinstance(observer, str) else observer
+    student = trace(model)
+    for name, bits in _bits_by_name("weight_bits", weight_bits, weight_layers(student)).items():
+        layer = student.get_submodule(name)
+        student.add_submodule(name, _QUANTIZED_KIND[type(layer)](layer, bits))
+    sites = _relu_sites(student)
+    for site, bits in _bits_by_name("activation_bits", activation_bits, list(sites)).items():
+        if bits is not None:
+            _insert_after(student, sites[site], FakeQuantize(bits, make_observer(), site))
+    student.graph.lint()
+    student.recompile()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return student.to(device).eval().requires_grad_(True)
+
+
+def _relu_sites(model: fx.GraphModule) -> dict[str, fx.Node]:
+    """Every call of a ReLU or ReLU6, named by its module, or "<module>.relu" for a function called inside of one."""
+    sites: dict[str, fx.Node] = {}
+    seen: Counter[str] = Counter()
+    for node in model.graph.nodes:
+        is_module = node.op == "call_module" and isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6))
+        is_function = node.op == "call_function" and node.target in _RELU_FUNCTIONS
+        if is_module:
+            name = node.target
+        elif is_function or (node.op == "call_method" and node.target in _RELU_METHODS):
+            inside = list(node.meta.get("nn_module_stack", ()))
+            name = f"{inside[-1]}.relu" if inside else "relu"
+        else:
+            continue
+        seen[name] += 1
+        sites[name if seen[name] == 1 else f"{name}:{seen[name]}"] = node
+    return sites
+
+
+def _insert_after(model: fx.GraphModule, relu: fx.Node, quantizer: FakeQuantize) -> None:
+    """Put ``quantizer`` between a ReLU and everything that uses its output."""
+    target = f"fake_quantize.{relu.name}"
+    model.add_submodule(target, quantizer)
+    order = {node: i for i, node in enumerate(model.graph.nodes)}
+    with model.graph.inserting_after(relu):
+        quantized = model.graph.call_module(target, (relu,))
+    relu.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+    if _is_inplace(model, relu):
+        # Code that goes on with the tensor it gave to an in-place ReLU reads the ReLU's output under another name.
+        given = relu.all_input_nodes[0]
+        for user in list(given.users):
+            if order[user] > order[relu]:
+                user.replace_input_with(given, quantized)
+
+
+def _is_inplace(model: fx.GraphModule, relu: fx.Node) -> bool:
+    if relu.op == "call_module":
+        return model.get_submodule(relu.target).inplace
+    return relu.target in _ALWAYS_INPLACE or bool(relu.kwargs.get("inplace", relu.args[1:] == (True,)))
+
+
+def _bits_by_name(parameter: str, bits: Bits, names: list[str]) -> dict[str, int | None]:
+    """One bit width, or None for float, for each of ``names``."""
+    if not isinstance(bits, Mapping):
+        return dict.fromkeys(names, _bits_or_float(parameter, bits))
+    for name in bits:
+        check_choice(f"layer in {parameter}", name, names)
+    missing = [name for name in names if name not in bits]
+    if missing:
+        raise UserError(f"{parameter} gives no bit width for layer {missing[0]!r} ({len(missing)} missing).")
+    return {name: _bits_or_float(f"{parameter}[{name!r}]", bits[name]) for name in names}
+
+
+def _bits_or_float(parameter: str, bits: int | None) -> int | None:
+    return None if bits is None or bits == 32 else check_bits(parameter, bits)

@@ -1,0 +1,101 @@
+"""Observers: each chooses the range of an activation from the batches it sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfqlib.errors import check_range
+from dfqlib.quantizers.fake_quantize import fake_quantize
+
+
+class RunningMinMax(nn.Module):
+    """Running min of batch minima and running max of batch maxima, both from 0 (ZeroQ; DSG's "minmax").
+
+    The base of all observers: ``low`` and ``high`` are buffers with one value each, NaN until the first ``observe``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(float("nan")))
+        self.register_buffer("high", torch.tensor(float("nan")))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, bits: int = 8) -> None:
+        """Widen the range by the one of the batch ``x`` (N, ...); ``bits`` matters to MeanSquaredError only."""
+        low, high = self.batch_range(x, bits)
+        # fmin and fmax ignore the NaN of a range not seen yet.
+        self.low.copy_(torch.fmin(self.low, low.clamp(max=0)))
+        self.high.copy_(torch.fmax(self.high, high.clamp(min=0)))
+
+    def batch_range(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """The range (low, high) of one batch."""
+        return x.amin(), x.amax()  # on a CPU in half the time of aminmax over all elements
+
+
+class SampleMeanMinMax(RunningMinMax):
+    """Mean over the batch of each sample's min (max), then running min (max) from 0: DSG's default, there "ema"."""
+
+    def batch_range(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        low, high = torch.aminmax(x.flatten(1), dim=1)
+        return low.mean(), high.mean()
+
+
+class Percentile(RunningMinMax):
+    """The values below and above which 100 - ``percentile`` per cent of a batch lie, then running min (max) from 0."""
+
+    def __init__(self, percentile: float = 99.999) -> None:
+        super().__init__()
+        self.percentile = check_range("percentile", percentile, 50, 100)
+
+    def batch_range(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        values = x.flatten()
+        beyond = round(values.numel() * (1 - self.percentile / 100)) + 1
+        return values.topk(beyond, largest=False).values.max(), values.topk(beyond).values.min()
+
+
+class MeanSquaredError(RunningMinMax):
+    """The range with the least mean squared quantization error among the batch's own shrunk by 0, 1, ..., 79 %."""
+
+    def batch_range(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        low, high = x.amin(), x.amax()
+        shrink = 1 - 0.01 * torch.arange(80, device=x.device)
+        errors = torch.stack([F.mse_loss(fake_quantize(x, low * s, high * s, bits), x) for s in shrink])
+        best = shrink.gather(0, errors.argmin(0, keepdim=True)).squeeze()  # indexed by one number it would be read
+        return low * best, high * best
+
+
+class MovingAverage(RunningMinMax):
+    """Exponential moving average of batch min and max, corrected for its start at 0 (GDFQ and all later papers).
+
+    After t batches the average is divided by ``1 - beta^t``. ``compounding_correction=True`` is the published code's
+    quirk: it stores the divided value back, so that the corrections multiply and a constant 1 reads 1, 5.3, 17.8, ...
+    before it decays towards 1 over some 100 batches.
+    """
+
+    def __init__(self, beta: float = 0.9, compounding_correction: bool = False) -> None:
+        super().__init__()
+        self.beta = check_range("beta", beta, 0, 0.9999)
+        self.compounding_correction = compounding_correction
+        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("batches", torch.zeros(()))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, bits: int = 8) -> None:
+        self.batches += 1
+        self.average.mul_(self.beta).add_(torch.stack(self.batch_range(x, bits)), alpha=1 - self.beta)
+        corrected = self.average / (1 - self.beta**self.batches)
+        if self.compounding_correction:
+            self.average.copy_(corrected)
+        self.low.copy_(corrected[0])
+        self.high.copy_(corrected[1])
+
+
+OBSERVERS: dict[str, type[RunningMinMax]] = {
+    "minmax": RunningMinMax,
+    "sample_mean": SampleMeanMinMax,
+    "percentile": Percentile,
+    "mse": MeanSquaredError,
+    "moving_average": MovingAverage,
+}

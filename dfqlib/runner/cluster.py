@@ -1,0 +1,350 @@
+"""Runs on the workers of a Dask cluster, started here or found at an address.
+
+Dask keeps the queue and notices lost workers. Where workers see the results folder, a run is executed straight into it
+and goes on from its checkpoints on another worker; where they do not, its weights and images travel to the worker and
+its folder travels back. A scheduler that was started anew gets the runs again that it has forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Event, Future, KilledWorker, LocalCluster, Worker, get_client, get_worker
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError, get_address_host
+from distributed.core import Status
+
+from dfqlib import places
+from dfqlib.errors import UserError
+from dfqlib.files import write_text
+from dfqlib.places import data_folder, weights_file
+from dfqlib.runner import kernels
+from dfqlib.runner.execute import LocalExecutor, Outcome, Turn, put_in_place
+from dfqlib.runner.identity import code_identity
+from dfqlib.runner.plan import PlannedRun
+
+ANSWER = 10  # seconds in which a scheduler has to answer the first time
+PATIENCE = 600  # seconds to wait for one that is being started anew
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them to 1
+MAX_UPLOAD_BYTES = 2**30  # bytes of inputs that may travel to a worker
+LOST = (FutureCancelledError, asyncio.CancelledError, CommClosedError, OSError, TimeoutError)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerTask:
+    """What a worker needs to know to execute a run."""
+
+    run: PlannedRun
+    notebook: str  # as it stands in its file: a worker may have no copy
+    results: Path
+    shared: bool  # whether workers see the results folder
+    force: bool
+    topic: str  # of the batch: its events, and the flag that stops it
+    number: int  # of the run in these events
+    hosts: dict[str, int]  # how many runs at once
+    data_root: str  # $DFQ_DATA of the batch
+    checkpoint_every: int  # seconds
+
+
+@dataclasses.dataclass
+class _Sent:
+    """A run on its way: whom to tell about it, and the task it is."""
+
+    turn: Turn
+    task: Future | None = None
+    started: bool = False
+
+
+class Cluster:
+    """``workers`` processes started here, or those of the scheduler at ``address``; a context manager.
+
+    A run takes one GPU where workers offer them as a Dask resource. ``jobs`` runs are in the queue at once; by default
+    two for each that can run, so that no worker waits for the next. ``empty`` says that no worker was there yet. Raises
+    UserError if the scheduler does not answer.
+    """
+
+    def __init__(
+        self, address: str = "", workers: int = 1, jobs: int | None = None, checkpoint_every: int = 60
+    ) -> None:
+        self._local = None if address else _start_workers(workers)
+        self.address = address or self._local.scheduler_address
+        self._client = _connect(self.address)
+        self._checkpoint_every = checkpoint_every  # seconds
+        self._topic = f"dfqlib-{uuid.uuid4().hex}"
+        self._sent: list[_Sent] = []
+        self._shared: bool | None = None
+        self._lock = threading.Lock()
+        self._stopping = False
+        room = sum(self._hosts().values())
+        self.empty = not room
+        self.places = max(1, room)
+        self.jobs = jobs or max(8, 2 * self.places)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # or a lost scheduler is told with traceback
+        with contextlib.suppress(Exception):
+            self._client.close()
+        if self._local:
+            self._local.close()
+
+    def prepare(self, runs: list[PlannedRun]) -> None:
+        """Nothing: workers start kernels by themselves."""
+
+    def stop(self) -> None:
+        """Have the workers stop the runs of this batch, and give up those that have not begun."""
+        self._stopping = True
+        if self._client.status == "connecting":  # there is nobody to tell, and calls wait for the scheduler
+            return
+        with contextlib.suppress(Exception):
+            Event(self._topic, client=self._client).set()
+            self._client.cancel([sent.task for sent in self._sent if sent.task and not sent.started])
+
+    def execute(self, run: PlannedRun, results: Path, force: bool, turn: Turn) -> Outcome:
+        """Have a worker execute the run; again, if the scheduler loses it."""
+        sent = _Sent(turn)
+        with self._lock:
+            number = len(self._sent)
+            self._sent.append(sent)
+        while not self._stopping:
+            if self._client.status == "connecting":  # to a new scheduler; calls would wait for it, interrupt or not
+                time.sleep(0.5)
+                continue
+            try:
+                outcome, archive = self._send(number, run, results, force).result()
+            except KilledWorker as error:
+                line = f"{error.allowed_failures + 1} workers died while they ran it, perhaps for want of memory"
+                return Outcome(run, "failed", line)
+            except UserError as error:
+                return Outcome(run, "failed", str(error))
+            except LOST as error:
+                if getattr(error, "errno", None):  # of a file here, not of a connection
+                    return Outcome(run, "failed", str(error))
+                if self._client.status == "closed":
+                    return Outcome(run, "failed", f"the scheduler at {self.address} was lost ({error})")
+                time.sleep(0.5)
+                continue
+            if archive:
+                fetch(outcome, archive, results)
+            if outcome.state not in ("stopped", "skipped") or self._stopping:
+                return outcome  # otherwise its worker was told to end, and another one goes on
+        return Outcome(run, "stopped", "interrupted")
+
+    def _send(self, number: int, run: PlannedRun, results: Path, force: bool) -> Future:
+        self._client.subscribe_topic(self._topic, self._report)  # a new scheduler does not know it any more
+        with self._lock:
+            if self._shared is None:
+                self._shared = _shared(self._client, results)
+        data_root = os.environ.get("DFQ_DATA", "")
+        notebook = run.paper.notebook.read_text(encoding="utf-8")
+        batch = self._topic, number, self._hosts(), data_root, self._checkpoint_every
+        order = WorkerTask(run, notebook, results, self._shared, force, *batch)
+        inputs = None if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
+        resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
+        key = f"{run.paper.key}-{run.id}-{secrets.token_hex(4)}"
+        sent = self._sent[number]
+        sent.started = False
+        sent.task = self._client.submit(work, order, inputs, key=key, pure=False, resources=resources)
+        return sent.task
+
+    def _report(self, event: tuple[float, dict[str, Any]]) -> None:
+        """Show what a worker tells of a run."""
+        sent = self._sent[event[1]["number"]]
+        if "cells" in event[1]:
+            sent.started = True
+            sent.turn.on_start(event[1]["cells"], Path(event[1]["file"]))
+        else:
+            sent.turn.on_cell()
+
+    def _workers(self) -> list[dict[str, Any]]:
+        return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
+
+    def _hosts(self) -> dict[str, int]:
+        """How many runs each host has room for."""
+        hosts: Counter[str] = Counter()
+        for worker in self._workers():
+            hosts[worker["host"]] += int(worker["resources"].get("GPU", worker["nthreads"]))
+        return dict(hosts)
+
+
+def _start_workers(count: int) -> LocalCluster:
+    return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
+
+
+def _connect(address: str) -> Client:
+    try:
+        Client(address, timeout=ANSWER, set_as_default=False).close()
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UserError(
+            f"scheduler={address!r} does not answer ({error}); `dask scheduler` starts one, at tcp://HOST:8786."
+        ) from None
+    return Client(address, timeout=PATIENCE, set_as_default=False)
+
+
+def _shared(client: Client, results: Path) -> bool:
+    """Whether a worker sees this results folder."""
+    with tempfile.NamedTemporaryFile(prefix=".seen-", dir=results) as probe:
+        return client.submit(os.path.isfile, probe.name, pure=False).result()
+
+
+def work(order: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
+    """Execute a run on this worker; its folder comes with the outcome where the results folder is not seen here.
+
+    Raises UserError for what keeps it from beginning.
+    """
+    try:
+        return _work(order, inputs)
+    except OSError as error:  # of this worker's disk; an OSError over there would mean a lost connection
+        raise UserError(f"worker {get_worker().address}: {error}") from None
+
+
+def _work(order: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
+    worker = get_worker()
+    own = Path(worker.local_directory)
+    run = at_home(order.run, order.notebook, own / "notebooks" / order.run.id)
+    results = order.results if order.shared else own / "results"
+    machine = LocalExecutor(sharers(worker, order.hosts), order.checkpoint_every)
+    machine.variables |= dict.fromkeys(THREADS, str(machine.threads))
+    if order.shared and order.data_root and Path(order.data_root).is_dir():
+        machine.variables["DFQ_DATA"] = order.data_root
+    if inputs:
+        machine.locations = unpack_inputs(inputs, own / "inputs")
+
+    def on_start(cells: int, file: Path) -> None:
+        worker.log_event(order.topic, {"number": order.number, "cells": cells, "file": os.fspath(file)})
+
+    def on_cell() -> None:
+        worker.log_event(order.topic, {"number": order.number})
+
+    with _stopped_by(order.topic, machine):
+        outcome = machine.execute(run, results, order.force, Turn(on_start, on_cell))
+    if order.shared:
+        return outcome, None
+    final = run.folder(results)
+    outcome = dataclasses.replace(
+        outcome, message=outcome.message.replace(os.fspath(results), os.fspath(order.results))
+    )
+    made = (final, final.with_name(f"{final.name}.unfinished"))
+    return outcome, pack({folder.name: folder for folder in made if folder.is_dir()})
+
+
+def sharers(worker: Worker, hosts: dict[str, int]) -> int:
+    """How many runs at once share the cores that this worker may use.
+
+    Those of all workers on its host, for which ``hosts`` has numbers, or its own if it has cores of its own, as job
+    queues give them.
+    """
+    own = int(worker.state.total_resources.get("GPU", worker.state.nthreads))
+    confined = kernels.cores() < (os.cpu_count() or 1)
+    return own if confined else hosts.get(get_address_host(worker.address), own)
+
+
+@contextlib.contextmanager
+def _stopped_by(topic: str, machine: LocalExecutor) -> Iterator[None]:
+    """Stop the machine's kernels when the batch says so, or when Dask closes this worker."""
+    worker, over = get_worker(), threading.Event()
+    flag = Event(topic, client=get_client())
+
+    def watch() -> None:
+        while not over.wait(1):
+            # Without its scheduler the worker closes, and the run begins anew elsewhere.
+            if worker.status not in (Status.running, Status.paused) or flag.is_set():
+                machine.stop()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def at_home(run: PlannedRun, notebook: str, folder: Path) -> PlannedRun:
+    """The run with its notebook on this machine: written into ``folder`` if its own path is not seen here.
+
+    UserError if the kit here is another version.
+    """
+    path = run.paper.notebook
+    if not path.is_file():
+        path = folder / path.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, notebook)
+    if code_identity(path) != run.depends["code"]:
+        raise UserError(f"worker {get_worker().address} has another version of the kit; install the same one there.")
+    return dataclasses.replace(run, paper=dataclasses.replace(run.paper, notebook=path))
+
+
+def inputs_of(run: PlannedRun) -> dict[str, Path]:
+    """Parameters of a run that name files or folders which do not come with the package; UserError for too much."""
+    parameters = run.parameters
+    inputs = {name: Path(value) for name, value in parameters.items() if isinstance(value, str) and value}
+    inputs = {name: path for name, path in inputs.items() if path.is_file()}
+    weights = weights_file(parameters.get("model", ""), parameters.get("weights", ""))
+    if weights and weights.parent != places.ASSETS and run.paper.methods:
+        inputs["weights"] = weights
+    folder = data_folder(parameters.get("dataset", ""), parameters)
+    if folder:
+        inputs["data_folder"] = folder
+    if folder and sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > MAX_UPLOAD_BYTES:
+        raise UserError(
+            f"the images in {str(folder)!r} are too many to send to workers; put them, and the results, into a folder "
+            "that all of them see."
+        )
+    return inputs
+
+
+def pack(paths: dict[str, Path]) -> bytes:
+    """Files and folders as one archive, under the names given."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", strict_timestamps=False) as archive:
+        for name, path in paths.items():
+            for part in (path, *sorted(path.rglob("*"))):
+                archive.write(part, name / part.relative_to(path))
+    return stream.getvalue()
+
+
+def unpack(archive: bytes, folder: Path) -> list[Path]:
+    """What :func:`pack` packed, now in ``folder``."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+        packed.extractall(folder)
+    return sorted(folder.iterdir())
+
+
+def unpack_inputs(archive: bytes, folder: Path) -> dict[str, str]:
+    """Where the parameters' files and folders are on this worker, unpacked once for all runs that have the same."""
+    place = folder / hashlib.sha256(archive).hexdigest()[:16]
+    if not place.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder))
+        unpack(archive, partial)
+        put_in_place(partial, place)
+    return {path.name: os.fspath(path) for path in place.iterdir()}
+
+
+def fetch(outcome: Outcome, archive: bytes, results: Path) -> None:
+    """Put what a worker sent to its place in ``results``."""
+    parent = outcome.run.folder(results).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=parent) as arrived:
+        for folder in unpack(archive, Path(arrived)):
+            put_in_place(folder, parent / folder.name)
+    if outcome.state == "done":
+        shutil.rmtree(parent / f"{outcome.run.id}.unfinished", ignore_errors=True)

@@ -1,0 +1,229 @@
+"""Which notebook runs a call of ``run_all.py`` means, and what each run depends on.
+
+A run is found again by its identity: a hash of the code it runs (the notebook's cells and the modules they import,
+without comments and docstrings), its parameters, the teacher's weights and the data set. Nothing here imports torch,
+so that planning takes no time.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfqlib.errors import UserError, check_choice
+from dfqlib.papers import published
+from dfqlib.papers.profiles import Paper, Profile, check_numbers, load
+from dfqlib.places import data_folder
+from dfqlib.runner.identity import code_identity, data_identity, digest, teacher_identity
+from dfqlib.runner.notebook_source import notebook_parameters
+from dfqlib.speed.switches import off_from_start
+
+#: Parameters that have an option of their own.
+OPTIONS = {
+    "profile": "profile",
+    "dataset": "datasets",
+    "model": "models",
+    "bits": "bits",
+    "seed": "seeds",
+    "out": "results",
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a call asks for; an empty list leaves the choice to the profile. ``settings`` are texts, as typed."""
+
+    profile: str = "quick"
+    papers: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    bits: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One execution of one notebook; ``parameters`` are all of its parameters but ``out``."""
+
+    paper: Paper
+    profile: str
+    parameters: dict[str, Any]
+    depends: dict[str, str]  # what the run's identity is made of: code, teacher, data, accelerations turned off
+
+    @property
+    def name(self) -> str:
+        """What people read: ``gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0``, with what the notebook has of it."""
+        p = self.parameters
+        parts = [
+            p.get("dataset"),
+            p.get("model"),
+            " ".join(p.get("bits", [])),
+            f"seed {p['seed']}" if "seed" in p else "",
+        ]
+        return " ".join([self.paper.key, *(part for part in parts if part)])
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that the run depends on."""
+        return digest(json.dumps([self.paper.key, self.parameters, self.depends], sort_keys=True))
+
+    @property
+    def id(self) -> str:
+        """The run's folder name, e.g. ``cifar10-resnet20_cifar10-s0-1f0c9a2b``."""
+        p = self.parameters
+        parts = [p.get("dataset"), p.get("model"), f"s{p['seed']}" if "seed" in p else "", self.identity[:8]]
+        return "-".join(part.replace("/", "_") for part in parts if part)
+
+    def folder(self, results: Path) -> Path:
+        """Where the finished run lies."""
+        return results / self.profile / self.paper.key / self.id
+
+
+def plan(selection: Selection) -> list[PlannedRun]:
+    """The runs that ``selection`` means, in order; a :class:`UserError` for anything in it that does not exist."""
+    profiles, papers = load()
+    profile = profiles[check_choice("profile", selection.profile, profiles)]
+    for key in selection.papers:
+        check_choice("papers", key, papers)
+    known = dict.fromkeys(row.dataset for row in published.rows())
+    for dataset in selection.datasets:
+        if "data_folder" not in selection.settings and not data_folder(dataset, {}):
+            check_choice("datasets", dataset, known)
+    for model in selection.models:
+        check_choice("models", model, dict.fromkeys(row.model for row in published.rows()))
+    widths = [check_widths(text) for text in selection.bits] or profile.bits
+    chosen = [papers[key] for key in selection.papers or papers]
+    defaults = {paper.key: notebook_parameters(paper.notebook) for paper in chosen}
+    settings = check_settings(selection.settings, defaults)
+    check_numbers(settings)
+
+    runs: dict[str, PlannedRun] = {}
+    teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
+    for paper in chosen:
+        code, own = code_identity(paper.notebook), defaults[paper.key]
+        for dataset, model in settings_of(paper, profile, selection, own):
+            values = own | scheduled(paper, profile.name, dataset, model, own)
+            # A notebook that no published row stands for runs the widths of its own table.
+            bits = widths or ([] if profile.datasets else published_widths(paper, dataset, model)) or values.get("bits")
+            values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings
+            for seed in selection.seeds:
+                parameters = {name: (values | {"seed": seed})[name] for name in own if name != "out"}
+                depends = {
+                    "code": code,
+                    "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
+                    "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters)),
+                }
+                if off := ",".join(sorted(off_from_start())):  # rounding differs, so it is another run
+                    depends["without"] = off
+                run = PlannedRun(paper, profile.name, parameters, depends)
+                runs[run.identity] = run
+    if not runs:
+        raise UserError(
+            f"the options leave nothing to run: {', '.join(defaults)} has none of these data sets and models."
+        )
+    check_single("data_folder", settings, {run.parameters.get("dataset") for run in runs.values()})
+    check_single("weights", settings, {run.parameters.get("model") for run in runs.values()})
+    return list(runs.values())
+
+
+def scheduled(paper: Paper, profile: str, dataset: str, model: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values that the profile gives; all of them must be parameters of the notebook."""
+    values = paper.parameters(profile, dataset, model)
+    for name in values:
+        if name not in defaults:
+            raise UserError(f"profiles: {paper.key}.{profile} sets {name!r}, which {paper.notebook.name} has not.")
+    return values
+
+
+def settings_of(
+    paper: Paper, profile: Profile, selection: Selection, defaults: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """(data set, model) of each run of ``paper``: those asked for, else the profile's, else all that are published."""
+    if "dataset" not in defaults:
+        return [("", "")]
+    rows = [row for row in published.rows() if row.method in paper.methods]
+    implied = [dataset for model in selection.models for dataset in published.datasets_of(model)]
+    every = paper.datasets or [row.dataset for row in rows]
+    pairs = []
+    for dataset in dict.fromkeys(selection.datasets or implied or profile.datasets or every):
+        if paper.datasets and dataset not in paper.datasets:
+            continue
+        models = published.models_of(dataset)
+        if not models and not selection.models:
+            # A data set of one's own says nothing about models: it needs to be told.
+            raise UserError(f"datasets={dataset!r} is no data set of the papers; name its model with --models.")
+        asked = [model for model in selection.models if model in models or not models]
+        if selection.datasets and selection.models and not asked:
+            raise UserError(
+                f"models={' '.join(selection.models)!r} has none for {dataset}; allowed: {', '.join(models)}."
+            )
+        # A profile without data sets means the published rows, hence every model of theirs.
+        reported = [row.model for row in rows if row.dataset == dataset and not profile.datasets]
+        pairs += [(dataset, model) for model in dict.fromkeys(asked or reported or models[:1])]
+    return pairs
+
+
+def published_widths(paper: Paper, dataset: str, model: str) -> list[str]:
+    """The bit widths that the paper reports for this model."""
+    rows = published.rows()
+    return list(
+        dict.fromkeys(r.bits for r in rows if r.method in paper.methods and (r.dataset, r.model) == (dataset, model))
+    )
+
+
+def check_widths(text: str) -> str:
+    """``text`` in lower case if it names weight and activation bits from 2 to 8, such as ``w4a8``."""
+    if not re.fullmatch(r"w[2-8]a[2-8]", text.lower()):
+        raise UserError(
+            f"bits={text!r} is not supported; allowed: w<weights>a<activations> with 2 to 8 bits, such as w4a8."
+        )
+    return text.lower()
+
+
+def check_settings(texts: dict[str, str], defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The values of ``--set``, each of the type that its parameter has in the notebooks; unknown names are refused."""
+    values = {}
+    for name, text in texts.items():
+        if name in OPTIONS:
+            raise UserError(f"--set {name}={text} has an option of its own: use --{OPTIONS[name]}.")
+        examples = [parameters[name] for parameters in defaults.values() if name in parameters]
+        if not examples:
+            allowed = dict.fromkeys(n for parameters in defaults.values() for n in parameters if n not in OPTIONS)
+            check_choice("--set", name, allowed)
+        values[name] = parse(name, text, examples[0])
+    return values
+
+
+def parse(name: str, text: str, example: Any) -> Any:
+    """``text`` as a value of the type of ``example``."""
+    if isinstance(example, str):
+        return str(Path(text).expanduser().resolve()) if name in ("data_folder", "weights") and text else text
+    if isinstance(example, bool):
+        return check_choice(f"--set {name}", text.lower(), ["true", "false"]) == "true"
+    try:
+        if isinstance(example, int):
+            return int(text)
+        if isinstance(example, float):
+            return float(text)
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if value is None or (example is not None and not isinstance(value, type(example))):
+        raise UserError(
+            f"--set {name}={text} is not of the parameter's type; allowed: {type(example).__name__}, "
+            f"such as {example!r}."
+        )
+    return value
+
+
+def check_single(parameter: str, settings: dict[str, Any], uses: set[str | None]) -> None:
+    """A folder or a weights file fits one data set or model: refuse it for several."""
+    several = sorted(use for use in uses if use)
+    if settings.get(parameter) and len(several) > 1:
+        raise UserError(f"--set {parameter} would serve {', '.join(several)}; choose one with --datasets and --models.")
