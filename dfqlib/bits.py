@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from dfqlib.errors import UserError
 
-
-def check_bits(parameter: str, value: int) -> int:
-    """``value`` if it is a whole number of bits the quantizers support, 2 to 8; otherwise a :class:`UserError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-        raise UserError(f"{parameter}={value!r} is not a supported bit width; allowed: whole numbers from 2 to 8.")
-    return value
+FEWEST, MOST = 2, 8  # bits that the quantizers support
+Width = int | None  # None leaves the values in float
 
 
-def parse_bits(bits: str) -> tuple[int, int]:
-    """Weight and activation bits of a name such as ``"w4a8"``, each 2 to 8; otherwise a :class:`UserError`."""
-    found = re.fullmatch(r"w([2-8])a([2-8])", bits.lower()) if isinstance(bits, str) else None
-    if not found:
-        raise UserError(f"bits={bits!r} is not supported; allowed: names such as 'w4a8', 2 to 8 bits each.")
-    return int(found[1]), int(found[2])
+@dataclass(frozen=True, order=True)
+class BitWidths:
+    """Bits of a network's weights and of its activations, 2 to 8 each; None leaves them in float.
+
+    A mapping gives every layer its own width, by the names that :func:`dfqlib.quantizers.describe.describe` uses.
+    Printed as the papers write it, ``W4A4``. Raises UserError for other widths; whole numbers of NumPy are whole
+    numbers.
+    """
+
+    weight: Width | Mapping[str, Width]
+    activation: Width | Mapping[str, Width]
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "activation"):
+            object.__setattr__(self, name, _checked(f"{name} bits", getattr(self, name)))
+
+    @classmethod
+    def parse(cls, text: str | BitWidths, parameter: str = "bits") -> BitWidths:
+        """The widths that ``text`` names, such as ``"W4A8"`` or ``"w4a8"``."""
+        if isinstance(text, BitWidths):
+            return text
+        found = re.fullmatch(r"w([2-8])a([2-8])", text.lower()) if isinstance(text, str) else None
+        if not found:
+            raise UserError(f"{parameter}={text!r} is not supported; allowed: names such as 'W4A8', 2 to 8 bits each.")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return bits_name(*(32 if width is None else width for width in (self.weight, self.activation)))
+
+
+def bits_name(weight: float | Mapping, activation: float | Mapping) -> str:
+    """``W4A4``; ``W4.2A8`` for a mean over layers, ``FP32`` for 32 and 32."""
+    if weight == activation == 32:
+        return "FP32"
+    weight, activation = ("mixed" if isinstance(w, Mapping) else f"{w:.3g}" for w in (weight, activation))
+    return f"W{weight}A{activation}"
+
+
+def check_width(parameter: str, width: object) -> int:
+    """``width`` if it is a whole number of bits that the quantizers support; otherwise a :class:`UserError`."""
+    try:
+        number = operator.index(width)
+    except TypeError:
+        number = None
+    if number is None or isinstance(width, bool) or not FEWEST <= number <= MOST:
+        raise UserError(f"{parameter}={width!r} is not a supported bit width; allowed: whole numbers from 2 to 8.")
+    return number
+
+
+def _checked(parameter: str, width: object) -> Width | Mapping[str, Width]:
+    if isinstance(width, Mapping):
+        return {name: _checked(f"{parameter}[{name!r}]", each) for name, each in width.items()}
+    return None if width is None else check_width(parameter, width)

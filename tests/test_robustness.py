@@ -26,7 +26,7 @@ from dfqlib.finetuning.streams import Batch, FirstThen
 from dfqlib.generators.optimise_images import synthesise
 from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
 from dfqlib.methods.saft import WithTeacherView
-from dfqlib.runner.notebook_source import notebook_sources
+from dfqlib.papers.notebook_source import notebook_sources
 from dfqlib.runner.plan import Selection, plan
 from dfqlib.runner.run_folder import broken_files, read_metrics
 

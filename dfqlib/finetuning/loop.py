@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.device import fused
-from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.errors import check_choice, check_range
 from dfqlib.finetuning.streams import LOWER_LR_HINT, Batch, Stream, read_losses
 from dfqlib.loss_terms import detach_with_terms, to_finite_floats, to_floats
 from dfqlib.losses import student_loss
 from dfqlib.progress import track
 from dfqlib.quantizers.layers import observing
-from dfqlib.schedules import DECAYS, decay_factor
+from dfqlib.schedules import DECAYS, TuningSchedule, decay_factor
 from dfqlib.speed.scale_weights import scale_weights
 
 
@@ -90,21 +90,10 @@ class History:
         return max(score for _, score in self.scores[student])
 
 
-def check_spans(iterations: int, observe_iterations: int, train_from: int) -> None:
-    """UserError if a fine-tuning of these numbers has nothing to observe or nothing to train."""
-    if not 0 < observe_iterations <= train_from < iterations:
-        raise UserError(
-            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing "
-            "to observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
-        )
-
-
 def finetune(
     stream: Stream,
     students: Mapping[str, Student],
-    iterations: int,
-    observe_iterations: int = 800,
-    train_from: int | None = None,
+    schedule: TuningSchedule,
     evaluate: Callable[[nn.Module], float] | None = None,
     evaluate_every: int = 200,
     on_evaluation: Callable[[History], None] | None = None,
@@ -116,17 +105,16 @@ def finetune(
 
     The first ``generator_warmup`` batches no student sees: the stream's generator learns alone. They count in none of
     the other numbers. In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn
-    their activation ranges; then the ranges are frozen, and the students train from iteration ``train_from`` (at once,
-    if it is not given) to the end. ``evaluate`` gives a network's test score; it runs before the first iteration of
+    their activation ranges; then the ranges are frozen, and the students train from iteration ``train_from`` to the
+    end. ``evaluate`` gives a network's test score; it runs before the first iteration of
     training, after every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then.
 
     With a ``checkpoint`` a run that was stopped goes on from its file, if that exists, and on a CPU ends with the very
     same numbers as one that was not. Raises Diverged, naming the student or the generator, the iteration and the
-    term that broke, if a loss is no longer finite, at the next evaluation or checkpoint; UserError if the spans leave
-    nothing to do, or the checkpoint is another run's.
+    term that broke, if a loss is no longer finite, at the next evaluation or checkpoint; UserError if the checkpoint
+    is another run's.
     """
-    train_from = observe_iterations if train_from is None else train_from
-    check_spans(iterations, observe_iterations, train_from)
+    iterations, observe_iterations, train_from = schedule.iterations, schedule.observe_iterations, schedule.train_from
     tuners = {name: _Tuner(student) for name, student in students.items()}
     settings = {"iterations": iterations, "observe_iterations": observe_iterations, "train_from": train_from}
     settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every, "students": list(students)}

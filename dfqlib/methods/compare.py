@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dfqlib.bits import parse_bits
+from dfqlib.bits import BitWidths
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.data import image_sets
-from dfqlib.errors import check_choice, check_range
+from dfqlib.errors import check_choice
 from dfqlib.finetuning.loop import Checkpoint, Student, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.finetuning.streams import GeneratorStream, ImageStream, Stream
@@ -27,49 +27,25 @@ from dfqlib.models.evaluate import images_per_pass
 from dfqlib.models.teacher import Teacher
 from dfqlib.progress import track
 from dfqlib.quantizers import calibrate
+from dfqlib.schedules import AlignmentWeights, Budget, GeneratorSchedule
 
 WARM_UP = 0.1  # share of a fine-tuning in which students only see images, to learn their activation ranges
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What every source and every use may spend; the same for all, which is what makes them comparable."""
-
-    images: int = 5120  # in a pool, at most: real images may be fewer
-    synthesis_iterations: int = 500  # of an image optimisation, or of a generator's training
-    batch: int = 64  # images an iteration, in a generator's training and in fine-tuning
-    image_lr: float = 0.5  # of Adam on pixels
-    generator_lr: float = 1e-3
-    tuning_iterations: int = 2000
-    student_lr: float = 1e-5
-    kl_weight: float = 100.0  # of GDFQ's fine-tuning, whose KL is not divided by the number of classes here
-
-    def __post_init__(self) -> None:
-        check_range("images", self.images, 2, 10**7)
-        check_range("synthesis_iterations", self.synthesis_iterations, 1, 10**9)
-        check_range("batch", self.batch, 2, 2**20)
-        check_range("tuning_iterations", self.tuning_iterations, 2, 10**9)
-
-    @property
-    def observe_iterations(self) -> int:
-        """In which students only see images, to learn their activation ranges."""
-        return max(1, round(WARM_UP * self.tuning_iterations))
-
-    @property
-    def schedule(self) -> gdfq.Schedule:
-        """GDFQ's and Qimera's settings within this budget, with learning rates that fall by a cosine."""
-        return gdfq.Schedule(
-            iterations=self.tuning_iterations,
-            observe_iterations=self.observe_iterations,
-            train_from=self.observe_iterations,
-            generator_iterations=self.synthesis_iterations,
-            batch=self.batch,
-            generator_lr=self.generator_lr,
-            generator_decay="cosine",
-            student_lr=self.student_lr,
-            student_decay="cosine",
-            kl_weight=self.kl_weight,
-        )
+def tuning_schedule(budget: Budget) -> GeneratorSchedule:
+    """GDFQ's and Qimera's schedule within a budget, with learning rates that fall by a cosine."""
+    observed = max(1, round(WARM_UP * budget.tuning_iterations))
+    return GeneratorSchedule(
+        iterations=budget.tuning_iterations,
+        observe_iterations=observed,
+        train_from=observed,
+        batch=budget.batch,
+        student_lr=budget.student_lr,
+        decay="cosine",
+        generator_iterations=budget.synthesis_iterations,
+        generator_lr=budget.generator_lr,
+        kl_weight=budget.kl_weight,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +66,7 @@ def make_pool(
     other settings; Diverged if a loss is no longer finite.
     """
     check_choice("source", source, SOURCES)
-    settings = {"source": source, "seed": seed} | asdict(budget)
+    settings = {"source": source, "seed": seed} | budget.values()
     if checkpoint is not None and (made := load_checkpoint(checkpoint.path, settings, checkpoint.anew)):
         return Pool(made["images"].to(teacher.device), made["labels"].to(teacher.device), made["seconds"])
     began = time.perf_counter()
@@ -105,11 +81,11 @@ def make_students(
     use: str,
     teacher: Teacher,
     pool: Pool,
-    bits: Sequence[str],
+    bits: Sequence[BitWidths],
     budget: Budget,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
-) -> tuple[dict[str, nn.Module], float]:
+) -> tuple[dict[BitWidths, nn.Module], float]:
     """A quantized copy of the teacher for each of ``bits``, made of the ``pool`` by ``use``, a key of :data:`USES`.
 
     And the seconds of the calibration or fine-tuning. With a ``checkpoint`` a fine-tuning that was stopped goes on.
@@ -140,31 +116,31 @@ def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> tuple[
 
 
 def _zeroq(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    images, _ = zeroq.distil_images(teacher, budget.images, budget.synthesis_iterations, budget.image_lr, seed=seed)
+    images, _ = zeroq.distil_images(teacher, budget.images, budget.synthesis_iterations, budget.synthesis_lr, seed=seed)
     return images, top_class(teacher, images)
 
 
 def _dsg(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
     gaps = dsg.noise_gaps(teacher, seed=seed)
-    settings = {"batch": budget.images, "iterations": budget.synthesis_iterations, "learning_rate": budget.image_lr}
+    settings = {"batch": budget.images, "iterations": budget.synthesis_iterations, "learning_rate": budget.synthesis_lr}
     images, labels, _ = dsg.synthesise_diverse(teacher, gaps, **settings, seed=seed)
     return images, labels
 
 
 def _hast(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
     beta, gamma = hast.PUBLISHED.get(teacher.entry.dataset, hast.PUBLISHED["cifar10"])
-    settings = {"iterations": budget.synthesis_iterations, "learning_rate": budget.image_lr, "seed": seed}
+    settings = {"iterations": budget.synthesis_iterations, "learning_rate": budget.synthesis_lr, "seed": seed}
     made = hast.hard_images(teacher, budget.images, beta, gamma, batch=256, **settings)
     return made.images, made.labels
 
 
 def _gdfq(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    return _generated(gdfq.make_stream(teacher, budget.schedule, seed=seed), budget)
+    return _generated(gdfq.make_stream(teacher, tuning_schedule(budget), seed=seed), budget)
 
 
 def _qimera(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    setting = qimera.published_setting(teacher.name, "w4a4")
-    return _generated(qimera.make_stream(teacher, budget.schedule, setting, seed=seed), budget)
+    setting = qimera.published_setting(teacher.name, BitWidths(4, 4))
+    return _generated(qimera.make_stream(teacher, tuning_schedule(budget), setting, seed=seed), budget)
 
 
 def _generated(stream: GeneratorStream, budget: Budget) -> tuple[Tensor, Tensor]:
@@ -194,28 +170,30 @@ SOURCES: Mapping[str, Callable[[Teacher, Budget, int], tuple[Tensor, Tensor]]] =
 }
 
 
-def _ranges(teacher: Teacher, pool: Pool, bits: Sequence[str], *_: object) -> tuple[dict[str, nn.Module], float]:
+def _ranges(
+    teacher: Teacher, pool: Pool, bits: Sequence[BitWidths], *_: object
+) -> tuple[dict[BitWidths, nn.Module], float]:
     """One pass of the pool sets the activation ranges, nothing is trained: ZeroQ and DSG, post-training."""
     began = time.perf_counter()
-    students = {width: calibrate.calibrated(teacher.network, *parse_bits(width), pool.images) for width in bits}
+    students = {width: calibrate.calibrated(teacher.network, width, pool.images) for width in bits}
     return students, time.perf_counter() - began
 
 
 def _tune_gdfq(
-    teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int, checkpoint: Checkpoint | None
-) -> tuple[dict[str, nn.Module], float]:
+    teacher: Teacher, pool: Pool, bits: Sequence[BitWidths], budget: Budget, seed: int, checkpoint: Checkpoint | None
+) -> tuple[dict[BitWidths, nn.Module], float]:
     """Cross-entropy and distillation on the pool."""
     stream = ImageStream(teacher.folded, pool.images, pool.labels, budget.batch, seed=seed)
-    students = {width: gdfq.make_student(teacher, width, budget.schedule) for width in bits}
+    students = {width: gdfq.make_student(teacher, width, tuning_schedule(budget)) for width in bits}
     return _tuned(stream, students, budget, "GDFQ's fine-tuning", checkpoint)
 
 
 def _tune_saft(
-    teacher: Teacher, pool: Pool, bits: Sequence[str], budget: Budget, seed: int, checkpoint: Checkpoint | None
-) -> tuple[dict[str, nn.Module], float]:
+    teacher: Teacher, pool: Pool, bits: Sequence[BitWidths], budget: Budget, seed: int, checkpoint: Checkpoint | None
+) -> tuple[dict[BitWidths, nn.Module], float]:
     """Distillation with selective cross-entropy, attention and saliency, on the pool and on harder copies of it."""
     labels = pool.labels if pool.labels.ndim == 1 else pool.labels.argmax(1)
-    terms = saft.LossWeights()
+    terms = AlignmentWeights()
     viewer = NetworkProbe(teacher.network, terms.saliency_of)
     stream = saft.WithTeacherView(ImageStream(teacher.network, pool.images, labels, budget.batch, seed=seed), viewer)
     students = {width: saft.make_student(teacher, viewer, width, terms, budget.student_lr, "cosine") for width in bits}
@@ -224,14 +202,14 @@ def _tune_saft(
 
 def _tuned(
     stream: Stream, students: Mapping[str, Student], budget: Budget, label: str, checkpoint: Checkpoint | None
-) -> tuple[dict[str, nn.Module], float]:
+) -> tuple[dict[BitWidths, nn.Module], float]:
     spans = budget.tuning_iterations, budget.observe_iterations
     history = finetune(stream, students, *spans, label=label, checkpoint=checkpoint)
     return {width: student.network for width, student in students.items()}, history.seconds
 
 
 #: What is done with the images.
-USES: Mapping[str, Callable[..., tuple[dict[str, nn.Module], float]]] = {
+USES: Mapping[str, Callable[..., tuple[dict[BitWidths, nn.Module], float]]] = {
     "ranges": _ranges,
     "gdfq": _tune_gdfq,
     "saft": _tune_saft,

@@ -31,6 +31,7 @@ from dfqlib.models.batch_norm_statistics import (
     sample_mean_std,
 )
 from dfqlib.models.teacher import Teacher
+from dfqlib.schedules import GeneratorSchedule
 
 
 def slack(gap: Tensor, margin: Tensor | float) -> Tensor:
@@ -367,7 +368,7 @@ def synthesise_diverse(
 
 def make_stream(
     teacher: Teacher,
-    schedule: gdfq.Schedule,
+    schedule: GeneratorSchedule,
     gaps: NoiseGaps,
     epsilon: float = 0.9,
     parts: DiversityTerms = DiversityTerms(),

@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from dfqlib.bits import parse_bits
+from dfqlib.bits import BitWidths
 from dfqlib.device import channels_last
-from dfqlib.errors import check_choice, check_range
-from dfqlib.finetuning.loop import Student, check_spans, distillation_loss
+from dfqlib.finetuning.loop import Student, distillation_loss
 from dfqlib.finetuning.streams import GeneratorStream
 from dfqlib.generators.networks import Generator, draw_one_label
 from dfqlib.losses import bns_loss, generator_loss, student_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
-from dfqlib.schedules import DECAYS
+from dfqlib.schedules import GeneratorSchedule
 
 LARGE = 32  # above this size in pixels the generator is conditional, as published for 224
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Every number of a run; the defaults are the paper's for CIFAR, counted in iterations (200 an epoch)."""
-
-    iterations: int = 80_000  # of fine-tuning, the observing ones included
-    observe_iterations: int = 800  # students only see images, to learn their activation ranges
-    train_from: int = 800  # students train from here on
-    generator_warmup: int = 0  # iterations of the generator alone, before any student sees an image
-    generator_iterations: int = 80_000  # in all; afterwards the generator is left as it is
-    batch: int = 200
-    generator_lr: float = 1e-3  # Adam, betas (0.5, 0.999)
-    generator_decay: str = "step"
-    student_lr: float = 1e-4  # SGD, Nesterov momentum 0.9, weight decay 1e-4
-    student_decay: str = "step"
-    bns_weight: float = 0.1  # of L_BNS in L_G
-    ce_weight: float = 1.0  # of CE in L_S
-    kl_weight: float = 1.0  # alpha, of tau^2 KL in L_S
-    temperature: float = 20.0  # tau
-    kl_mean_over_classes: bool = False  # True is the published quirk: KL divided by the number of classes
-
-    def __post_init__(self) -> None:
-        check_spans(self.iterations, self.observe_iterations, self.train_from)
-        check_range("batch", self.batch, 2, 2**20)  # a batch norm cannot learn from one image
-        for name in ("generator_warmup", "generator_iterations", "bns_weight", "ce_weight", "kl_weight"):
-            check_range(name, getattr(self, name), 0, 10**9)
-        for name in ("generator_lr", "student_lr", "temperature"):
-            check_range(name, getattr(self, name), 1e-12, 10**3)
-        for name in ("generator_decay", "student_decay"):
-            check_choice(name, getattr(self, name), DECAYS)
-
-
 def make_stream(
     teacher: Teacher,
-    schedule: Schedule,
+    schedule: GeneratorSchedule,
     loss: Callable[..., Tensor] | None = None,
     seed: int = 0,
     build: Callable[[], nn.Module] | None = None,
@@ -82,7 +49,7 @@ def make_stream(
         schedule.generator_iterations,
         batch=schedule.batch,
         lr=schedule.generator_lr,
-        decay=schedule.generator_decay,
+        decay=schedule.decay,
         loss=loss or partial(generator_loss, bns_weight=schedule.bns_weight),
         draw=draw,
         seed=seed,
@@ -90,7 +57,9 @@ def make_stream(
     )
 
 
-def make_student(teacher: Teacher, bits: str, schedule: Schedule, **loss_options: float | bool) -> Student:
+def make_student(
+    teacher: Teacher, bits: BitWidths, schedule: GeneratorSchedule, **loss_options: float | bool
+) -> Student:
     """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` vary the loss."""
     options = {
         "ce_weight": schedule.ce_weight,
@@ -98,9 +67,9 @@ def make_student(teacher: Teacher, bits: str, schedule: Schedule, **loss_options
         "temperature": schedule.temperature,
         "mean_over_classes": schedule.kl_mean_over_classes,
     }
-    network = quantize_model(teacher.network, *parse_bits(bits), observer="moving_average")
+    network = quantize_model(teacher.network, bits)
     loss = partial(student_loss, **(options | loss_options))
-    return Student(network, schedule.student_lr, schedule.student_decay, loss=partial(distillation_loss, loss=loss))
+    return Student(network, schedule.student_lr, schedule.decay, loss=partial(distillation_loss, loss=loss))
 
 
 @torch.no_grad()

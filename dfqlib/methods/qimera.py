@@ -11,52 +11,62 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfqlib.bits import parse_bits
-from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.bits import BitWidths
+from dfqlib.errors import check_choice
 from dfqlib.finetuning.streams import GeneratorStream
 from dfqlib.generators.networks import Generator, GeneratorBody
 from dfqlib.methods import gdfq
 from dfqlib.models.features import classifier
 from dfqlib.models.teacher import Teacher
+from dfqlib.schedules import GeneratorSchedule, Mixture
+from dfqlib.settings import setting
 
 EPSILON = 1e-5  # beside the variance of an embedding
 MAPPED = {32: 64, 224: 100}  # features after the disentanglement mapping, by image size
 EMBEDDINGS = ("random", "teacher")
 
 
-@dataclass(frozen=True)
-class SuperpositionSettings:
-    """How often (``p``, per batch) and of how many classes (``k``) samples are superposed; where embeddings start."""
+@dataclass(frozen=True, kw_only=True)
+class SuperpositionSettings(Mixture):
+    """What is superposed, and where the class embeddings start: random, or as the teacher's last weights."""
 
-    p: float = 0.4
-    k: int = 2
-    embedding: str = "random"
-
-    def __post_init__(self) -> None:
-        check_range("p", self.p, 0, 1)
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise UserError(f"k={self.k!r} classes cannot be superposed; allowed: whole numbers from 1.")
-        check_choice("embedding", self.embedding, EMBEDDINGS)
+    embedding: str = setting("random", choices=EMBEDDINGS)
 
 
-# Per model: the published settings for 4 and for 5 bits. Source: the scripts of the official repository.
+# Per model: the published p, k and start of the embeddings for 4 and for 5 bits. Source: the scripts of the official repository.
 PUBLISHED = {
-    "resnet20_cifar10": (SuperpositionSettings(0.4, 2, "random"), SuperpositionSettings(0.4, 2, "random")),
-    "resnet20_cifar100": (SuperpositionSettings(0.4, 10, "teacher"), SuperpositionSettings(0.4, 50, "teacher")),
-    "resnet18": (SuperpositionSettings(0.4, 500, "random"), SuperpositionSettings(0.4, 100, "random")),
-    "resnet50": (SuperpositionSettings(0.7, 500, "teacher"), SuperpositionSettings(0.7, 100, "teacher")),
-    "mobilenetv2_w1": (SuperpositionSettings(0.4, 100, "random"), SuperpositionSettings(0.4, 100, "random")),
+    "resnet20_cifar10": (
+        (0.4, 2, "random"),
+        (0.4, 2, "random"),
+    ),
+    "resnet20_cifar100": (
+        (0.4, 10, "teacher"),
+        (0.4, 50, "teacher"),
+    ),
+    "resnet18": (
+        (0.4, 500, "random"),
+        (0.4, 100, "random"),
+    ),
+    "resnet50": (
+        (0.7, 500, "teacher"),
+        (0.7, 100, "teacher"),
+    ),
+    "mobilenetv2_w1": (
+        (0.4, 100, "random"),
+        (0.4, 100, "random"),
+    ),
 }
 
 
-def published_setting(model: str, bits: str) -> SuperpositionSettings:
-    """The published setting of ``model`` at ``bits`` such as ``"w4a4"``.
+def published_setting(model: str, bits: BitWidths) -> SuperpositionSettings:
+    """The published setting of ``model`` at ``bits``.
 
     Those for 4 bits serve fewer bits too, those for 5 bits more: the paper has no others. A model without published
     settings takes the ones of CIFAR-10.
     """
     four, five = PUBLISHED.get(model, PUBLISHED["resnet20_cifar10"])
-    return four if min(parse_bits(bits)) <= 4 else five
+    p, k, embedding = four if min(bits.weight, bits.activation) <= 4 else five
+    return SuperpositionSettings(p=p, k=k, embedding=embedding)
 
 
 def standardise(embeddings: Tensor, over_batch: bool = False) -> Tensor:
@@ -167,7 +177,7 @@ def class_embeddings(teacher: Teacher, start: str) -> Tensor:
 
 def make_stream(
     teacher: Teacher,
-    schedule: gdfq.Schedule,
+    schedule: GeneratorSchedule,
     setting: SuperpositionSettings,
     published: bool = False,
     loss: Callable[..., Tensor] | None = None,

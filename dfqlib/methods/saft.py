@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfqlib.bits import parse_bits
-from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.bits import BitWidths
+from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Student
-from dfqlib.finetuning.network_views import LAYERS, NetworkProbe, View
+from dfqlib.finetuning.network_views import NetworkProbe, View
 from dfqlib.finetuning.streams import Batch, Stream, read_losses
 from dfqlib.loss_terms import add_up
 from dfqlib.losses import difficulty, distillation_kl
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
+from dfqlib.schedules import AlignmentWeights
 
 
 def selective_cross_entropy(
@@ -45,35 +46,6 @@ def attention_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tenso
     Source: HAST, feature alignment.
     """
     return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]).sum()
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The weights of the fine-tuning loss; 0 switches a term off. The defaults are SaFT's.
-
-    ``epsilon`` is how far the perturbed copies are moved, in normalised pixels. ``perturbed_attention=False`` is the
-    published code on CIFAR: a slip of operator precedence drops FA from the perturbed copies, which halves its weight.
-    ``saliency_of`` as for :class:`dfqlib.views.Viewer`: the published code takes the last ``"convolution"``.
-    """
-
-    kl_weight: float = 20.0  # alpha, of tau^2 KL
-    temperature: float = 20.0  # tau
-    ce_weight: float = 0.05  # lambda_CE
-    easy_below: float = 0.5  # cross-entropy only where the difficulty 1 - p_T(y) is less
-    attention_weight: float = 2000.0  # lam, of FA
-    epsilon: float = 0.02
-    saliency_weight: float = 20.0  # lambda_CAM
-    perturbed_attention: bool = True
-    saliency_of: str = "activations"
-
-    def __post_init__(self) -> None:
-        for name in ("kl_weight", "ce_weight", "attention_weight", "epsilon", "saliency_weight"):
-            check_range(name, getattr(self, name), 0, 10**9)
-        check_range("temperature", self.temperature, 1e-6, 10**6)
-        check_range("easy_below", self.easy_below, 0, 2)
-        check_choice("saliency_of", self.saliency_of, LAYERS)
-        if not (self.kl_weight or self.ce_weight or self.attention_weight or self.saliency_weight):
-            raise UserError("kl_weight, ce_weight, attention_weight and saliency_weight are all 0: nothing to learn.")
 
 
 # HAST has cross-entropy on every image and no saliency; SynQ is SaFT's recipe on other images.
@@ -112,19 +84,21 @@ class WithTeacherView:
         self.stream.load_state_dict(state)
 
 
-def agreement(student: View, teacher: View, labels: Tensor, terms: LossWeights, attention: bool = True) -> Tensor:
+def agreement(
+    student: View, teacher: View, labels: Tensor, weights: AlignmentWeights, attention: bool = True
+) -> Tensor:
     """alpha tau^2 KL(T || S) + lambda_CE CE|easy + lam FA, of one set of images; labels (B,) integers.
 
     ``attention=False`` leaves FA out. Source: SynQ, equation 6; SaFT; FA from HAST, feature alignment.
     """
     parts = {}
-    if terms.kl_weight:
-        parts["KL"] = terms.kl_weight * distillation_kl(teacher.logits, student.logits, terms.temperature)
-    if terms.ce_weight:
-        cross_entropy = selective_cross_entropy(student.logits, teacher.logits, labels, terms.easy_below)
-        parts["CE"] = terms.ce_weight * cross_entropy
-    if terms.attention_weight and attention:
-        parts["FA"] = terms.attention_weight * attention_gap(student.attentions, teacher.attentions)
+    if weights.kl_weight:
+        parts["KL"] = weights.kl_weight * distillation_kl(teacher.logits, student.logits, weights.temperature)
+    if weights.ce_weight:
+        cross_entropy = selective_cross_entropy(student.logits, teacher.logits, labels, weights.easy_below)
+        parts["CE"] = weights.ce_weight * cross_entropy
+    if weights.attention_weight and attention:
+        parts["FA"] = weights.attention_weight * attention_gap(student.attentions, teacher.attentions)
     return add_up(parts) if parts else student.logits.new_zeros(())
 
 
@@ -146,37 +120,42 @@ class Alignment:
     residual units. Source: SaFT; SynQ, equation 6.
     """
 
-    def __init__(self, teacher: NetworkProbe, student: NetworkProbe, terms: LossWeights) -> None:
-        self.teacher, self.student, self.terms = teacher, student, terms
-        if terms.attention_weight and not teacher.units:
+    def __init__(self, teacher: NetworkProbe, student: NetworkProbe, weights: AlignmentWeights) -> None:
+        self.teacher, self.student, self.weights = teacher, student, weights
+        if weights.attention_weight and not teacher.units:
             raise UserError(
-                f"attention_weight={terms.attention_weight:g} aligns residual units, of which this network has none; "
+                f"attention_weight={weights.attention_weight:g} aligns residual units, of which this network has none; "
                 "allowed: 0."
             )
 
     def __call__(self, network: nn.Module, batch: BatchWithTeacherView) -> Tensor:
-        terms = self.terms
-        moves = terms.epsilon > 0 and (terms.kl_weight or terms.ce_weight or terms.attention_weight)
+        weights = self.weights
+        moves = weights.epsilon > 0 and (weights.kl_weight or weights.ce_weight or weights.attention_weight)
         images = batch.images.detach().requires_grad_(bool(moves))
-        ours = self.student(images, saliency=terms.saliency_weight > 0)
-        parts = {"": agreement(ours, batch.seen, batch.labels, terms)}
+        ours = self.student(images, saliency=weights.saliency_weight > 0)
+        parts = {"": agreement(ours, batch.seen, batch.labels, weights)}
         if moves:
-            harder = promote(images, parts[""], terms.epsilon)
+            harder = promote(images, parts[""], weights.epsilon)
             with torch.no_grad():
                 theirs = self.teacher(harder)
-            copies = agreement(self.student(harder), theirs, batch.labels, terms, terms.perturbed_attention)
+            copies = agreement(self.student(harder), theirs, batch.labels, weights, weights.perturbed_attention)
             parts["perturbed copies"] = copies
-        if terms.saliency_weight:
-            parts["saliency"] = terms.saliency_weight * F.mse_loss(ours.saliency, batch.seen.saliency)
+        if weights.saliency_weight:
+            parts["saliency"] = weights.saliency_weight * F.mse_loss(ours.saliency, batch.seen.saliency)
         return add_up(parts)
 
 
 def make_student(
-    teacher: Teacher, viewer: NetworkProbe, bits: str, terms: LossWeights, lr: float = 1e-5, decay: str = "late_step"
+    teacher: Teacher,
+    viewer: NetworkProbe,
+    bits: BitWidths,
+    weights: AlignmentWeights,
+    lr: float = 1e-5,
+    decay: str = "late_step",
 ) -> Student:
-    """A quantized copy of ``teacher`` that learns by ``terms``; ``viewer`` is the teacher's, with the same layer.
+    """A quantized copy of ``teacher`` that learns by ``weights``; ``viewer`` is the teacher's, with the same layer.
 
     Moving-average ranges and SGD are GDFQ's; ``lr`` and ``decay`` SaFT's.
     """
-    network = quantize_model(teacher.network, *parse_bits(bits), observer="moving_average")
-    return Student(network, lr, decay, loss=Alignment(viewer, NetworkProbe(network, terms.saliency_of), terms))
+    network = quantize_model(teacher.network, bits)
+    return Student(network, lr, decay, loss=Alignment(viewer, NetworkProbe(network, weights.saliency_of), weights))

@@ -58,7 +58,6 @@ class Run:
     ) -> None:
         self.began = time.perf_counter()
         self.paper = profiles.paper(paper)
-        profiles.check_numbers(parameters)
         self.parameters = {name: plain(value) for name, value in parameters.items() if name != "out"}
         self.teacher, self.data, self.out = teacher, data, Path(out) if out else None
         if self.out and not self.out.is_dir():

@@ -7,6 +7,8 @@ import functools
 from dataclasses import dataclass
 from importlib import resources
 
+from dfqlib.bits import BitWidths
+
 
 @dataclass(frozen=True)
 class Published:
@@ -24,8 +26,8 @@ class Published:
 
     @property
     def bits(self) -> str:
-        """The bit widths as run_all.py and the notebooks name them, e.g. ``"w4a8"``."""
-        return f"w{self.weight_bits}a{self.activation_bits}"
+        """The bit widths as papers name them, e.g. ``"W4A8"``."""
+        return str(BitWidths(self.weight_bits, self.activation_bits))
 
 
 @functools.cache

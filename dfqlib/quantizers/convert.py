@@ -9,13 +9,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from dfqlib.bits import check_bits
+from dfqlib.bits import BitWidths, Width
 from dfqlib.errors import UserError, check_choice
 from dfqlib.quantizers.layers import FakeQuantize
 from dfqlib.quantizers.observers import OBSERVERS, RunningMinMax
 from dfqlib.quantizers.trace import _QUANTIZED_KIND, trace, weight_layers
 
-Bits = int | None | Mapping[str, int | None]
 _RELU_FUNCTIONS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
 _RELU_METHODS = {"relu", "relu_"}
 _ALWAYS_INPLACE = {F.relu_, torch.relu_, "relu_"}
@@ -23,8 +22,7 @@ _ALWAYS_INPLACE = {F.relu_, torch.relu_, "relu_"}
 
 def quantize_model(
     model: nn.Module,
-    weight_bits: Bits,
-    activation_bits: Bits,
+    bits: BitWidths,
     observer: str | Callable[[], RunningMinMax] = "moving_average",
 ) -> fx.GraphModule:
     """A quantized copy of ``model`` to calibrate or fine-tune; ``model`` itself and its hooks are left as they are.
@@ -35,19 +33,18 @@ def quantize_model(
     features stay in float, as in the papers' code. The copy is in eval mode (batch-norm statistics frozen) and all its
     parameters train. Its activation ranges must be learned before use: ``with observing(student): student(images)``.
 
-    weight_bits, activation_bits: 2 to 8; None or 32 leaves float; or a mapping with one of these for every layer, named
-    as :func:`describe` names them. observer: a name in ``OBSERVERS`` or a function that makes one.
-    Raises UserError for other bits, missing or unknown layers, and a model that torch.fx cannot trace, naming the part.
+    bits: for all layers, or by layer. observer: a name in ``OBSERVERS`` or a function that makes one.
+    Raises UserError for missing or unknown layers, and a model that torch.fx cannot trace, naming the part.
     """
     make_observer = OBSERVERS[check_choice("observer", observer, OBSERVERS)] if isinstance(observer, str) else observer
     student = trace(model)
-    for name, bits in _bits_by_name("weight_bits", weight_bits, weight_layers(student)).items():
+    for name, width in _by_name("weight", bits.weight, weight_layers(student)).items():
         layer = student.get_submodule(name)
-        student.add_submodule(name, _QUANTIZED_KIND[type(layer)](layer, bits))
+        student.add_submodule(name, _QUANTIZED_KIND[type(layer)](layer, width))
     sites = _relu_sites(student)
-    for site, bits in _bits_by_name("activation_bits", activation_bits, list(sites)).items():
-        if bits is not None:
-            _insert_after(student, sites[site], FakeQuantize(bits, make_observer(), site))
+    for site, width in _by_name("activation", bits.activation, list(sites)).items():
+        if width is not None:
+            _insert_after(student, sites[site], FakeQuantize(width, make_observer(), site))
     student.graph.lint()
     student.recompile()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -95,17 +92,13 @@ def _is_inplace(model: fx.GraphModule, relu: fx.Node) -> bool:
     return relu.target in _ALWAYS_INPLACE or bool(relu.kwargs.get("inplace", relu.args[1:] == (True,)))
 
 
-def _bits_by_name(parameter: str, bits: Bits, names: list[str]) -> dict[str, int | None]:
+def _by_name(parameter: str, bits: Width | Mapping[str, Width], names: list[str]) -> dict[str, Width]:
     """One bit width, or None for float, for each of ``names``."""
     if not isinstance(bits, Mapping):
-        return dict.fromkeys(names, _bits_or_float(parameter, bits))
+        return dict.fromkeys(names, bits)
     for name in bits:
-        check_choice(f"layer in {parameter}", name, names)
+        check_choice(f"layer in {parameter} bits", name, names)
     missing = [name for name in names if name not in bits]
     if missing:
-        raise UserError(f"{parameter} gives no bit width for layer {missing[0]!r} ({len(missing)} missing).")
-    return {name: _bits_or_float(f"{parameter}[{name!r}]", bits[name]) for name in names}
-
-
-def _bits_or_float(parameter: str, bits: int | None) -> int | None:
-    return None if bits is None or bits == 32 else check_bits(parameter, bits)
+        raise UserError(f"{parameter} bits give no width for layer {missing[0]!r} ({len(missing)} missing).")
+    return {name: bits[name] for name in names}

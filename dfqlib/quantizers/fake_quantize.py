@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfqlib.bits import check_bits
 from dfqlib.speed.switches import uses
 
 
@@ -50,9 +49,8 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
 
     x: any shape; low, high: one value, or shapes that broadcast with x (one range per channel). The gradient is the
     straight-through identity for every element, also for clipped ones; none flows to low and high.
-    Source: the quantizer of ZeroQ, GDFQ, Qimera, DSG, HAST and SaFT alike. Raises UserError for bits outside 2 to 8.
+    Source: the quantizer of ZeroQ, GDFQ, Qimera, DSG, HAST and SaFT alike.
     """
-    check_bits("bits", bits)
     if uses("fused_rounding"):
         return _StraightThrough.apply(x, low, high, bits)
     return x + (round_to_grid(x, low, high, bits) - x).detach()

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfqlib.bits import check_bits
 from dfqlib.errors import UserError
 from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
 from dfqlib.quantizers.observers import RunningMinMax
@@ -19,7 +18,7 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, bits: int, observer: RunningMinMax, name: str = "") -> None:
         super().__init__()
-        self.bits = check_bits("activation_bits", bits)
+        self.bits = bits
         self.observer = observer
         self.name = name
         self.observing = False

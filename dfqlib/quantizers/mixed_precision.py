@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfqlib.bits import check_bits
+from dfqlib.bits import BitWidths, check_width
 from dfqlib.errors import UserError
 from dfqlib.progress import track
 from dfqlib.quantizers.convert import quantize_model
@@ -35,8 +35,8 @@ def sensitivity(teacher: nn.Module, images: Tensor, bits: Sequence[int] = (2, 4,
     for every assignment. Rows: layers in the order they run; columns: bit widths; values: :func:`mean_kl`.
     Raises UserError for bits outside 2 to 8 or a teacher that cannot be traced.
     """
-    bits = [check_bits("bits", width) for width in bits]
-    network = quantize_model(teacher, weight_bits=None, activation_bits=None)
+    bits = [check_width("bits", width) for width in bits]
+    network = quantize_model(teacher, BitWidths(None, None))
     table = pd.DataFrame(index=pd.Index(weight_layers(network), name="layer"), columns=bits, dtype=float)
     run = _ResumableRun(network, images)
     teacher_logits = network(images)
@@ -95,8 +95,8 @@ def _clone(value: Any) -> Any:
 
 def layer_sizes(teacher: nn.Module, bits: Sequence[int] = (2, 4, 8)) -> pd.DataFrame:
     """Bytes of each layer's weight at each bit width, in the layout of :func:`sensitivity`; biases are not counted."""
-    bits = [check_bits("bits", width) for width in bits]
-    network = quantize_model(teacher, weight_bits=None, activation_bits=None)
+    bits = [check_width("bits", width) for width in bits]
+    network = quantize_model(teacher, BitWidths(None, None))
     weights = {layer: network.get_submodule(layer).weight for layer in weight_layers(network)}
     table = {layer: {width: weight_bytes(weight, width) for width in bits} for layer, weight in weights.items()}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("layer")

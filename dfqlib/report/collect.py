@@ -18,7 +18,8 @@ import pandas as pd
 
 from dfqlib.files import atomic_path, write_text
 from dfqlib.papers import profiles, published
-from dfqlib.papers.profiles import COMMON, Paper, Profile
+from dfqlib.papers.parameters import PLACES
+from dfqlib.papers.profiles import Paper, Profile
 from dfqlib.papers.published import Published
 from dfqlib.report import tables
 from dfqlib.report.page import write_page
@@ -54,7 +55,7 @@ def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -
         metrics = read_metrics(folder)
         run, provenance = metrics["run"], metrics["provenance"]
         current = run["depends"]["code"] == code
-        own = {name: value for name, value in metrics["parameters"].items() if name not in COMMON}
+        own = {name: value for name, value in metrics["parameters"].items() if name not in PLACES}
         kind, colon, details = metrics["schedule"].partition(":")
         context = {
             "paper": paper.key,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from dfqlib.bits import bits_name
 from dfqlib.files import write_text
 from dfqlib.papers.profiles import Paper
 from dfqlib.report import tables
@@ -72,7 +73,7 @@ def table_lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
     lines = []
     for text, (_, group) in zip(cells, tables.groups(rows), strict=True):
         first = group.iloc[0]
-        bits = tables.bits(first["weight_bits"], first["activation_bits"])
+        bits = bits_name(first["weight_bits"], first["activation_bits"])
         about = {"data": first["data"], "model": first["model"], "method": first["method"], "bits": bits}
         lines.append(about | {"cells": text, "runs": list(dict.fromkeys(group["run"]))})
     return lines
@@ -148,7 +149,7 @@ def spread_over_seeds(rows: pd.DataFrame) -> Figure:
 
 def bit_names(rows: pd.DataFrame) -> pd.Series:
     """``W4A4`` and the like for every row."""
-    return pd.Series(list(map(tables.bits, rows["weight_bits"], rows["activation_bits"])), rows.index, dtype=object)
+    return pd.Series(list(map(bits_name, rows["weight_bits"], rows["activation_bits"])), rows.index, dtype=object)
 
 
 def as_svg(figure: Figure) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from dfqlib.bits import bits_name
 from dfqlib.papers import published
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def present(rows: pd.DataFrame) -> pd.DataFrame:
             "data": lines["data"],
             "model": lines["model"],
             "scheme": lines["scheme"].str.upper() if lines["scheme"].nunique() > 1 else "",
-            "bits": [bits(w, a) for w, a in zip(lines["weight_bits"], lines["activation_bits"], strict=True)],
+            "bits": [bits_name(w, a) for w, a in zip(lines["weight_bits"], lines["activation_bits"], strict=True)],
             "variant": lines["variant"],
             "ranges": lines["ranges"],
             "top-1": [number(v, s) for v, s in zip(lines["top1"], lines["top1_std"], strict=True)],
@@ -138,13 +139,6 @@ def unpublished(rows: pd.DataFrame) -> list[str]:
         return []
     names = ", ".join(methods)
     return [f"No published value stands beside these rows: {names} is published for {', '.join(theirs)} only."]
-
-
-def bits(weight_bits: float, activation_bits: float) -> str:
-    """``W4A4``; ``W4.2A8`` where a mean stands for mixed precision; ``FP32`` for the float network."""
-    if weight_bits == activation_bits == 32:
-        return "FP32"
-    return f"W{weight_bits:.3g}A{activation_bits:.3g}"
 
 
 def number(value: float | None, spread: float | None = None) -> str:
@@ -194,7 +188,7 @@ def present_missing(missing: pd.DataFrame) -> pd.DataFrame:
             "method": missing["method"],
             "data": missing["dataset"],
             "model": missing["model"],
-            "bits": [bits(w, a) for w, a in widths],
+            "bits": [bits_name(w, a) for w, a in widths],
             "scheme": missing["scheme"],
             "published": missing["published"].map(number),
             "source": missing["published_source"],

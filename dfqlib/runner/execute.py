@@ -32,10 +32,10 @@ from weakref import WeakSet
 from filelock import FileLock, Timeout
 
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
+from dfqlib.papers.notebook_source import notebook_cells
 from dfqlib.progress import FILE_VARIABLE
 from dfqlib.runner import kernels
 from dfqlib.runner.identity import imports_of
-from dfqlib.runner.notebook_source import notebook_cells
 from dfqlib.runner.plan import PlannedRun
 from dfqlib.runner.run_folder import METRICS, NOTEBOOK, NOTEBOOK_PAGE, complete
 from dfqlib.speed.switches import OFF_VARIABLE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dfqlib import places
 from dfqlib.files import sha256
-from dfqlib.runner.notebook_source import notebook_sources
+from dfqlib.papers.notebook_source import notebook_sources
 
 #: Modules that show results but do not make them: a change in them does not make a finished run another one.
 DISPLAY_MODULES = {"dfqlib.progress", "dfqlib.papers.profiles", "dfqlib.papers.published", "dfqlib.report.tables"}

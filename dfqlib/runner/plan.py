@@ -7,22 +7,22 @@ so that planning takes no time.
 
 from __future__ import annotations
 
-import ast
 import functools
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError, check_choice
 from dfqlib.papers import published
-from dfqlib.papers.profiles import Paper, Profile, check_numbers, load
+from dfqlib.papers.profiles import Paper, Profile, load
 from dfqlib.places import data_folder
 from dfqlib.runner.identity import code_identity, data_identity, digest, teacher_identity
-from dfqlib.runner.notebook_source import notebook_parameters
 from dfqlib.speed.switches import off_from_start
 
+#: Parameters that name a file or folder.
+PATHS = ("data_folder", "weights", "start", "checkpoint")
 #: Parameters that have an option of their own.
 OPTIONS = {
     "profile": "profile",
@@ -97,23 +97,22 @@ def plan(selection: Selection) -> list[PlannedRun]:
             check_choice("datasets", dataset, known)
     for model in selection.models:
         check_choice("models", model, dict.fromkeys(row.model for row in published.rows()))
-    widths = [check_widths(text) for text in selection.bits] or profile.bits
+    widths = [str(BitWidths.parse(text)) for text in selection.bits or profile.bits]
     chosen = [papers[key] for key in selection.papers or papers]
-    defaults = {paper.key: notebook_parameters(paper.notebook) for paper in chosen}
-    settings = check_settings(selection.settings, defaults)
-    check_numbers(settings)
+    settings = check_settings(selection.settings, chosen)
 
     runs: dict[str, PlannedRun] = {}
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
-        code, own = code_identity(paper.notebook), defaults[paper.key]
+        code, own = code_identity(paper.notebook), paper.parameters.kinds()
         for dataset, model in settings_of(paper, profile, selection, own):
-            values = own | scheduled(paper, profile.name, dataset, model, own)
+            values = paper.values(profile.name, dataset, model)
             # A notebook that no published row stands for runs the widths of its own table.
             bits = widths or ([] if profile.datasets else published_widths(paper, dataset, model)) or values.get("bits")
-            values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings
+            values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings[paper.key]
             for seed in selection.seeds:
-                parameters = {name: (values | {"seed": seed})[name] for name in own if name != "out"}
+                parameters = paper.parameters.of(values | {"seed": seed}).values()
+                parameters.pop("out", None)
                 depends = {
                     "code": code,
                     "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
@@ -125,27 +124,17 @@ def plan(selection: Selection) -> list[PlannedRun]:
                 runs[run.identity] = run
     if not runs:
         raise UserError(
-            f"the options leave nothing to run: {', '.join(defaults)} has none of these data sets and models."
+            f"the options leave nothing to run: {', '.join(paper.key for paper in chosen)} has none of these data sets "
+            "and models."
         )
-    check_single("data_folder", settings, {run.parameters.get("dataset") for run in runs.values()})
-    check_single("weights", settings, {run.parameters.get("model") for run in runs.values()})
+    check_single("data_folder", selection.settings, {run.parameters.get("dataset") for run in runs.values()})
+    check_single("weights", selection.settings, {run.parameters.get("model") for run in runs.values()})
     return list(runs.values())
 
 
-def scheduled(paper: Paper, profile: str, dataset: str, model: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The values that the profile gives; all of them must be parameters of the notebook."""
-    values = paper.parameters(profile, dataset, model)
-    for name in values:
-        if name not in defaults:
-            raise UserError(f"profiles: {paper.key}.{profile} sets {name!r}, which {paper.notebook.name} has not.")
-    return values
-
-
-def settings_of(
-    paper: Paper, profile: Profile, selection: Selection, defaults: dict[str, Any]
-) -> list[tuple[str, str]]:
+def settings_of(paper: Paper, profile: Profile, selection: Selection, own: dict[str, Any]) -> list[tuple[str, str]]:
     """(data set, model) of each run of ``paper``: those asked for, else the profile's, else all that are published."""
-    if "dataset" not in defaults:
+    if "dataset" not in own:
         return [("", "")]
     rows = [row for row in published.rows() if row.method in paper.methods]
     implied = [dataset for model in selection.models for dataset in published.datasets_of(model)]
@@ -177,49 +166,20 @@ def published_widths(paper: Paper, dataset: str, model: str) -> list[str]:
     )
 
 
-def check_widths(text: str) -> str:
-    """``text`` in lower case if it names weight and activation bits from 2 to 8, such as ``w4a8``."""
-    if not re.fullmatch(r"w[2-8]a[2-8]", text.lower()):
-        raise UserError(
-            f"bits={text!r} is not supported; allowed: w<weights>a<activations> with 2 to 8 bits, such as w4a8."
-        )
-    return text.lower()
-
-
-def check_settings(texts: dict[str, str], defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The values of ``--set``, each of the type that its parameter has in the notebooks; unknown names are refused."""
-    values = {}
+def check_settings(texts: dict[str, str], papers: list[Paper]) -> dict[str, dict[str, Any]]:
+    """The values of ``--set`` for each paper that has such parameters, by its key; unknown names are refused."""
+    values: dict[str, dict[str, Any]] = {paper.key: {} for paper in papers}
     for name, text in texts.items():
         if name in OPTIONS:
             raise UserError(f"--set {name}={text} has an option of its own: use --{OPTIONS[name]}.")
-        examples = [parameters[name] for parameters in defaults.values() if name in parameters]
-        if not examples:
-            allowed = dict.fromkeys(n for parameters in defaults.values() for n in parameters if n not in OPTIONS)
-            check_choice("--set", name, allowed)
-        values[name] = parse(name, text, examples[0])
+        known = dict.fromkeys(each for paper in papers for each in paper.parameters.kinds() if each not in OPTIONS)
+        check_choice("--set", name, known)
+        if name in PATHS and text:
+            text = str(Path(text).expanduser().resolve())
+        for paper in papers:
+            if name in paper.parameters.kinds():
+                values[paper.key][name] = paper.parameters.parse(name, text)
     return values
-
-
-def parse(name: str, text: str, example: Any) -> Any:
-    """``text`` as a value of the type of ``example``."""
-    if isinstance(example, str):
-        return str(Path(text).expanduser().resolve()) if name in ("data_folder", "weights") and text else text
-    if isinstance(example, bool):
-        return check_choice(f"--set {name}", text.lower(), ["true", "false"]) == "true"
-    try:
-        if isinstance(example, int):
-            return int(text)
-        if isinstance(example, float):
-            return float(text)
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = None
-    if value is None or (example is not None and not isinstance(value, type(example))):
-        raise UserError(
-            f"--set {name}={text} is not of the parameter's type; allowed: {type(example).__name__}, "
-            f"such as {example!r}."
-        )
-    return value
 
 
 def check_single(parameter: str, settings: dict[str, Any], uses: set[str | None]) -> None:

@@ -1,0 +1,160 @@
+"""The parameters of each notebook: types, limits, and the published values as defaults.
+
+A notebook's ``parameters`` cell gives the values of the quick profile; ``profiles.toml`` those of the others, and where
+the published ones differ from one data set or model to another.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, make_dataclass
+from typing import Any
+
+from dfqlib.bits import BitWidths
+from dfqlib.errors import UserError
+from dfqlib.schedules import (
+    FOREVER,
+    AlignmentWeights,
+    Budget,
+    DiverseImageSchedule,
+    GeneratorSchedule,
+    HardImageSchedule,
+    ImageSchedule,
+    Mixture,
+    TuningSchedule,
+)
+from dfqlib.settings import Settings, setting
+
+SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
+USES = ("ranges", "gdfq", "saft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Settings):
+    """What is run, and where: parameters of every notebook."""
+
+    profile: str = "quick"
+    dataset: str = "cifar10"
+    model: str = "resnet20_cifar10"
+    bits: list[BitWidths] = setting(["W4A4"], least=1)
+    seed: int = setting(0, 0, 10**9)
+    device: str = "auto"
+    out: str = ""
+    data_folder: str = ""
+    weights: str = ""
+    per_class: int = setting(0, 0, 10**6)  # test images of each class behind an accuracy; 0 takes all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UserError(f"device={self.device!r} is unknown; allowed: auto, cpu, cuda, cuda:<number>, mps.")
+
+
+#: Parameters that say what is run and where; all others are a method's schedule, which is compared with the published.
+PLACES = tuple(name for name in Common.kinds() if name != "per_class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teachers(Common):
+    """00: the published values are the kit's own recipe, since the papers took teachers that others had trained."""
+
+    start: str = ""
+    shots: int = setting(0, 0, 10)
+    epochs: int = setting(60, 1, 10_000)
+    batch: int = setting(128, 1, 2**20)
+    watch: int = setting(500, 0, 10**6)
+    checkpoint: str = ""
+    compiled: bool = False
+    download: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroQ(Common, ImageSchedule):
+    """01."""
+
+    layer_bits: list[int] = setting([2, 4, 8], 2, 8, least=2)
+    budgets: list[float] = setting([2.5, 3, 3.5, 4, 5], 2, 8, least=1)
+    outliers: list[float] = setting([16], 1, 10_000, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDFQ(Common, GeneratorSchedule):
+    """02."""
+
+    evaluations: int = setting(396, 1, 10**6)
+    ablation_generator_iterations: int = setting(4000, 1, FOREVER)
+    ablation_iterations: int = setting(4000, 2, FOREVER)
+    toy_iterations: int = setting(300, 1, FOREVER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qimera(Common, GeneratorSchedule):
+    """03."""
+
+    published_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])
+    ablation: list[Mixture] = setting(
+        [{"p": p, "k": 2} for p in (0.0, 0.2, 0.4, 0.7, 1.0)] + [{"p": 0.4, "k": k} for k in (10, 25, 50)], least=1
+    )
+    ablation_generator_iterations: int = setting(4000, 1, FOREVER)
+    ablation_iterations: int = setting(4000, 2, FOREVER)
+    pictured: int = setting(300, 1, 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSG(Common, DiverseImageSchedule, GeneratorSchedule):
+    """04."""
+
+    schemes: list[str] = setting(["ptq", "qat"], choices=("ptq", "qat", "control"), least=1)
+    as_released: bool = False
+    epsilon: float = setting(0.9, 0, 1)
+    epsilons: list[float] = setting([0.0, 0.1, 0.3, 0.5, 0.7, 1.0], 0, 1)
+    noise_images: int = setting(1024, 1, 10**7)
+    ablation_images: int = setting(40, 2, 10**6)
+    ablation_iterations: int = setting(500, 1, FOREVER)
+    few_per_class: int = setting(0, 0, 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaFT(Common, HardImageSchedule, TuningSchedule, AlignmentWeights):
+    """05."""
+
+    centres: int = setting(0, 0, FOREVER)
+    cutoff: float = setting(80.0, 1e-3, 1e6)
+    shots: list[int] = setting([10, 5, 1], 1, 10, least=1)
+    few_bits: list[BitWidths] = setting(["W6A6", "W5A5", "W4A4", "W3A3"])
+    hast_bits: list[BitWidths] = setting(["W6A6", "W5A5", "W4A4", "W3A3"])
+    generated_ranges: bool = True
+    ablation_iterations: int = setting(2000, 2, FOREVER)
+    evaluations: int = setting(46, 0, 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Common, Budget):
+    """06."""
+
+    sources: list[str] = setting(list(SOURCES), choices=SOURCES, least=1)
+    uses: list[str] = setting(list(USES), choices=USES, least=1)
+    repeats: int = setting(3, 1, 100)
+
+
+NOTEBOOKS: dict[str, type[Settings]] = {
+    "teachers": Teachers,
+    "zeroq": ZeroQ,
+    "gdfq": GDFQ,
+    "qimera": Qimera,
+    "dsg": DSG,
+    "saft": SaFT,
+    "compare": Compare,
+}
+
+
+def declared(key: str, defaults: dict[str, Any]) -> type[Settings]:
+    """The parameters of the notebook ``key``; of a notebook that is not the kit's, by the ``defaults`` of its cell."""
+    if key in NOTEBOOKS:
+        return NOTEBOOKS[key]
+    kinds, common = Common.kinds(), Common.__dataclass_fields__
+    own = []
+    for name, value in defaults.items():
+        limits = common[name].metadata if name in common else {}
+        own.append((name, kinds.get(name, type(value)), setting(value, **limits)))
+    return make_dataclass(key, own, bases=(Settings,), frozen=True, kw_only=True)

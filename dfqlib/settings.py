@@ -1,0 +1,136 @@
+"""Settings that know their limits: a value's type, default and what is allowed are declared once, in one line.
+
+A dataclass that derives from :class:`Settings` checks all of its values when it is made. Notebooks, ``--set`` and
+profiles read types and limits from there. Nothing here imports torch, so that planning takes no time.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+import operator
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Self
+
+from dfqlib.bits import BitWidths
+from dfqlib.errors import UserError, check_choice
+
+
+def setting(
+    default: Any, low: float | None = None, high: float | None = None, choices: tuple = (), least: int = 0
+) -> Any:
+    """A field of :class:`Settings`: its default, and the range or the choices that are allowed.
+
+    In a list these hold for each of its values, of which there must be ``least``.
+    """
+    metadata = types.MappingProxyType({"low": low, "high": high, "choices": choices, "least": least})
+    if isinstance(default, list | dict):
+        return field(default_factory=functools.partial(type(default), default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of settings. UserError, naming the setting, its value and what is allowed, for a value that is not."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = _check(each.name, getattr(self, each.name), self.kinds()[each.name], each)
+            object.__setattr__(self, each.name, value)
+
+    @classmethod
+    def kinds(cls) -> dict[str, Any]:
+        """The type of each setting."""
+        return _kinds(cls)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | Settings) -> Self:
+        """These settings from ``values`` that may hold others too; defaults for those that are not there."""
+        if isinstance(values, Settings):
+            values = vars(values)
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Any:
+        """The value of the setting ``name`` from ``text``, as typed on a command line."""
+        kind, value = cls.kinds()[name], text
+        if kind is bool:
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        elif kind is not str:
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text.split(",") if typing.get_origin(kind) is list else text
+        if typing.get_origin(kind) is list and not isinstance(value, list):
+            value = list(value) if isinstance(value, tuple) else [value]
+        return _check(name, value, kind, cls.__dataclass_fields__[name])
+
+    def values(self) -> dict[str, Any]:
+        """All settings by name, bit widths as text: what JSON knows."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+
+@functools.cache
+def _kinds(cls: type[Settings]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, Settings):
+        return value.values()
+    return str(value) if isinstance(value, BitWidths) else value
+
+
+def _check(name: str, value: Any, kind: Any, declared: Field) -> Any:
+    """``value`` if it is of its kind and allowed; bit widths are parsed. Otherwise a :class:`UserError`."""
+    rules = declared.metadata
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name}={value!r} is not a list; allowed: a list such as {_example(declared)}.")
+        if len(value) < rules.get("least", 0):
+            raise UserError(f"{name}={value!r} is empty; allowed: a list such as {_example(declared)}.")
+        return [_check(name, each, typing.get_args(kind)[0], declared) for each in value]
+    if kind is BitWidths:
+        return BitWidths.parse(value, name)
+    if isinstance(kind, type) and issubclass(kind, Settings):
+        return value if isinstance(value, kind) else _part(name, value, kind)
+    if kind in (int, float):
+        return _number(name, value, kind, rules.get("low"), rules.get("high"))
+    if not isinstance(value, kind):
+        allowed = {bool: "True or False", str: "text in quotes"}.get(kind, kind.__name__)
+        raise UserError(f"{name}={value!r} is of another type; allowed: {allowed}.")
+    return check_choice(name, value, rules["choices"]) if rules.get("choices") else value
+
+
+def _part(name: str, value: Any, kind: type[Settings]) -> Settings:
+    """Settings within settings, written as a dictionary."""
+    try:
+        return kind(**value)
+    except TypeError:
+        raise UserError(f"{name}={value!r} is not supported; allowed: {kind().values()} or the like.") from None
+    except UserError as error:
+        raise UserError(f"{name}={value!r}: {error}") from None
+
+
+def _number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> int | float:
+    told = "" if low is None else f" from {low:,} to {high:,}"
+    what = "a whole number" if kind is int else "a number"
+    try:
+        number = operator.index(value) if kind is int else float(value) if isinstance(value, int | float) else None
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise UserError(f"{name}={value!r} is not {what}; allowed: {what}{told}.")
+    if not math.isfinite(number) or (low is not None and not low <= number <= high):
+        raise UserError(f"{name}={value!r} is out of range; allowed: {what}{told}.")
+    return number if kind is int else value
+
+
+def _example(declared: Field) -> str:
+    return repr(_plain(declared.default_factory()))
