@@ -33,7 +33,7 @@ class SuperpositionSettings(Mixture):
     embedding: str = setting("random", choices=EMBEDDINGS)
 
 
-# Per model: the published p, k and start of the embeddings for 4 and for 5 bits. Source: the scripts of the official repository.
+# Per model: the published p, k and start of the embeddings for 4 and for 5 bits. Source: the official scripts.
 PUBLISHED = {
     "resnet20_cifar10": (
         (0.4, 2, "random"),
