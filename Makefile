@@ -1,16 +1,24 @@
 # Needs Python 3.11 or later with pip, and make. `make tables` and `make test` do everything from a fresh clone.
-#   make tables ARGS="--datasets cifar100 --seeds 0 1 2"    any option of run_all.py
-#   make test ARGS="-k quantizer"                           any option of pytest
-#   make tables PYTHON=python3.12                           another Python
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+TORCH ?=
 UV_VERSION := 0.13.8
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: tables test lab lint format requirements badges
+.DEFAULT_GOAL := help
+.PHONY: help tables test lab lint format requirements badges
+
+help:
+	@echo "make tables    run every notebook and print the tables        ARGS='--datasets cifar100 --seeds 0-2': see make tables ARGS=--help"
+	@echo "make test      run the tests                                  ARGS='-k quantizer': any option of pytest"
+	@echo "make lab       open the notebooks in JupyterLab"
+	@echo "make lint      check style and type hints; make format mends style"
+	@echo "make badges REPOSITORY=owner/name    point README's badges at a copy on GitHub"
+	@echo "make requirements    renew the pinned versions after a change of dependencies"
+	@echo "The first call installs everything into $(VENV). PYTHON=python3.12 takes another Python, TORCH=cpu a torch without CUDA."
 
 tables: $(INSTALLED)
 	$(BIN)/python run_all.py $(ARGS)
@@ -24,6 +32,7 @@ lab: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(INSTALLED)
 	$(BIN)/python -m ruff check --fix .
@@ -34,7 +43,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python {v} is too old: make PYTHON=python3.11 (or later) $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt || $(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode $(if $(TORCH),--torch-backend $(TORCH)) --python $(BIN)/python -r requirements.txt || $(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
