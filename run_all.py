@@ -9,28 +9,30 @@
 A finished run is found again by what it depends on, so a second call runs only what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
+import functools
 import gc
+import importlib
+import io
+import re
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dfqlib import places
 from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.papers import profiles, published
 from dfqlib.runner import plan, preflight, run_folder
 
-if TYPE_CHECKING:
-    from dfqlib.runner.batch import Executor
-
 HERE = Path(__file__).resolve().parent
+MAX_SEED = 2**32 - 1  # of NumPy
+MAX_SEEDS = 1000  # of one range
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,10 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--datasets", nargs="+", default=[], metavar="NAME", help="cifar10, cifar100, imagenet, or a name of your own "
         "with --set data_folder=FOLDER")  # fmt: skip
     add("--models", nargs="+", default=[], metavar="NAME", help="teachers, such as resnet20_cifar10 or resnet18")
-    add(
-        "--bits", nargs="+", default=[], metavar="WxAy", help="bit widths of weights and activations, such as w4a4 w3a3"
-    )
-    add("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (default: 0)")
+    add("--bits", nargs="+", default=[], metavar="WxAy", help="bit widths of weights and activations, such as w4a4")
+    add("--seeds", nargs="+", default=["0"], metavar="N", help="a run for each, such as 0 1 2 or 0-2 (default: 0)")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="any parameter of the notebooks")
     add("--results", default=str(HERE / "results"), metavar="FOLDER", help="where results go (default: results/)")
     add("--jobs", type=int, metavar="N", help="runs at once, each with its share of the cores; 1 gives a single run "
@@ -72,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 if a notebook failed; 2 for input that a user can correct; 130 after an interrupt."""
     signal.signal(signal.SIGTERM, stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sign that the terminal lacks costs no run
     try:
         return call(parser().parse_args(arguments))
     except UserError as error:
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def stop(*_: object) -> None:
-    """What a termination does: the same as Ctrl-C, also in the background, where shells let Ctrl-C be ignored."""
+    """SIGTERM does the same as Ctrl-C, also in the background, where shells have Ctrl-C ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.raise_signal(signal.SIGINT)
@@ -99,50 +101,61 @@ def call(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             check_range(name, getattr(options, name), 1, 1000)
     check_range("checkpoint-every", options.checkpoint_every, 0, 10**6)
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    # Brackets in a path are no markup, and lines on a pipe are not wrapped at 80 characters.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     chosen = selection(options)
     runs = plan.plan(chosen)
     if options.list:
         list_rows(console, chosen)
         return 0
-    results = Path(options.results).expanduser().resolve()
-    if options.dry_run:
-        return dry_run(console, runs, results, options.force)
-    return run(console, runs, results, options)
+    results = places.expand(options.results).resolve()
+    return (dry_run if options.dry_run else run)(console, runs, results, options)
 
 
 def selection(options: argparse.Namespace) -> plan.Selection:
-    """The options as a selection, their texts taken apart."""
+    """The options as a selection."""
     settings = {}
     for text in options.set:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"--set {text} is not NAME=VALUE, such as --set iterations=200.")
         settings[name] = value
-    for seed in options.seeds:
-        if not seed.isdecimal():
-            raise UserError(f"seeds={seed!r} is not a seed; allowed: whole numbers from 0.")
-    seeds = [int(seed) for seed in options.seeds]
     o = options
-    return plan.Selection(o.profile, o.papers, o.datasets, o.models, o.bits, seeds, settings)
+    return plan.Selection(o.profile, o.papers, o.datasets, o.models, o.bits, seeds(o.seeds), settings)
+
+
+def seeds(texts: list[str]) -> list[int]:
+    """The seeds of texts such as ``3``, ``0,1,2`` and ``0-2``."""
+    chosen: list[int] = []
+    for text in filter(None, ",".join(texts).split(",")):
+        found = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last <= MAX_SEED or last - first >= MAX_SEEDS:
+            raise UserError(
+                f"seeds={text!r} is not a seed; allowed: whole numbers from 0 to {MAX_SEED}, and ranges such as 0-2 of "
+                f"at most {MAX_SEEDS} seeds."
+            )
+        chosen += range(first, last + 1)
+    return chosen
 
 
 def list_rows(console: Console, chosen: plan.Selection) -> None:
-    """Every published row (of the papers, data sets, models and bits asked for), and whether it can run here."""
+    """Every published row (of the requested papers, data sets, models and bits), and whether it can run here."""
     from dfqlib.report.collect import paper_of
 
+    bits = [text.lower() for text in chosen.bits]
     table = Table("paper", "data set", "model", "bits", "scheme", "top-1", "runs here", "needs", box=None)
     for row in published.rows():
         paper = paper_of(row)
-        asked = [(chosen.papers, paper and paper.key), (chosen.datasets, row.dataset), (chosen.models, row.model)]
-        if any(wanted and value not in wanted for wanted, value in [*asked, (chosen.bits, row.bits)]):
+        requested = chosen.papers, chosen.datasets, chosen.models, bits
+        values = paper and paper.key, row.dataset, row.model, row.bits
+        if any(wanted and value not in wanted for wanted, value in zip(requested, values, strict=True)):
             continue
         lacking = preflight.missing(row.dataset, row.model) if paper else "no notebook for this paper yet"
-        needs = lacking.removeprefix("needs ") or (
-            "a download of its teacher" if preflight.downloads(row.model) else ""
-        )
+        download = "a download of its teacher" if preflight.downloads(row.model) else ""
         top1 = "" if row.top1 is None else f"{row.top1:.2f}"
-        here = "[red]no[/]" if lacking else "[green]yes[/]"
+        here = Text("no", "red") if lacking else Text("yes", "green")
+        needs = lacking.removeprefix("needs ") or download
         table.add_row(row.method, row.dataset, row.model, row.bits, row.scheme, top1, here, needs)
     console.print(table)
     console.print(
@@ -150,15 +163,34 @@ def list_rows(console: Console, chosen: plan.Selection) -> None:
     )
 
 
-def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, force: bool) -> int:
-    """Show what would run."""
-    for run in runs:
-        there = run_folder.complete(run.folder(results)) and not force
-        model = run.parameters.get("model", "") if run.paper.methods else ""
-        lacking = preflight.missing(run.parameters.get("dataset", ""), model, run.parameters)
-        state = "found" if there else "cannot run: " + lacking if lacking else "to run"
-        values = " ".join(f"{name}={value}" for name, value in run.parameters.items())
-        console.print(f"{run.name}: {state}\n    {run.folder(results)}\n    {values}", markup=False, soft_wrap=True)
+def examine(
+    runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace
+) -> list[tuple[plan.PlannedRun, bool, str]]:
+    """Each run, whether it is already there, and why it cannot start, if so.
+
+    Raises UserError if that is a run the options name, or if no run can start.
+    """
+    examined = []
+    for planned in runs:
+        there = not options.force and run_folder.complete(planned.folder(results))
+        why = "" if there else preflight.obstacle(planned, download=not options.dry_run)
+        if why and (options.datasets or options.models or options.set):
+            raise UserError(f"{planned.name}: {why}")
+        examined.append((planned, there, why))
+    if all(why for _, _, why in examined):
+        raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
+    return examined
+
+
+def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace) -> int:
+    """Show what a call without --dry-run would run, and refuse what it would refuse."""
+    from dfqlib.runner import batch
+
+    batch.check_folder(next(folder for folder in (results, *results.parents) if folder.exists()))
+    for planned, there, why in examine(runs, results, options):
+        state = "found" if there else f"cannot run: {why}" if why else "to run"
+        values = " ".join(f"{name}={value}" for name, value in planned.parameters.items())
+        console.print(f"{planned.name}: {state}\n    {planned.folder(results)}\n    {values}", soft_wrap=True)
     return 0
 
 
@@ -167,24 +199,18 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
     from dfqlib.runner import batch, execute
     from dfqlib.runner.screen import Screen
 
-    batch.check_folder(results)
-    failures: dict[tuple[str, str, str], str] = {}
-    able, missing = [], []
-    for planned in runs:
-        known = not options.force and run_folder.complete(planned.folder(results))
-        why = "" if known else preflight.obstacle(planned)
-        if why and (options.datasets or options.models or options.set):
-            raise UserError(why)
+    if warning := batch.check_folder(results):
+        console.print(warning, soft_wrap=True)
+    examined = examine(runs, results, options)
+    failures = {}
+    for planned, _, why in examined:
         if why:
-            note(failures, planned, why)
-            console.print(f"{planned.name}: not run; {why}", markup=False, soft_wrap=True)
-        else:
-            able.append(planned)
-            missing += [] if known else [planned]
-    if not able:
-        raise UserError("none of the runs can start here; python run_all.py --list shows what each of them needs.")
+            failures |= rows_of(planned, why)
+            console.print(f"{planned.name}: not run; {why}", soft_wrap=True)
+    able = [planned for planned, _, why in examined if not why]
+    missing = [planned for planned, there, why in examined if not there and not why]
     for sentence in run_folder.broken_files(results):
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(sentence, soft_wrap=True)
     with contextlib.ExitStack() as stack:
         executor: batch.Executor = execute.LocalExecutor(options.jobs or 2, options.checkpoint_every)
         if options.executor == "dask" and missing:
@@ -195,62 +221,55 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             if executor.empty:
                 console.print(f"No worker has come to {executor.address} yet: the runs wait for one.", soft_wrap=True)
         seconds = run_folder.expected_seconds(able, results)
-        for sentence in [*origins(able), forecast(missing, len(able) - len(missing), seconds, executor)]:
-            console.print(sentence, markup=False, soft_wrap=True)
+        for sentence in (*origins(able), forecast(missing, len(able), seconds, executor.places)):
+            console.print(sentence, soft_wrap=True)
         screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
         work = batch.Batch(results, screen, executor, options.force, options.keep_going)
-        outcomes = work.execute(able, lambda planned: seconds[planned.identity] or 0, import_report)
+        # While the last runs compute, what the report needs is imported, which takes seconds.
+        imports = functools.partial(importlib.import_module, "seaborn")
+        outcomes = work.execute(able, lambda planned: seconds[planned.identity] or 0, imports)
     for outcome in outcomes:
         if outcome.state not in ("done", "found"):
-            note(failures, outcome.run, f"{outcome.state}: {outcome.message}")
+            failures |= rows_of(outcome.run, f"{outcome.state}: {outcome.message}")
 
     try:
         show(console, runs, results, failures)
     except OSError as error:
         print(
-            f"run_all.py: the tables could not be written ({error}); what is there is the last whole version, "
-            "the runs are kept, and the next call writes them.",
+            f"run_all.py: the tables could not be written ({error}); the last complete tables and all runs are kept, "
+            "and the next call writes the tables again.",
             file=sys.stderr,
         )
         return 1
     return 130 if work.stopping else 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
 
 
-def import_report() -> None:
-    """Import what the tables and the page of figures need, which takes seconds."""
-    import seaborn  # noqa: F401
-
-
 def origins(runs: list[plan.PlannedRun]) -> list[str]:
     """Where the test images come from, a sentence for each data set."""
-    sentences = []
-    for run in runs:
-        dataset = run.parameters.get("dataset", "")
-        folder = places.data_folder(dataset, run.parameters)
-        embedded = (
-            f"the 2,000 test images in the package; for the full set put it into $DFQ_DATA/{dataset}, or name its "
-            "folder with --set data_folder=FOLDER"
-        )
-        if dataset:
-            sentences.append(f"{dataset}: {f'the images in {folder}' if folder else embedded}.")
-    return list(dict.fromkeys(sentences))
+    folders = {run.parameters["dataset"]: run.parameters for run in runs if run.parameters.get("dataset")}
+    return [
+        f"{dataset}: the images in {folder}."
+        if (folder := places.data_folder(dataset, parameters))
+        else f"{dataset}: the 2,000 test images in the package; for the full set put it into $DFQ_DATA/{dataset}, or "
+        "name its folder with --set data_folder=FOLDER."
+        for dataset, parameters in folders.items()
+    ]
 
 
-def forecast(missing: list[plan.PlannedRun], there: int, seconds: dict[str, float | None], executor: Executor) -> str:
-    """How much is to do, and how long that will take."""
-    text = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {there} already there"
+def forecast(missing: list[plan.PlannedRun], able: int, seconds: dict[str, float | None], at_once: int) -> str:
+    """How many of the ``able`` runs are missing, and how long they will take ``at_once``."""
+    text = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {able - len(missing)} already there"
     known = [seconds[run.identity] for run in missing if seconds[run.identity] is not None]
     if not known:
-        return text + "."
-    minutes = run_folder.makespan(known, executor.places) / 60
+        return f"{text}."
+    minutes = run_folder.makespan(known, at_once) / 60
     unknown = f"; {len(missing) - len(known)} more were never timed" if len(known) < len(missing) else ""
-    return f"{text}: about {max(1, round(minutes))} min, {executor.places} at once{unknown}."
+    return f"{text}: about {max(1, round(minutes))} min, {at_once} at once{unknown}."
 
 
-def note(failures: dict[tuple[str, str, str], str], run: plan.PlannedRun, why: str) -> None:
-    """Keep why a run gave nothing, for the published rows that it would have covered."""
-    for method in run.paper.methods:
-        failures[method, run.parameters.get("dataset", ""), run.parameters.get("model", "")] = why
+def rows_of(run: plan.PlannedRun, why: str) -> dict[tuple[str, str, str], str]:
+    """The published rows that a run would have covered, as (method, data set, model), each with ``why`` it has not."""
+    return {(m, run.parameters.get("dataset", ""), run.parameters.get("model", "")): why for m in run.paper.methods}
 
 
 def show(

@@ -11,12 +11,11 @@ import threading
 import pytest
 from rich.console import Console
 from rich.text import Text
-from stub_kit import write_kit
 
 from dfqlib import progress
 from dfqlib.errors import UserError
 from dfqlib.papers import profiles, published
-from dfqlib.runner import execute, identity, plan, preflight, run_folder
+from dfqlib.runner import execute, plan, preflight, run_folder
 from dfqlib.runner.execute import Turn
 from dfqlib.runner.plan import Selection
 from dfqlib.runner.screen import Line, Screen
@@ -94,49 +93,6 @@ def test_own_data_set_needs_a_folder_and_a_model(kit, tmp_path):
         plan.plan(Selection(papers=["gdfq"], datasets=["flowers"], settings=settings))
     (run,) = plan.plan(Selection(papers=["gdfq"], datasets=["flowers"], models=["resnet18"], settings=settings))
     assert run.parameters["dataset"] == "flowers"
-
-
-def test_identity_follows_what_a_run_depends_on(kit, tmp_path, monkeypatch):
-    def identity(**selection) -> str:
-        return plan.plan(Selection(papers=["gdfq"], **selection))[0].identity
-
-    first = identity()
-    assert identity() == first
-    write_kit(kit, gdfq="1 + 1  # a comment is no change")
-    assert identity() == first
-    others = {identity(seeds=[1]), identity(bits=["w5a5"]), identity(settings={"lr": "0.2"})}
-    weights = tmp_path / "own.safetensors"
-    for content in (b"one", b"two"):
-        weights.write_bytes(content)
-        others.add(identity(settings={"weights": str(weights)}))
-    for count in (1, 2):
-        (tmp_path / "data" / "cifar10").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "cifar10" / f"{count}.png").touch()
-        monkeypatch.setenv("DFQ_DATA", str(tmp_path / "data"))
-        others.add(identity())
-    monkeypatch.delenv("DFQ_DATA")
-    write_kit(kit, gdfq="1 + 2")
-    others.add(identity())
-    assert len(others - {first}) == 8
-
-
-def test_code_identity_follows_imports(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "PACKAGE", tmp_path)
-    (tmp_path / "a.py").write_text('"""Text."""\nfrom dfqlib import b\nfrom dfqlib.c import thing\n')
-    for name in ("b", "c", "d"):
-        (tmp_path / f"{name}.py").write_text("x = 1\n")
-    notebook = tmp_path / "n.ipynb"
-    cell = {"cell_type": "code", "metadata": {}, "source": ["from dfqlib.a import anything\n", "1"]}
-    notebook.write_text(json.dumps({"cells": [cell, {"cell_type": "markdown", "metadata": {}, "source": "why"}]}))
-
-    first = identity.code_identity(notebook)
-    (tmp_path / "a.py").write_text('"""Other text."""\nfrom dfqlib import b\n\nfrom dfqlib.c import thing  # said\n')
-    (tmp_path / "d.py").write_text("x = 2\n")  # imported by nobody
-    assert identity.code_identity(notebook) == first
-    for name in ("b", "c"):
-        (tmp_path / f"{name}.py").write_text("x = 2\n")
-        assert identity.code_identity(notebook) != first
-        (tmp_path / f"{name}.py").write_text("x = 1\n")
 
 
 def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):

@@ -205,7 +205,15 @@ def test_a_worker_needs_no_copy_of_the_notebook_but_the_same_kit(kit, tmp_path, 
     assert (there.id, there.parameters) == (run.id, run.parameters)
     monkeypatch.setattr(cluster, "get_worker", lambda: SimpleNamespace(address="tcp://node7:4000"))
     with pytest.raises(UserError, match="node7:4000 has another version of the kit"):
-        cluster.at_home(run, text.replace("iterations = 10", "iterations = 11"), folder)
+        cluster.at_home(run, text.replace("1 + 1", "1 + 2"), folder)
+
+
+def test_only_parameters_that_name_places_travel(kit, tmp_path, monkeypatch):
+    (run,) = plan.plan(plan.Selection(papers=["zeroq"]))
+    monkeypatch.chdir(tmp_path)
+    for text in filter(None, (value for value in run.parameters.values() if isinstance(value, str))):
+        Path(text).touch()
+    assert cluster.inputs_of(run) == {}
 
 
 def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):

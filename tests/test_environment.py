@@ -13,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from setuptools import find_namespace_packages
 
 from dfqlib.runner.kernels import cores
 
@@ -99,8 +100,13 @@ def test_no_file_names_a_host_to_install_from():
 
 def test_the_package_carries_its_data_files():
     configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    carried = {path for pattern in configuration["package-data"]["dfqlib"] for path in (ROOT / "dfqlib").glob(pattern)}
+    patterns = [
+        f"{package.replace('.', '/')}/{pattern}"
+        for package, patterns in configuration["package-data"].items()
+        for pattern in patterns
+    ]
+    carried = {path for pattern in patterns for path in ROOT.glob(pattern)}
     present = {p for p in (ROOT / "dfqlib").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert present - carried == set()
-    folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "dfqlib").rglob("__init__.py")}
-    assert folders == set(configuration["packages"])
+    found = find_namespace_packages(str(ROOT), **configuration["packages"]["find"])
+    assert {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in ROOT.glob("dfqlib/**/*.py")} <= set(found)

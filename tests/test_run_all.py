@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,7 @@ def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
         assert files == {"notebook.ipynb", "notebook.html", "metrics.json", "curve.png"}
     metrics = json.loads((results / "quick" / first[0] / "metrics.json").read_text())
     assert metrics["run"]["id"] == first[0].partition("/")[2]
-    assert set(metrics["run"]["depends"]) == {"code", "teacher", "data"}
+    assert set(metrics["run"]["depends"]) == {"code", "teacher", "data", "torch"}
 
     written = (results / "quick" / first[0] / "notebook.ipynb").stat().st_mtime_ns
     assert call(results) == 0
@@ -356,8 +357,11 @@ def test_two_at_once_lose_nothing(kit, tmp_path):
         (["--bits", "4"], "bits='4' is not supported"),
         (["--jobs", "0"], "jobs=0 is out of range"),
         (["--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
-        (["--seeds", "-1"], "seeds='-1' is not a seed; allowed: whole numbers from 0"),
-        (["--seeds", "one"], "seeds='one' is not a seed"),
+        (["--seeds", "-1"], "seeds='-1' is not a seed; allowed: whole numbers from 0 to 4294967295"),
+        (["--seeds", "0", "one"], "seeds='one' is not a seed"),
+        (["--seeds", "9" * 24], "seeds='999999999999999999999999' is not a seed"),
+        (["--seeds", "2-0"], "seeds='2-0' is not a seed"),
+        (["--seeds", "0-9999999"], "ranges such as 0-2 of at most 1000 seeds"),
         (["--set", "iteration=3"], "--set='iteration' is unknown (did you mean 'iterations'?)"),
         (
             ["--set", "iterations=many"],
@@ -378,10 +382,36 @@ def test_two_at_once_lose_nothing(kit, tmp_path):
     ],
 )
 def test_wrong_input_is_one_sentence_before_any_work(kit, tmp_path, capsys, arguments, sentence):
-    assert call(tmp_path / "results", *arguments) == 2
-    printed = capsys.readouterr()
-    assert sentence in printed.err and printed.err.count("\n") == 1
-    assert not list((tmp_path / "results").glob("*"))
+    for mode in ([], ["--dry-run"]):
+        assert call(tmp_path / "results", *arguments, *mode) == 2
+        printed = capsys.readouterr()
+        assert sentence in printed.err and printed.err.count("\n") == 1
+        assert not list((tmp_path / "results").glob("*"))
+
+
+@pytest.mark.parametrize("seeds", [["0", "1", "2"], ["0,1,2"], ["0-2"], ["0,", "1-2"]])
+def test_seeds_are_numbers_lists_and_ranges(kit, tmp_path, capsys, seeds):
+    assert call(tmp_path / "results", "--dry-run", "--papers", "gdfq", "--seeds", *seeds) == 0
+    assert re.findall(r"seed (\d): to run", capsys.readouterr().out) == ["0", "1", "2"]
+
+
+def test_bits_are_read_in_any_case(kit, tmp_path, capsys):
+    for arguments in (["--list"], ["--dry-run"]):
+        printed = []
+        for bits in ("w4a4", "W4A4"):
+            assert call(tmp_path / "results", *arguments, "--papers", "gdfq", "--bits", bits) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1] and "w4a4" in printed[0] and "w3a3" not in printed[0]
+
+
+@pytest.mark.parametrize("folder", ["a [x]", "a[/b]/r", "ä – ✓"])
+def test_paths_and_terminals_of_any_kind(kit, tmp_path, folder, monkeypatch):
+    """Brackets are no markup, and a sign that the stream cannot write is no reason to fail."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start(tmp_path / folder, "--papers", "zeroq")
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"All tables: {tmp_path / folder / 'README.md'}".encode("ascii", "replace").decode() in printed
 
 
 def test_data_folder_and_weights_are_checked_before_any_work(kit, tmp_path, capsys):
@@ -396,17 +426,19 @@ def test_data_folder_and_weights_are_checked_before_any_work(kit, tmp_path, caps
         (f"weights={weights}", "truncated"),
         (f"weights={tmp_path / 'none.safetensors'}", "is not a file"),
     ]:
-        assert call(tmp_path / "results", "--papers", "gdfq", "--set", setting) == 2
-        printed = capsys.readouterr()
-        assert sentence in printed.err and printed.err.count("\n") == 1
+        for mode in ([], ["--dry-run"]):
+            assert call(tmp_path / "results", "--papers", "gdfq", "--set", setting, *mode) == 2
+            printed = capsys.readouterr()
+            assert sentence in printed.err and printed.err.count("\n") == 1
     assert not list((tmp_path / "results").glob("*"))
 
 
 def test_results_folder_that_cannot_be_written(kit, tmp_path, capsys):
     (tmp_path / "results").write_text("a file")
-    assert call(tmp_path / "results") == 2
-    printed = capsys.readouterr()
-    assert "cannot be written" in printed.err and printed.err.count("\n") == 1
+    for arguments in ([], ["--dry-run"]):
+        assert call(tmp_path / "results", *arguments) == 2
+        printed = capsys.readouterr()
+        assert "cannot be written" in printed.err and printed.err.count("\n") == 1
 
 
 def test_notebooks_table_that_cannot_be_read(kit, tmp_path, capsys, monkeypatch):

@@ -106,7 +106,7 @@ def load_teacher(
     """
     entry = MODELS[check_choice("model", name, MODELS)]
     network = build(name)
-    path = Path(weights).expanduser() if weights else places.weights_file(name)
+    path = places.weights_file(name, weights or "")
     if path is not None:
         state = read_weights(path)
         _load_state(network, state, f"weights={str(path)!r}", name)

@@ -1,7 +1,5 @@
 """The code cells of a notebook file and its parameters."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path
@@ -11,14 +9,14 @@ from dfqlib.errors import UserError
 
 
 def notebook_parameters(notebook: Path) -> dict[str, Any]:
-    """Names and defaults of a notebook's ``parameters`` cell."""
-    for cell in notebook_cells(notebook):
-        if "parameters" in cell["metadata"].get("tags", []):
-            tree = ast.parse("".join(cell["source"]))
-            assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
-            targets = [node.targets[0] if isinstance(node, ast.Assign) else node.target for node in assigned]
-            return {t.id: ast.literal_eval(n.value) for t, n in zip(targets, assigned, strict=True)}
-    raise UserError(f"notebook {notebook.name} has no cell tagged 'parameters'.")
+    """Names and defaults of a notebook's cell tagged ``parameters``."""
+    cell = next(filter(_holds_parameters, notebook_cells(notebook)), None)
+    if cell is None:
+        raise UserError(f"notebook {notebook.name} has no cell tagged 'parameters'.")
+    body = ast.parse("".join(cell["source"])).body
+    assigned = [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
+    targets = [node.targets[0] if isinstance(node, ast.Assign) else node.target for node in assigned]
+    return {t.id: ast.literal_eval(node.value) for t, node in zip(targets, assigned, strict=True)}
 
 
 def notebook_cells(notebook: Path) -> list[dict[str, Any]]:
@@ -31,5 +29,9 @@ def notebook_cells(notebook: Path) -> list[dict[str, Any]]:
 
 
 def notebook_sources(notebook: Path) -> list[str]:
-    """The text of each code cell."""
-    return ["".join(cell["source"]) for cell in notebook_cells(notebook)]
+    """The text of each code cell but the one with the parameters."""
+    return ["".join(cell["source"]) for cell in notebook_cells(notebook) if not _holds_parameters(cell)]
+
+
+def _holds_parameters(cell: dict[str, Any]) -> bool:
+    return "parameters" in cell["metadata"].get("tags", [])

@@ -37,7 +37,7 @@ from dfqlib.files import write_text
 from dfqlib.places import data_folder, weights_file
 from dfqlib.runner import kernels
 from dfqlib.runner.execute import LocalExecutor, Outcome, Turn, put_in_place
-from dfqlib.runner.identity import code_identity
+from dfqlib.runner.identity import code_identity, torch_version
 from dfqlib.runner.plan import PlannedRun
 
 ANSWER = 10  # seconds in which a scheduler has to answer the first time
@@ -154,7 +154,7 @@ class Cluster:
         with self._lock:
             if self._shared is None:
                 self._shared = _shared(self._client, results)
-        data_root = os.environ.get("DFQ_DATA", "")
+        data_root = os.fspath(places.data_root() or "")
         notebook = run.paper.notebook.read_text(encoding="utf-8")
         batch = self._topic, number, self._hosts(), data_root, self._checkpoint_every
         order = WorkerTask(run, notebook, results, self._shared, force, *batch)
@@ -287,16 +287,18 @@ def at_home(run: PlannedRun, notebook: str, folder: Path) -> PlannedRun:
         path = folder / path.name
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, notebook)
-    if code_identity(path) != run.depends["code"]:
-        raise UserError(f"worker {get_worker().address} has another version of the kit; install the same one there.")
+    for what, here in (("code", code_identity(path)), ("torch", torch_version())):
+        if here != run.depends[what]:
+            kit = "the kit" if what == "code" else what
+            raise UserError(f"worker {get_worker().address} has another version of {kit}; install the same one there.")
     return dataclasses.replace(run, paper=dataclasses.replace(run.paper, notebook=path))
 
 
 def inputs_of(run: PlannedRun) -> dict[str, Path]:
-    """Parameters of a run that name files or folders which do not come with the package; UserError for too much."""
+    """The files and folders that a run reads and the package does not hold, by parameter; UserError for too much."""
     parameters = run.parameters
-    inputs = {name: Path(value) for name, value in parameters.items() if isinstance(value, str) and value}
-    inputs = {name: path for name, path in inputs.items() if path.is_file()}
+    named = {name: places.expand(parameters[name]) for name in places.PATH_PARAMETERS if parameters.get(name)}
+    inputs = {name: path for name, path in named.items() if path.is_file()}
     weights = weights_file(parameters.get("model", ""), parameters.get("weights", ""))
     if weights and weights.parent != places.ASSETS and run.paper.methods:
         inputs["weights"] = weights

@@ -1,19 +1,27 @@
-"""What a run depends on: its code, its teacher's weights and its data, as hashes."""
-
-from __future__ import annotations
+"""What a run depends on, as hashes: its code, its teacher's weights, its data, and torch's version."""
 
 import ast
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 from dfqlib import places
-from dfqlib.files import sha256
+from dfqlib.files import sha256, write_json
 from dfqlib.papers.notebook_source import notebook_sources
 
-#: Modules that show results but do not make them: a change in them does not make a finished run another one.
-DISPLAY_MODULES = {"dfqlib.progress", "dfqlib.papers.profiles", "dfqlib.papers.published", "dfqlib.report.tables"}
+#: Modules and packages that show results and compute none: a change in them does not make a finished run an older one.
+DISPLAY_MODULES = ("dfqlib.progress", "dfqlib.papers", "dfqlib.report")
+#: Calls that only show their texts.
+MESSAGES = ("print", "warn", "warnings.warn")
+MAGIC = re.compile(r"^(\s*)([%!].*)$", re.MULTILINE)
 
 
 def digest(*parts: str) -> str:
@@ -22,17 +30,26 @@ def digest(*parts: str) -> str:
 
 
 def code_identity(notebook: Path) -> str:
-    """Hash of the notebook's code cells and of every module of the kit that they import, directly or not."""
-    cells = [normalise(cell) for cell in notebook_sources(notebook)]
-    modules = {name: normalise(source) for name, source in modules_of(cells, without=DISPLAY_MODULES).items()}
-    return digest(*cells, *(f"{name} {source}" for name, source in sorted(modules.items())))
+    """Hash of the notebook's code cells and of every module of the kit that they import, directly or not.
+
+    The cell of parameters is not part of it, since a run's parameters are hashed by their values; nor are
+    :data:`DISPLAY_MODULES` and what :func:`normalise` leaves out.
+    """
+    cells = notebook_sources(notebook)
+    modules = sorted(modules_of(cells, without=DISPLAY_MODULES).items())
+    return digest(*map(normalise, cells), *(f"{name} {normalise(source)}" for name, source in modules))
+
+
+def torch_version() -> str:
+    """The version of torch without its build, such as 2.6.0: the last digits of sums may change with it."""
+    return importlib.metadata.version("torch").partition("+")[0]
 
 
 def imports_of(notebook: Path) -> set[str]:
-    """Every module that a notebook needs, and names that only look like one: all that it and the kit's part of it
-    import, directly or not."""
+    """The modules that a notebook and the kit's part of it import, and names that only look like modules."""
     cells = notebook_sources(notebook)
-    return {name for source in [*cells, *modules_of(cells).values()] for name in imported(source)}
+    names = [imported(source, package_of(name)) for name, source in modules_of(cells).items()]
+    return set().union(*map(imported, cells), *names)
 
 
 def modules_of(sources: Iterable[str], without: Iterable[str] = ()) -> dict[str, str]:
@@ -41,62 +58,107 @@ def modules_of(sources: Iterable[str], without: Iterable[str] = ()) -> dict[str,
     modules: dict[str, str] = {}
     while todo:
         name = todo.pop()
-        if name.startswith("dfqlib.") and name not in modules and name not in without and module_file(name).is_file():
-            modules[name] = module_file(name).read_text(encoding="utf-8")
-            todo += imported(modules[name])
+        left_out = any(f"{name}.".startswith(f"{other}.") for other in without)
+        if name not in modules and not left_out and (file := module_file(name)):
+            modules[name] = file.read_text(encoding="utf-8")
+            todo += imported(modules[name], package_of(name))
     return modules
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module or package of the kit; None where there is none of this name."""
+    kit, *parts = name.split(".")
+    path = places.PACKAGE.joinpath(*parts)
+    files = path / "__init__.py", path.with_suffix(".py")
+    return next((file for file in files if kit == "dfqlib" and file.is_file()), None)
+
+
+def package_of(module: str) -> str:
+    """The package to which the relative imports in a module of the kit refer."""
+    return module if module_file(module).name == "__init__.py" else module.rpartition(".")[0]
+
+
+@functools.cache
+def imported(source: str, package: str = "") -> frozenset[str]:
+    """What a source in ``package`` imports, also inside functions, with the packages that this runs first.
+
+    ``from a import b`` gives ``a`` and ``a.b``, which is a module or not.
+    """
+    tree, names = parse(source), []
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return frozenset(part for name in names for part in accumulate(name.split("."), "{}.{}".format))
 
 
 @functools.cache
 def normalise(source: str) -> str:
-    """Python source without comments, docstrings and layout; as it is where it is not plain Python."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
+    """Python source without what only people read; as it is where it is not Python.
+
+    Left out are comments, layout, docstrings, ``__version__``, every string in a ``raise`` statement, and strings and
+    f-strings given to ``print`` or ``warnings.warn``. All other strings stay: they may be keys or choices.
+    """
+    tree = parse(source)
+    if tree is None:
         return source
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body[0] = ast.Pass()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node) is not None:
+                del node.body[0]
+            node.body = [line for line in node.body if not _is_version(line)] or [ast.Pass()]
+        elif isinstance(node, ast.Raise):
+            _blank(ast.walk(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in MESSAGES:
+            _blank(part for argument in node.args for part in (argument, *getattr(argument, "values", ())))
     return ast.unparse(tree)
 
 
-@functools.cache
-def imported(source: str) -> tuple[str, ...]:
-    """What some source imports, also inside functions; source that is not plain Python imports nothing.
+def parse(source: str) -> ast.Module | None:
+    """The tree of a source in which IPython's magic lines are texts; None if it is no Python all the same."""
+    for text in (source, MAGIC.sub(r"\1(r'''\2''',)", source)):
+        with contextlib.suppress(SyntaxError):
+            return ast.parse(text)
+    return None
 
-    ``from a import b`` gives ``a`` and ``a.b``, which is a module or not.
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except SyntaxError:
-        return ()
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+
+def _is_version(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+
+
+def _blank(nodes: Iterable[ast.AST]) -> None:
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(names)
-
-
-def module_file(name: str) -> Path:
-    """The file of a module of the kit, there or not."""
-    return places.PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
 
 
 def teacher_identity(model: str, weights: str) -> str:
     """Hash of the weights that the teacher will be loaded from; the model's name where they are a library's own."""
     file = places.weights_file(model, weights)
-    return sha256(file) if file else model
+    return sha256(file) if file and file.is_file() else model
 
 
-def data_identity(dataset: str, folder: Path | None) -> str:
-    """Hash of the names and sizes of the files in the data set's folder, or of the embedded images."""
-    if folder:
-        return digest(*(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files_below(folder)))
-    return digest(*(sha256(file) for file in sorted(places.ASSETS.glob(f"{dataset}-*.webp")))) if dataset else ""
+def data_identity(dataset: str, folder: Path | None, training: bool = False) -> str:
+    """Hash of the embedded images of a data set and of the names and content of those in its folder."""
+    if not dataset:
+        return ""
+    embedded = [sha256(file) for file in sorted(places.ASSETS.glob(f"{dataset}-*.webp"))]
+    return digest(*embedded, *([_content(folder, places.data_files(dataset, folder, training))] if folder else []))
 
 
-def files_below(folder: Path) -> Iterable[Path]:
-    """All files in a folder, in one order on every machine."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _content(folder: Path, files: list[Path]) -> str:
+    """Hash of the names and content of a folder's files, kept on disk until a name, a size or a time changes."""
+    names, stats = [file.relative_to(folder).as_posix() for file in files], [file.stat() for file in files]
+    times = (f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats)
+    state, store = digest(str(folder.resolve()), *names, *times), places.cache_folder() / "data.json"
+    kept: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # no cache, or a broken one
+        kept = dict(json.loads(store.read_text(encoding="utf-8")))
+    if state not in kept:
+        with ThreadPoolExecutor() as pool:
+            kept[state] = digest(*names, *pool.map(sha256, files))
+        with contextlib.suppress(OSError):
+            write_json(store, kept)
+    return kept[state]

@@ -1,11 +1,8 @@
 """Which notebook runs a call of ``run_all.py`` means, and what each run depends on.
 
-A run is found again by its identity: a hash of the code it runs (the notebook's cells and the modules they import,
-without comments and docstrings), its parameters, the teacher's weights and the data set. Nothing here imports torch,
-so that planning takes no time.
+A run is found again by its identity: a hash of its parameters, the code it runs, the teacher's weights, the images and
+torch's version (:mod:`dfqlib.runner.identity`). Nothing here imports torch, so that planning takes no time.
 """
-
-from __future__ import annotations
 
 import functools
 import json
@@ -17,12 +14,10 @@ from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError, check_choice
 from dfqlib.papers import published
 from dfqlib.papers.profiles import Paper, Profile, load
-from dfqlib.places import data_folder
-from dfqlib.runner.identity import code_identity, data_identity, digest, teacher_identity
+from dfqlib.places import PATH_PARAMETERS, data_folder, expand
+from dfqlib.runner.identity import code_identity, data_identity, digest, teacher_identity, torch_version
 from dfqlib.speed.switches import off_from_start
 
-#: Parameters that name a file or folder.
-PATHS = ("data_folder", "weights", "start", "checkpoint")
 #: Parameters that have an option of their own.
 OPTIONS = {
     "profile": "profile",
@@ -54,19 +49,15 @@ class PlannedRun:
     paper: Paper
     profile: str
     parameters: dict[str, Any]
-    depends: dict[str, str]  # what the run's identity is made of: code, teacher, data, accelerations turned off
+    depends: dict[str, str]  # what the identity is made of: code, teacher, data, torch, accelerations turned off
 
     @property
     def name(self) -> str:
-        """What people read: ``gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0``, with what the notebook has of it."""
+        """For messages, such as ``gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0``, without what the notebook lacks."""
         p = self.parameters
-        parts = [
-            p.get("dataset"),
-            p.get("model"),
-            " ".join(p.get("bits", [])),
-            f"seed {p['seed']}" if "seed" in p else "",
-        ]
-        return " ".join([self.paper.key, *(part for part in parts if part)])
+        seed = f"seed {p['seed']}" if "seed" in p else ""
+        parts = [self.paper.key, p.get("dataset"), p.get("model"), *p.get("bits", []), seed]
+        return " ".join(part for part in parts if part)
 
     @property
     def identity(self) -> str:
@@ -81,12 +72,12 @@ class PlannedRun:
         return "-".join(part.replace("/", "_") for part in parts if part)
 
     def folder(self, results: Path) -> Path:
-        """Where the finished run lies."""
+        """Where the finished run is stored."""
         return results / self.profile / self.paper.key / self.id
 
 
 def plan(selection: Selection) -> list[PlannedRun]:
-    """The runs that ``selection`` means, in order; a :class:`UserError` for anything in it that does not exist."""
+    """The runs of ``selection``, in order; a :class:`UserError` for anything in it that does not exist."""
     profiles, papers = load()
     profile = profiles[check_choice("profile", selection.profile, profiles)]
     for key in selection.papers:
@@ -105,9 +96,9 @@ def plan(selection: Selection) -> list[PlannedRun]:
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
         code, own = code_identity(paper.notebook), paper.parameters.kinds()
-        for dataset, model in settings_of(paper, profile, selection, own):
+        for dataset, model in pairs_of(paper, profile, selection, own):
             values = paper.values(profile.name, dataset, model)
-            # A notebook that no published row stands for runs the widths of its own table.
+            # A notebook without published rows runs the bit widths of its parameters cell.
             bits = widths or ([] if profile.datasets else published_widths(paper, dataset, model)) or values.get("bits")
             values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings[paper.key]
             for seed in selection.seeds:
@@ -116,8 +107,12 @@ def plan(selection: Selection) -> list[PlannedRun]:
                 depends = {
                     "code": code,
                     "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
-                    "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters)),
+                    # A notebook that quantizes nothing trains teachers.
+                    "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters), not paper.methods),
+                    "torch": torch_version(),
                 }
+                if start := parameters.get("start"):  # weights that a training begins with
+                    depends["start"] = teacher(parameters["model"], start)
                 if off := ",".join(sorted(off_from_start())):  # rounding differs, so it is another run
                     depends["without"] = off
                 run = PlannedRun(paper, profile.name, parameters, depends)
@@ -132,8 +127,8 @@ def plan(selection: Selection) -> list[PlannedRun]:
     return list(runs.values())
 
 
-def settings_of(paper: Paper, profile: Profile, selection: Selection, own: dict[str, Any]) -> list[tuple[str, str]]:
-    """(data set, model) of each run of ``paper``: those asked for, else the profile's, else all that are published."""
+def pairs_of(paper: Paper, profile: Profile, selection: Selection, own: dict[str, Any]) -> list[tuple[str, str]]:
+    """(data set, model) of each run of ``paper``: those requested, else the profile's, else every published pair."""
     if "dataset" not in own:
         return [("", "")]
     rows = [row for row in published.rows() if row.method in paper.methods]
@@ -145,14 +140,13 @@ def settings_of(paper: Paper, profile: Profile, selection: Selection, own: dict[
             continue
         models = published.models_of(dataset)
         if not models and not selection.models:
-            # A data set of one's own says nothing about models: it needs to be told.
             raise UserError(f"datasets={dataset!r} is no data set of the papers; name its model with --models.")
         asked = [model for model in selection.models if model in models or not models]
         if selection.datasets and selection.models and not asked:
             raise UserError(
                 f"models={' '.join(selection.models)!r} has none for {dataset}; allowed: {', '.join(models)}."
             )
-        # A profile without data sets means the published rows, hence every model of theirs.
+        # A profile without data sets means every published row, hence each of its models.
         reported = [row.model for row in rows if row.dataset == dataset and not profile.datasets]
         pairs += [(dataset, model) for model in dict.fromkeys(asked or reported or models[:1])]
     return pairs
@@ -160,10 +154,8 @@ def settings_of(paper: Paper, profile: Profile, selection: Selection, own: dict[
 
 def published_widths(paper: Paper, dataset: str, model: str) -> list[str]:
     """The bit widths that the paper reports for this model."""
-    rows = published.rows()
-    return list(
-        dict.fromkeys(r.bits for r in rows if r.method in paper.methods and (r.dataset, r.model) == (dataset, model))
-    )
+    rows = [row for row in published.rows() if (row.dataset, row.model) == (dataset, model)]
+    return list(dict.fromkeys(row.bits for row in rows if row.method in paper.methods))
 
 
 def check_settings(texts: dict[str, str], papers: list[Paper]) -> dict[str, dict[str, Any]]:
@@ -174,8 +166,8 @@ def check_settings(texts: dict[str, str], papers: list[Paper]) -> dict[str, dict
             raise UserError(f"--set {name}={text} has an option of its own: use --{OPTIONS[name]}.")
         known = dict.fromkeys(each for paper in papers for each in paper.parameters.kinds() if each not in OPTIONS)
         check_choice("--set", name, known)
-        if name in PATHS and text:
-            text = str(Path(text).expanduser().resolve())
+        if name in PATH_PARAMETERS and text:
+            text = str(expand(text).resolve())
         for paper in papers:
             if name in paper.parameters.kinds():
                 values[paper.key][name] = paper.parameters.parse(name, text)
@@ -183,7 +175,7 @@ def check_settings(texts: dict[str, str], papers: list[Paper]) -> dict[str, dict
 
 
 def check_single(parameter: str, settings: dict[str, Any], uses: set[str | None]) -> None:
-    """A folder or a weights file fits one data set or model: refuse it for several."""
+    """UserError if one folder or one weights file would be used for several data sets or models."""
     several = sorted(use for use in uses if use)
     if settings.get(parameter) and len(several) > 1:
         raise UserError(f"--set {parameter} would serve {', '.join(several)}; choose one with --datasets and --models.")

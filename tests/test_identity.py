@@ -1,0 +1,184 @@
+"""What makes a run another one: its code, parameters, weights, images and torch, and nothing that only people read."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+from stub_kit import write_kit
+
+from dfqlib import places
+from dfqlib.runner import identity, plan
+
+TREE = {
+    "__init__.py": '"""The kit."""\n__version__ = "1"\n',
+    "methods/__init__.py": "",
+    "methods/zeroq.py": '"""Text."""\nfrom ..models import top1\nfrom . import loss\nfrom dfqlib.report import tables\n',
+    "methods/loss.py": 'def f(x):\n    if not x:\n        raise ValueError(f"no {x!r}: " + "why")\n    print("x", f"is {x}")\n',
+    "methods/gdfq.py": "x = 1\n",
+    "models/__init__.py": "from .evaluate import top1\n",
+    "models/evaluate.py": 'def top1():\n    """Doc."""\n    import dfqlib.data.sets\n    return dfqlib.data.sets.x["key"]\n',
+    "data/__init__.py": "",
+    "data/sets.py": "x = {'key': 1}\n",
+    "report/__init__.py": "",
+    "report/tables.py": "x = 1\n",
+}
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A notebook and a small kit that it imports, both as files; returns the code's identity after a change of one."""
+    monkeypatch.setattr(places, "PACKAGE", tmp_path)
+    sources = {"lr": "lr = 0.1", "run": "%matplotlib inline\nfrom dfqlib.methods.zeroq import top1\ntop1()  # why"}
+    tags = {"lr": {"tags": ["parameters"]}, "run": {}}
+
+    def code(name: str = "", old: str = "", new: str = "") -> str:
+        for path, text in TREE.items():
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text(text.replace(old, new) if path == name else text)
+        texts = sources | ({name: sources[name].replace(old, new)} if name in sources else {})
+        cells = [{"cell_type": "code", "metadata": tags[cell], "source": text} for cell, text in texts.items()]
+        (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+        return identity.code_identity(tmp_path / "n.ipynb")
+
+    return code
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("data/sets.py", "1", "2"),  # through a relative import, a re-export and an import inside a function
+        ("models/evaluate.py", '"key"', '"other"'),
+        ("models/__init__.py", "top1", "top1, top1 as t"),
+        ("methods/loss.py", "not x", "x"),
+        ("methods/__init__.py", "", "x = 1"),
+        ("run", "top1()", "top1() + 1"),
+        ("run", "inline", "widget"),
+    ],
+)
+def test_changed_code_is_another_run(tree, name, old, new):
+    assert tree() != tree(name, old, new)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("methods/gdfq.py", "1", "2"),
+        ("report/tables.py", "1", "2"),
+        ("__init__.py", '"1"', '"2"'),
+        ("methods/zeroq.py", "Text", "Other text"),
+        ("models/evaluate.py", '    """Doc."""\n', ""),
+        ("methods/loss.py", "no ", "there is no "),
+        ("methods/loss.py", '"why"', '"because"'),
+        ("methods/loss.py", '"x"', '"X"'),
+        ("methods/loss.py", "is ", "was "),
+        ("run", "# why", "# because"),
+        ("lr", "0.1", "0.2"),  # a run's parameters are hashed by their values
+    ],
+)
+def test_changed_words_and_unrelated_code_are_the_same_run(tree, name, old, new):
+    assert tree() == tree(name, old, new)
+
+
+def run_identity(**selection: object) -> str:
+    return plan.plan(plan.Selection(papers=["gdfq"], **selection))[0].identity
+
+
+def test_a_run_depends_on_its_parameters_weights_and_torch(kit, tmp_path, monkeypatch):
+    first = run_identity()
+    assert run_identity() == first
+    others = {run_identity(seeds=[1]), run_identity(bits=["w5a5"]), run_identity(settings={"lr": "0.2"})}
+    weights = tmp_path / "own.safetensors"
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        others.add(run_identity(settings={"weights": str(weights)}))
+    write_kit(kit, gdfq="1 + 2")
+    others.add(run_identity())
+    write_kit(kit)
+    installed = importlib.metadata.version
+    for version in ("2.98.0", "2.99.0+cpu"):
+        monkeypatch.setattr(importlib.metadata, "version", {"torch": version}.get)
+        others.add(run_identity())
+    assert len(others - {first}) == 8
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{installed(name).partition('+')[0]}+other")
+    assert run_identity() == first
+
+
+def test_weights_that_a_training_starts_from_count_by_content(tmp_path, monkeypatch):
+    monkeypatch.delenv("DFQ_PROFILES", raising=False)
+    (start := tmp_path / "start.safetensors").write_bytes(b"one")
+    selection = plan.Selection(papers=["teachers"], settings={"start": str(start)})
+    (before,) = plan.plan(selection)
+    start.write_bytes(b"two")
+    (after,) = plan.plan(selection)
+    assert before.parameters == after.parameters and before.identity != after.identity
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A folder of images of two classes; ``$XDG_CACHE_HOME`` is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("cat/1.png", "dog/1.PNG"):
+        write(tmp_path / "images" / name, b"pixels")
+    return tmp_path / "images"
+
+
+def write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["cat/1.png", "cat/2.png", "bird/1.bmp"])
+def test_other_pixels_or_images_are_other_data(images, name):
+    before = identity.data_identity("pets", images)
+    write(images / name, b"slexip")
+    assert identity.data_identity("pets", images) != before
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "cat/README.md", "cat/.1.png", ".ipynb_checkpoints/1.png"])
+def test_files_that_are_no_images_are_the_same_data(images, name):
+    before = identity.data_identity("pets", images)
+    write(images / name, b"other")
+    assert identity.data_identity("pets", images) == before
+
+
+def test_training_images_count_for_trainings_alone(images):
+    write(images / "test" / "cat" / "1.png", b"pixels")
+    before = [identity.data_identity("pets", images, training) for training in (False, True)]
+    write(images / "train" / "cat" / "1.png", b"pixels")
+    after = [identity.data_identity("pets", images, training) for training in (False, True)]
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_cifar_batches_are_the_data(images):
+    write(images / "cifar-10-batches-py" / "test_batch", b"pixels")
+    before = identity.data_identity("cifar10", images)
+    write(images / "cifar-10-batches-py" / "readme.html", b"text")
+    assert identity.data_identity("cifar10", images) == before
+    write(images / "cifar-10-batches-py" / "test_batch", b"slexip")
+    assert identity.data_identity("cifar10", images) != before
+
+
+@pytest.mark.parametrize("cache", ["kept", "broken", "unwritable", "no home"])
+def test_images_are_known_again_with_any_cache(images, monkeypatch, cache):
+    first = identity.data_identity("pets", images)
+    (file,) = places.cache_folder().iterdir()
+    if cache == "broken":
+        file.write_text(file.read_text()[:-5])
+    elif cache == "unwritable":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    elif cache == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", "/nowhere/at/all")
+    assert identity.data_identity("pets", images) == first
+
+
+def test_home_is_expanded_wherever_a_place_is_named(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "data" / "teachers" / "own.pth", b"")
+    write(tmp_path / "data" / "pets" / "cat" / "1.png", b"")
+    monkeypatch.setenv("DFQ_DATA", "~/data")
+    assert places.weights_file("own") == tmp_path / "data" / "teachers" / "own.pth"
+    assert places.weights_file("own", "~/w.pth") == tmp_path / "w.pth"
+    assert places.data_folder("pets", {}) == tmp_path / "data" / "pets"
+    assert places.data_folder("pets", {"data_folder": "~/images"}) == images
