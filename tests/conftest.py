@@ -38,5 +38,7 @@ def kit(tmp_path, monkeypatch):
         "cifar100-2k.webp",
     ):
         (assets / name).write_bytes(name.encode())
+    for names in places.ASSETS.glob("*-classes.txt"):
+        (assets / names.name).write_bytes(names.read_bytes())
     monkeypatch.setattr(places, "ASSETS", assets)
     return tmp_path / "kit"

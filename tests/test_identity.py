@@ -10,14 +10,31 @@ from stub_kit import write_kit
 from dfqlib import places
 from dfqlib.runner import identity, plan
 
+ZEROQ = '''"""Text."""
+from ..models import top1
+from . import loss
+from dfqlib.report import tables
+'''
+LOSS = """
+def f(x):
+    if not x:
+        raise ValueError(f"no {x!r}: " + "why")
+    print("x", f"is {x}")
+"""
+EVALUATE = '''
+def top1():
+    """Doc."""
+    import dfqlib.data.sets
+    return dfqlib.data.sets.x["key"]
+'''
 TREE = {
     "__init__.py": '"""The kit."""\n__version__ = "1"\n',
     "methods/__init__.py": "",
-    "methods/zeroq.py": '"""Text."""\nfrom ..models import top1\nfrom . import loss\nfrom dfqlib.report import tables\n',
-    "methods/loss.py": 'def f(x):\n    if not x:\n        raise ValueError(f"no {x!r}: " + "why")\n    print("x", f"is {x}")\n',
+    "methods/zeroq.py": ZEROQ,
+    "methods/loss.py": LOSS,
     "methods/gdfq.py": "x = 1\n",
     "models/__init__.py": "from .evaluate import top1\n",
-    "models/evaluate.py": 'def top1():\n    """Doc."""\n    import dfqlib.data.sets\n    return dfqlib.data.sets.x["key"]\n',
+    "models/evaluate.py": EVALUATE,
     "data/__init__.py": "",
     "data/sets.py": "x = {'key': 1}\n",
     "report/__init__.py": "",
