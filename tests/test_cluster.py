@@ -182,7 +182,7 @@ def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkey
     weights = tmp_path / "own.safetensors"
     weights.write_text("weights")
     write_kit(kit, zeroq=f"assert open(weights).read() == 'weights' and weights != {str(weights)!r}")
-    monkeypatch.setattr(preflight, "obstacle", lambda run: "")
+    monkeypatch.setattr(preflight, "obstacle", lambda run, download: "")
     options = ["--papers", "zeroq", "--executor", "dask", "--workers", "1", "--set", f"weights={weights}"]
     assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 0
     (folder,) = run_folders(tmp_path / "results")
