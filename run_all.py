@@ -148,7 +148,7 @@ def list_rows(console: Console, chosen: plan.Selection) -> None:
     for row in published.rows():
         paper = paper_of(row)
         requested = chosen.papers, chosen.datasets, chosen.models, bits
-        values = paper and paper.key, row.dataset, row.model, row.bits
+        values = paper and paper.key, row.dataset, row.model, row.bits.lower()
         if any(wanted and value not in wanted for wanted, value in zip(requested, values, strict=True)):
             continue
         lacking = preflight.missing(row.dataset, row.model) if paper else "no notebook for this paper yet"

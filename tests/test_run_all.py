@@ -400,7 +400,7 @@ def test_bits_are_read_in_any_case(kit, tmp_path, capsys):
         printed = []
         for bits in ("w4a4", "W4A4"):
             assert call(tmp_path / "results", *arguments, "--papers", "gdfq", "--bits", bits) == 0
-            printed.append(capsys.readouterr().out)
+            printed.append(capsys.readouterr().out.lower())
         assert printed[0] == printed[1] and "w4a4" in printed[0] and "w3a3" not in printed[0]
 
 
