@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     add("--bits", nargs="+", default=[], metavar="WxAy", help="bit widths of weights and activations, such as w4a4")
     add("--seeds", nargs="+", default=["0"], metavar="N", help="a run for each, such as 0 1 2 or 0-2 (default: 0)")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="any parameter of the notebooks")
-    add("--results", default=str(HERE / "results"), metavar="FOLDER", help="where results go (default: results/)")
+    add("--results", default=str(HERE / "results" / "local"), metavar="FOLDER", help="where results go (default: "
+        "results/local/, which git ignores; results/ holds those that the project publishes)")  # fmt: skip
     add("--jobs", type=int, metavar="N", help="runs at once, each with its share of the cores; 1 gives a single run "
         "all of them (default: 2). With dask: in the queue at once (default: two for each place)")  # fmt: skip
     add("--executor", default="local", metavar="NAME", help="local: this machine; dask: the workers of a Dask "
@@ -280,10 +281,11 @@ def show(
 
     profile = profiles.load()[0][runs[0].profile]
     written = collect.write(results, profile, {run.identity for run in runs}, failures)
+    root = results / profile.name if profile.rehearsal else results
     for paper in {run.paper.key: run.paper for run in runs}.values():
         if paper.key not in written:
             continue
-        rows, missing = written[paper.key]
+        _, rows, missing, _ = written[paper.key]
         shown = tables.present(rows)
         for column in ("method", "best", "seconds", "published drop", "ranges", "data"):  # the files have them all
             if tables.width(shown) > console.width:
@@ -294,11 +296,10 @@ def show(
             table.add_row(*line)
         console.print(table, "")
         if len(missing):
-            console.print(
-                f"{len(missing)} published rows of this paper were not run; the reasons are in the table's file."
-            )
-    folder = results / profile.name if profile.rehearsal else results
-    console.print(f"All tables: {folder / 'README.md'}; in a browser: {folder / 'report.html'}", soft_wrap=True)
+            reasons = f"Reasons: {root / 'tables' / paper.key}.md"
+            console.print(f"{len(missing)} published rows of this paper were not run. {reasons}", soft_wrap=True)
+    page = f"; in a browser: {root / 'report.html'}" if written else ""
+    console.print(f"All tables: {root / 'README.md'}{page}", soft_wrap=True)
 
 
 if __name__ == "__main__":

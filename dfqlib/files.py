@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+#: The file in a run's folder with its rows, parameters and provenance.
+METRICS = "metrics.json"
 #: The variable that tells a notebook in a batch where its checkpoints are.
 CHECKPOINTS = "DFQ_CHECKPOINTS"
 #: The variable that tells it after how many seconds to write one again.

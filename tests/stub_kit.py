@@ -63,10 +63,6 @@ datasets = ["cifar10"]
 
 [profiles.paper]
 about = "days"
-
-[limits]
-iterations = [1, 1000]
-lr = [0.0, 10.0]
 """
 
 METHOD = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import run_all
+from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import DATASETS, load_test
 from dfqlib.errors import UserError
 from dfqlib.models.teacher import Teacher
@@ -22,6 +26,8 @@ from dfqlib.papers.profiles import Profile
 from dfqlib.report import collect, tables
 from dfqlib.runner import preflight
 
+ROOT = Path(__file__).resolve().parent.parent
+W3A3, W4A4 = map(BitWidths.parse, ("W3A3", "W4A4"))
 PARAMETERS = {
     "profile": "quick",
     "dataset": "cifar10",
@@ -38,8 +44,8 @@ def make_run(out: Path | str = "", seed: int = 0, fp32_top1: float = 93.0, **par
 
 def test_rows_are_filled_from_the_run():
     run = make_run(seed=3)
-    run.row(4, 4, top1=88.0, top1_best=89.0, seconds=12.5, images=1000)
-    run.row(3, 3, top1=70, variant="without L_BNS")
+    run.row(W4A4, top1=88.0, top1_best=89.0, seconds=12.5, images=1000)
+    run.row(W3A3, top1=70, variant="without L_BNS")
     first, second = run.rows
     expected = {"method": "gdfq", "scheme": "qat", "dataset": "cifar10", "model": "resnet20_cifar10", "seed": 3}
     assert {name: first[name] for name in expected} == expected
@@ -51,7 +57,7 @@ def test_rows_are_filled_from_the_run():
 def test_a_top1_that_is_no_percentage_leaves_no_row(top1):
     run = make_run()
     with pytest.raises(ValueError, match="is not a percentage"):
-        run.row(4, 4, top1=top1)
+        run.row(W4A4, top1=top1)
     assert run.rows == []
 
 
@@ -81,7 +87,7 @@ def test_everything_is_written_and_nothing_without_a_folder(tmp_path, monkeypatc
     assert run.save() is None and not list(tmp_path.iterdir())
 
     run = make_run(out=tmp_path)
-    run.row(4, 4, top1=88.0)
+    run.row(W4A4, top1=88.0)
     run.record("loss", torch.tensor([1.0, float("nan")]))
     run.record("bits per layer", pd.DataFrame({"bits": np.array([2, 8])}, index=["conv1", "conv2"]))
     picture = run.figure(figure, "curve")
@@ -94,11 +100,28 @@ def test_everything_is_written_and_nothing_without_a_folder(tmp_path, monkeypatc
     assert {"commit", "hardware", "versions", "finished", "seconds"} <= set(metrics["provenance"])
 
 
-def test_unknown_paper_missing_folder_and_impossible_numbers_are_refused(tmp_path):
-    with pytest.raises(UserError, match="batch=0 is out of range; allowed: a number from 2"):
-        make_run(batch=0)
-    with pytest.raises(UserError, match=r"iterations=2\.5 is not a whole number"):
-        make_run(iterations=2.5)
+def test_a_cell_that_runs_again_replaces_its_rows_and_figures(tmp_path):
+    run = make_run(out=tmp_path)
+    for top1 in (80.0, 90.0):
+        run.row(W4A4, top1=top1)
+        run.row(W4A4, top1=top1 - 5, variant="control")
+        run.row(W4A4, top1=top1 - 7, variant="control", seed=1)
+        figure = Figure(layout="constrained")
+        figure.add_subplot()
+        run.figure(figure, "curve")
+    assert tables.present(run.frame())["top-1"].tolist() == ["90.00", "84.00 ± 1.41"]
+    assert json.loads(run.save().read_text())["figures"] == ["curve"]
+
+
+def test_mixed_precision_is_named_by_its_mean_bits():
+    run = make_run()
+    run.row((2.49, 8), top1=80.0)
+    assert tables.present(run.frame())["bits"].tolist() == ["W2.49A8"]
+    with pytest.raises(ValueError, match="give means"):
+        run.row(BitWidths({"conv1": 2, "conv2": 4}, 8), top1=80.0)
+
+
+def test_unknown_paper_and_missing_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="did you mean 'gdfq'"):
         Run("gdqf", PARAMETERS)
     with pytest.raises(UserError, match="is not a folder"):
@@ -114,8 +137,8 @@ def test_table_shows_ours_beside_the_published():
     frames = []
     for seed, top1 in ((0, 88.0), (1, 90.0)):
         run = make_run(seed=seed)
-        run.row(4, 4, top1=top1, top1_best=top1 + 1, seconds=10)
-        run.row(4, 4, top1=top1 - 20, variant="without L_BNS")
+        run.row(W4A4, top1=top1, top1_best=top1 + 1, seconds=10)
+        run.row(W4A4, top1=top1 - 20, variant="without L_BNS")
         run.row(top1=93.0)
         frames.append(run.frame())
     shown = tables.present(pd.concat(frames, ignore_index=True))
@@ -140,22 +163,22 @@ def test_table_shows_ours_beside_the_published():
 
 def test_reduced_schedule_is_labelled(kit):
     run = make_run(iterations=10)
-    run.row(4, 4, top1=88.0)
+    run.row(W4A4, top1=88.0)
     assert tables.present(run.frame()).loc[0, "schedule"] == "quick: reduced"
     assert "Schedule quick, reduced: iterations 10 (published 100)." in tables.caption(run.frame())
     run = make_run(iterations=100, profile="paper")
-    run.row(4, 4, top1=88.0)
+    run.row(W4A4, top1=88.0)
     assert tables.present(run.frame()).loc[0, "schedule"] == "paper: as published"
 
 
 def test_schemes_stand_apart_and_missing_published_values_are_told():
     run = Run("dsg", PARAMETERS, fp32_top1=93.0)
-    run.row(4, 4, top1=80.0, scheme="ptq")
+    run.row(W4A4, top1=80.0, scheme="ptq")
     assert "scheme" not in tables.present(run.frame())
-    run.row(4, 4, top1=85.0, scheme="qat")
+    run.row(W4A4, top1=85.0, scheme="qat")
     shown = tables.present(run.frame())
     assert shown["scheme"].tolist() == ["PTQ", "QAT"] and shown["top-1"].tolist() == ["80.00", "85.00"]
-    told = "No published value stands beside these rows: dsg is published for imagenet only."
+    told = "No published value to compare with: dsg is published for imagenet only."
     assert "published" not in shown and told in tables.caption(run.frame())
     frame = run.frame().assign(dataset="imagenet", model="resnet18")
     assert tables.present(frame)["published"].tolist() == ["39.90", "62.18"]
@@ -164,9 +187,9 @@ def test_schemes_stand_apart_and_missing_published_values_are_told():
 
 def test_table_of_a_notebook_is_html_with_its_caption():
     run = make_run()
-    run.row(4.2, 8, top1=88.0, variant="mixed precision")
+    run.row(W4A4, top1=88.0)
     html = run.table().to_html()
-    assert "W4.2A8" in html and "fair measure" in html
+    assert "W4A4" in html and "fair measure" in html
 
 
 def test_markdown_escapes_and_aligns():
@@ -187,7 +210,7 @@ def test_published_rows_are_those_of_the_file():
 
 def test_where_sources_disagree_both_are_named():
     row = {"variant": "", "method": "gdfq", "dataset": "cifar100", "model": "resnet20_cifar100", "scheme": "qat"}
-    beside = tables.beside(row | {"weight_bits": 4, "activation_bits": 4})
+    beside = tables.beside(row | {"weight_bits": 4, "activation_bits": 4, "top1": 63.0})
     assert beside["published"] == 63.58 and "63.75 in SynQ paper table 1" in beside["published_source"]
 
 
@@ -199,23 +222,26 @@ def test_planning_knows_the_models_and_data_sets_that_the_library_knows():
         assert MODELS[row.model].dataset == row.dataset
 
 
-def finished(results: Path, name: str, seed: int, top1: float, code: str, finished: str, **parameters) -> str:
-    """A finished GDFQ run in a results folder; returns its identity."""
+def finished(results: Path, name: str, top1: float = 60, code: str = "code", time: str = "2026-01-01", **given) -> str:
+    """A finished GDFQ run with a figure in a results folder; returns its identity."""
+    row = {key: given.pop(key) for key in ("schedule",) if key in given}
     folder = results / "quick" / "gdfq" / name
     folder.mkdir(parents=True)
-    run = make_run(out=folder, seed=seed, **parameters)
-    run.row(3, 3, top1=top1)
+    run = make_run(out=folder, **given)
+    run.row(W3A3, top1=top1, **row)
+    run.figures.append("curve")
+    (folder / "curve.png").write_bytes(name.encode())
     metrics = json.loads(run.save().read_text())
-    metrics["provenance"]["finished"] = finished
-    metrics["run"] = {
-        "id": name,
-        "identity": name,
-        "depends": {"code": code, "teacher": "t", "data": "d"},
-        "seconds": 1,
-    }
+    metrics["provenance"]["finished"] = time
+    depends = {"code": code, "teacher": "t", "data": "d"}
+    metrics["run"] = {"id": name, "identity": name, "depends": depends, "seconds": 1}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "notebook.ipynb").touch()
     return name
+
+
+def write(results: Path) -> None:
+    collect.write(results, Profile("quick", "", ["cifar10"]), set(), {})
 
 
 def test_a_table_never_mixes_versions(kit, tmp_path):
@@ -223,9 +249,9 @@ def test_a_table_never_mixes_versions(kit, tmp_path):
     paper = profiles.paper("gdfq")
     now = collect.code_identity(paper.notebook)
     for seed in (0, 1):
-        finished(tmp_path, f"old{seed}", seed, 50, "other code", "2026-01-03", iterations=1)
-        finished(tmp_path, f"now{seed}", seed, 60 + seed, now, "2026-01-01", iterations=1)
-        finished(tmp_path, f"long{seed}", seed, 70, now, "2026-01-02", iterations=2)
+        finished(tmp_path, f"old{seed}", 50, "other code", "2026-01-03", seed=seed, iterations=1)
+        finished(tmp_path, f"now{seed}", 60 + seed, now, "2026-01-01", seed=seed, iterations=1)
+        finished(tmp_path, f"long{seed}", 70, now, "2026-01-02", seed=seed, iterations=2)
 
     def shown(*present: str) -> list[float]:
         return list(collect.collect(tmp_path, ["quick"], [paper], set(present))["top1"])
@@ -233,24 +259,84 @@ def test_a_table_never_mixes_versions(kit, tmp_path):
     assert shown() == [70, 70]
     assert shown("now0") == [60, 61]
     assert shown("old0", "old1") == [50, 50]
-    rows = collect.collect(tmp_path, ["quick"], [paper], {"old0"})
-    assert all("(older code)" in schedule for schedule in rows["schedule"])
 
 
-def test_tables_of_papers_that_did_not_run_stay(kit, tmp_path):
+@pytest.mark.parametrize("own", [{}, {"schedule": "as its card tells"}])
+def test_rows_of_older_code_say_so_even_with_a_schedule_of_their_own(kit, tmp_path, own):
+    finished(tmp_path, "a", code="other code", **own)
+    write(tmp_path)
+    (schedule,) = pd.read_csv(tmp_path / "results.csv")["schedule"]
+    assert "(older code)" in schedule and schedule.startswith(own.get("schedule", "as published"))
+
+
+def test_rows_and_figures_without_a_run_here_stay(kit, tmp_path):
+    """A clone holds the published tables but not their runs: a call there replaces only the groups that it measures."""
+    published_there = tmp_path / "project"
+    model = {"model": "resnet20_cifar10"}
+    finished(published_there, "ten", 61.123456789012345, **model)
+    finished(published_there, "hundred", 31.5, dataset="cifar100", **model)
+    write(published_there)
+    clone = tmp_path / "clone"
+    shutil.copytree(published_there, clone, ignore=shutil.ignore_patterns("quick"))
+    shown = {path.relative_to(clone): path.read_text() for path in clone.glob("**/*.[mc][ds]*")}
+    write(clone)
+    assert {path: (clone / path).read_text() for path in shown} == shown  # every digit of every overview
+    finished(clone, "again", 62, seed=1, **model)
+    write(clone)
+    rows = pd.read_csv(clone / "results.csv")
+    assert rows[["dataset", "top1", "run"]].to_numpy().tolist() == [
+        ["cifar10", 62, "again"],
+        ["cifar100", 31.5, "hundred"],
+    ]
+    table = pd.read_csv(clone / "tables" / "gdfq.csv")
+    assert table[table["status"] == "run"]["top1"].tolist() == [62, 31.5]
+    text = (clone / "README.md").read_text()
+    figures = {path.name: path.read_bytes() for path in (clone / "figures").iterdir()}
+    assert figures == {
+        "gdfq-quick-cifar10-resnet20_cifar10-curve.png": b"again",
+        "gdfq-quick-cifar100-resnet20_cifar10-curve.png": b"hundred",
+    }
+    assert all(f"(figures/{name})" in text for name in figures)
+    page = (clone / "report.html").read_text()
+    assert '<details id="hundred">' in page and "quick/gdfq/again/metrics.json" in page
+
+
+def test_the_table_of_a_paper_without_rows_stays(kit, tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "zeroq.md").write_text("## ZeroQ\n\n![f](../figures/f.png)\n")
-    finished(tmp_path, "a", 0, 60, "code", "2026-01-01")
-    written = collect.write(tmp_path, Profile("quick", "", ["cifar10"]), set(), {})
-    assert list(written) == ["gdfq"]
+    finished(tmp_path, "a")
+    write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "![f](figures/f.png)" in text and "| gdfq | resnet20_cifar10 | W3A3 |" in text
-    assert (tmp_path / "tables" / "gdfq.csv").is_file()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git on this machine")
+def test_git_sees_only_the_published_results(kit, tmp_path):
+    """What an ordinary call writes is ignored; of a call into results/ the overviews are seen, the runs are not."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+
+    def seen_after_a_call_into(folder: str | Path) -> set[str]:
+        finished(tmp_path / folder, "a")
+        write(tmp_path / folder)
+        (tmp_path / folder / "smoke").mkdir()
+        (tmp_path / folder / "smoke" / "README.md").touch()
+        command = ["git", "ls-files", "--others", "--exclude-standard", "results"]
+        return set(subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split())
+
+    assert seen_after_a_call_into(Path(run_all.parser().get_default("results")).relative_to(ROOT)) == set()
+    assert seen_after_a_call_into("results") == {
+        "results/README.md",
+        "results/results.csv",
+        "results/tables/gdfq.csv",
+        "results/tables/gdfq.md",
+        "results/figures/gdfq-quick-cifar10-resnet20_cifar10-curve.png",
+    }
 
 
 def test_unfinished_runs_are_no_results(kit, tmp_path):
-    finished(tmp_path, "a.unfinished", 0, 60, "code", "2026-01-01")
-    finished(tmp_path, "b", 0, 60, "code", "2026-01-01")
+    finished(tmp_path, "a.unfinished")
+    finished(tmp_path, "b")
     (tmp_path / "quick" / "gdfq" / "b" / "notebook.ipynb").unlink()
     assert collect.collect(tmp_path, ["quick"], [profiles.paper("gdfq")], set()).empty
 

@@ -1,8 +1,7 @@
-"""What a notebook leaves behind: rows of results, curves, figures, and where every number came from.
+"""What a notebook run keeps: result rows, curves, figures, and where every number comes from.
 
-A notebook makes one :class:`Run`, gives it rows and figures as they arise, and ends with ``run.table()`` and
-``run.save()``. With ``out=""`` (someone works in the notebook) nothing is written; ``run_all.py`` sets ``out`` to the
-run's folder.
+A notebook makes one :class:`Run`, adds rows and figures as they arise, and ends with ``run.table()`` and
+``run.save()``. With ``out=""`` (interactive work) nothing is written; ``run_all.py`` sets ``out`` to the run's folder.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dfqlib.bits import BitWidths
 from dfqlib.device import code_version, describe_hardware, pick_device
 from dfqlib.errors import UserError
-from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, atomic_path, write_json
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, METRICS, atomic_path, write_json
 from dfqlib.papers import profiles
 from dfqlib.report import tables
 
@@ -36,15 +36,17 @@ if TYPE_CHECKING:
     from dfqlib.data.image_sets import ImageSet
     from dfqlib.finetuning.loop import Checkpoint
     from dfqlib.models.teacher import Teacher
-METRICS = "metrics.json"
+FLOAT = BitWidths(None, None)
+#: A run has one row of each identity: what was quantized, how, and with which seed.
+IDENTITY = [*(name for name in tables.SETTING if name != "paper"), "seed"]
 
 
 class Run:
     """Results of one notebook run.
 
-    ``paper`` is its key in ``profiles.toml``; ``parameters`` all values of its parameters cell; ``teacher`` and
-    ``data`` the network that was quantized and the test images behind every top-1 (``None`` where a notebook has
-    none); ``fp32_top1`` the teacher's top-1 on ``data`` in percent, measured here if it is not given.
+    ``paper`` is the notebook's key in ``profiles.toml``; ``parameters`` are its checked parameters. ``teacher`` is the
+    network that is quantized, ``data`` the test images of every top-1 (``None`` if the notebook has none).
+    ``fp32_top1`` is the teacher's top-1 on ``data`` in percent, measured here unless given.
     """
 
     def __init__(
@@ -73,8 +75,7 @@ class Run:
 
     def row(
         self,
-        weight_bits: float = 32,
-        activation_bits: float = 32,
+        bits: BitWidths | tuple[float, float] = FLOAT,
         *,
         top1: float,
         top1_best: float | None = None,
@@ -83,13 +84,16 @@ class Run:
         seconds: float | None = None,
         **extra: Any,
     ) -> None:
-        """Add one row: last and best top-1 in percent at these bit widths (32 = float, a mean for mixed precision).
+        """Add a row: last and best top-1 in percent at ``bits``; for mixed precision these are mean bits per value.
 
-        ``variant`` says what differs from the paper's method; only rows with an empty one are held against the
-        published value. ``ranges`` names the source of the activation ranges. Method, scheme, data set, model, seed and
-        the teacher's top-1 come from the run unless ``extra`` names them; other entries of ``extra`` are kept as they
-        are. Raises ValueError for a top-1 that is no percentage, so that a broken run leaves no row.
+        ``variant`` names the departure from the paper's method; only rows without one are compared with the published
+        value. ``ranges`` names the source of the activation ranges. Method, scheme, data set, model, seed and the
+        teacher's top-1 are those of the run unless ``extra`` gives them; other entries of ``extra`` are kept as they
+        are. A row of the same ``IDENTITY`` is replaced, since a cell may run twice. Raises ValueError if a top-1 is not
+        a percentage or the bits are not two numbers.
         """
+        widths = bits if isinstance(bits, tuple) else (bits.weight, bits.activation)
+        weight_bits, activation_bits = (32 if width is None else width for width in widths)
         filled = {
             "method": self.paper.methods[0] if self.paper.methods else self.paper.key,
             "scheme": self.paper.scheme,
@@ -106,17 +110,20 @@ class Run:
             "fp32_top1": self.fp32_top1,
             "seconds": seconds,
         }
-        row = {name: plain(value) for name, value in (filled | extra).items()}
+        row = plain(filled | extra)
+        if not all(isinstance(row[name], int | float) for name in ("weight_bits", "activation_bits")):
+            raise ValueError(f"bits={bits!r} are not two numbers; for mixed precision give means, such as (2.5, 8).")
         for name in ("top1", "top1_best"):
             if not isinstance(row[name], int | float) or not 0 <= row[name] <= 100:
                 raise ValueError(f"{name}={row[name]!r} of {self.paper.key} is not a percentage (0 to 100).")
-        self.rows.append(row)
+        others = [old for old in self.rows if any(old[name] != row[name] for name in IDENTITY)]
+        self.rows = [*others, row]
 
     def checkpoint(self, name: str) -> Checkpoint | None:
-        """Where the fine-tuning ``name`` of this run is kept against a stop; None outside a batch.
+        """The checkpoint of this run's fine-tuning ``name``; None outside a batch.
 
-        ``run_all.py`` names the folder in ``DFQ_CHECKPOINTS``: it outlives the run's own until the run is complete. It
-        is written every ``DFQ_CHECKPOINT_SECONDS``; one that cannot be read is begun anew, since a batch could not ask.
+        ``run_all.py`` sets its folder in ``DFQ_CHECKPOINTS``, which is kept until the run is complete, and the interval
+        in ``DFQ_CHECKPOINT_SECONDS``. An unreadable checkpoint is discarded with a warning: a batch cannot ask.
         """
         from dfqlib.finetuning.loop import Checkpoint
 
@@ -127,14 +134,14 @@ class Run:
         return Checkpoint(path, seconds=float(os.environ.get(CHECKPOINT_SECONDS, 60)), anew=True)
 
     def record(self, name: str, value: Any) -> None:
-        """Keep any other number, series or table under ``name``: curves, bit widths per layer, sensitivities."""
+        """Keep any other number, series or table under ``name``, such as a loss curve or the bits of each layer."""
         self.records[name] = plain(value)
 
     def figure(self, figure: Figure, name: str) -> Image:
-        """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder, and return the picture.
+        """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder and return the image.
 
-        Last expression of a notebook's cell. What the notebook shows is the file: a figure is drawn no second time. Its
-        name stands for it where it is not seen.
+        Make it the last expression of a cell: the notebook shows the saved file, so the figure is drawn once. The name
+        is the image's alternative text.
         """
         from IPython.display import Image
         from matplotlib import pyplot
@@ -150,39 +157,39 @@ class Run:
                 path.write_bytes(png.getvalue())
             with atomic_path(self.out / f"{name}.svg") as path:
                 figure.savefig(path, format="svg", bbox_inches=box)
-            self.figures.append(name)
+            self.figures = list(dict.fromkeys([*self.figures, name]))
         pyplot.close(figure)  # or the notebook would show it a second time
         return Image(png.getvalue(), width=round(box.width * figure.dpi), alt=name.replace("_", " "))
 
     def table(self) -> Styler:
-        """The results so far, ours beside the published values; last expression of a notebook's results cell."""
-        return tables.styled(tables.present(self.frame()), tables.caption(self.frame()))
+        """The rows so far beside the published values; the last expression of a notebook's results cell."""
+        rows = self.frame()
+        return tables.styled(tables.present(rows), tables.caption(rows))
+
+    def context(self) -> dict[str, str]:
+        """Paper, profile and schedule: the same for all rows that do not name their own."""
+        schedule = profiles.describe_schedule(self.paper.key, self.parameters)
+        return {"paper": self.paper.key, "profile": self.parameters.get("profile", ""), "schedule": schedule}
 
     def frame(self) -> pd.DataFrame:
-        """The rows with everything the tables need, as tidy data; seconds and schedule are per run."""
-        context = {
-            "paper": self.paper.key,
-            "profile": self.parameters.get("profile", ""),
-            "schedule": profiles.describe_schedule(self.paper.key, self.parameters),
-        }
+        """The rows as tidy data, with all that the tables need."""
+        context = self.context()
         return pd.DataFrame([context | row for row in self.rows])
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from: data, teacher, software, hardware, commit, time."""
         device = pick_device(self.parameters.get("device", "auto"))
+        data, teacher = self.data, self.teacher
         libraries = ("torch", "torchvision", "pytorchcv", "numpy")
         return {
-            "data": {"name": self.data.name, "images": len(self.data), "source": self.data.source}
-            if self.data
-            else None,
-            "teacher": {
-                "name": self.teacher.name,
-                "source": self.teacher.source,
-                "sha256": self.teacher.sha256,
+            "data": data and {"name": data.name, "images": len(data), "source": data.source},
+            "teacher": teacher
+            and {
+                "name": teacher.name,
+                "source": teacher.source,
+                "sha256": teacher.sha256,
                 "top1": self.fp32_top1,
-            }
-            if self.teacher
-            else None,
+            },
             "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in libraries},
             "hardware": describe_hardware(device),
             "device": str(device),
@@ -195,37 +202,25 @@ class Run:
         """Write ``metrics.json`` into the run's folder and return its path; without a folder, do nothing."""
         if self.out is None:
             return None
-        path = self.out / METRICS
-        content = {
-            "paper": self.paper.key,
-            "profile": self.parameters.get("profile", ""),
-            "schedule": profiles.describe_schedule(self.paper.key, self.parameters),
-            "parameters": self.parameters,
-            "provenance": self.provenance(),
-            "rows": self.rows,
-            "records": self.records,
-            "figures": self.figures,
-        }
-        write_json(path, content)
-        return path
+        kept = {name: getattr(self, name) for name in ("parameters", "rows", "records", "figures")}
+        write_json(self.out / METRICS, self.context() | {"provenance": self.provenance()} | kept)
+        return self.out / METRICS
 
 
 def plain(value: Any) -> Any:
     """``value`` as JSON knows it: tensors and arrays become lists, tables lists of rows, NaN and infinity null."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().tolist()
+    elif isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    elif isinstance(value, pd.DataFrame):
+        value = value.reset_index().to_dict("records")
+    elif isinstance(value, pd.Series):
+        value = value.to_dict()
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [plain(item) for item in value]
-    if isinstance(value, pd.DataFrame):
-        return plain(value.reset_index().to_dict("records"))
-    if isinstance(value, pd.Series):
-        return plain(value.to_dict())
-    if isinstance(value, torch.Tensor):
-        return plain(value.detach().cpu().tolist())
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, Path) else value

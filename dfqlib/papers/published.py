@@ -1,7 +1,5 @@
 """Published accuracies, from ``published.csv``: one row each, with its source."""
 
-from __future__ import annotations
-
 import csv
 import functools
 from dataclasses import dataclass

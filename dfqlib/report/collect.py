@@ -1,12 +1,11 @@
-"""From finished runs to the results folder's ``tables/<paper>.csv`` and ``.md``, ``figures/``, ``README.md``,
-``results.csv`` and ``report.html``.
+"""From finished runs to a results folder's ``results.csv``, tables, figures, ``README.md`` and ``report.html``.
 
-Every table holds, for each (profile, data set, model), the runs of one version only: the same code and the same
-schedule, those of the present call or else the latest. A paper without any run here keeps the table it has.
+A group is a paper, profile, data set, test images and model. Its rows are those of the runs in the folder, all of one
+version: the same code and schedule, those of the present call or else the latest. A group without a run in the folder
+keeps the rows that ``results.csv`` has of it.
 """
 
-from __future__ import annotations
-
+import glob
 import io
 import json
 import shutil
@@ -22,29 +21,54 @@ from dfqlib.papers.parameters import PLACES
 from dfqlib.papers.profiles import Paper, Profile
 from dfqlib.papers.published import Published
 from dfqlib.report import tables
-from dfqlib.report.page import write_page
+from dfqlib.report.page import Section, write_page
 from dfqlib.runner import preflight
 from dfqlib.runner.identity import code_identity, digest
 from dfqlib.runner.run_folder import LEFTOVER_SUFFIXES, complete, read_metrics
 
 GROUP = ["paper", "profile", "dataset", "data", "model"]
+NUMBERS = ["weight_bits", "activation_bits", "seed", "top1", "top1_best", "fp32_top1", "seconds"]
+ORIGIN = ["run", "commit", "hardware", "finished"]
+#: Columns of a row that serve the report alone and are not written to results.csv.
+INTERNAL = ["rank", "version", "folder", "figures", "order"]
+Failures = dict[tuple[str, str, str], str]  # (method, data set, model) -> what stopped its run in this call
+
+
+def write(results: Path, profile: Profile, present: Collection[str], failures: Failures) -> dict[str, Section]:
+    """Write all overviews of a results folder; returns the tables by paper, of the papers that have rows.
+
+    ``present`` holds the identities of this call's runs. A rehearsal has a folder of its own, ``results/<profile>``.
+    """
+    known, papers = profiles.load()
+    names = [profile.name] if profile.rehearsal else [p.name for p in known.values() if not p.rehearsal]
+    root = results / profile.name if profile.rehearsal else results
+    rows = merge(collect(results, names, papers.values(), present), root / "results.csv")
+    sections = {}
+    for key, own in rows.groupby("paper", sort=False) if len(rows) else ():
+        if paper := papers.get(key):
+            sections[key] = Section(paper, own, not_run(own, paper.methods, failures), _copy_figures(root, own))
+            _write_tables(root, sections[key])
+    if sections:
+        with atomic_path(root / "results.csv") as path:
+            rows.drop(columns=INTERNAL, errors="ignore").to_csv(path, index=False)
+        write_page(root, [sections[key] for key in papers if key in sections])
+    _write_readme(root, papers, failures)
+    return sections
 
 
 def collect(results: Path, names: Iterable[str], papers: Iterable[Paper], present: Collection[str]) -> pd.DataFrame:
-    """Rows of the finished runs of some profiles and papers; of several versions the one that shall be shown.
+    """Rows of the finished runs of some profiles and papers, in each group those of one version.
 
-    ``present`` holds the identities of the runs of this call, which come first; then runs of the present code, then
-    the latest.
+    The runs of this call (identities in ``present``) come first, then runs of the present code, then the latest.
     """
-    rows = [row for paper in papers for name in names for row in _rows(results, paper, name, present)]
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return frame
-    frame = frame.sort_values("rank", kind="stable")
-    latest = frame.groupby(GROUP, sort=False, dropna=False)["version"].transform("last")
-    frame = frame[frame["version"] == latest]
-    frame = frame.drop_duplicates([*tables.SETTING, "profile", "seed"], keep="last")
-    return frame.sort_values([*GROUP, "order", "seed"], kind="stable")
+    rows = pd.DataFrame([row for paper in papers for name in names for row in _rows(results, paper, name, present)])
+    if rows.empty:
+        return rows
+    rows = rows.sort_values("rank", kind="stable")
+    latest = rows.groupby(GROUP, sort=False, dropna=False)["version"].transform("last")
+    rows = rows[rows["version"] == latest]
+    rows = rows.drop_duplicates([*tables.SETTING, "profile", "seed"], keep="last")
+    return rows.sort_values([*GROUP, "order", "seed"], kind="stable")
 
 
 def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -> Iterable[dict[str, Any]]:
@@ -56,29 +80,56 @@ def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -
         run, provenance = metrics["run"], metrics["provenance"]
         current = run["depends"]["code"] == code
         own = {name: value for name, value in metrics["parameters"].items() if name not in PLACES}
-        kind, colon, details = metrics["schedule"].partition(":")
         context = {
             "paper": paper.key,
             "profile": profile,
-            "schedule": kind + ("" if current else " (older code)") + colon + details,
+            "schedule": metrics["schedule"],
             "rank": (run["identity"] in present, current, provenance["finished"]),
             "version": digest(json.dumps([own, run["depends"]], sort_keys=True)),
             "run": run["id"],
-            "commit": provenance["commit"],
-            "hardware": provenance["hardware"],
-            "finished": provenance["finished"],
+            **{name: provenance[name] for name in ("commit", "hardware", "finished")},
             "folder": str(folder),
             "figures": [str(folder / f"{name}.png") for name in metrics["figures"]],
         }
         for order, row in enumerate(metrics["rows"]):
-            yield context | row | {"order": order}
+            line = context | row | {"order": order}
+            kind, colon, details = line["schedule"].partition(":")
+            yield line | {"schedule": kind + ("" if current else " (older code)") + colon + details}
 
 
-def not_run(rows: pd.DataFrame, methods: Iterable[str], failures: dict[tuple[str, str, str], str]) -> pd.DataFrame:
-    """Published rows of ``methods`` that no run covers, with the reason; never filled in.
+def merge(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """``rows`` and, of the groups that they lack, the rows of the ``results.csv`` at ``path``, if there is one."""
+    if path.is_file():
+        before = _read_rows(path)
+        measured = set(rows[GROUP].itertuples(index=False, name=None)) if len(rows) else set()
+        kept = [group not in measured for group in before[GROUP].itertuples(index=False, name=None)]
+        rows = pd.concat([part for part in (rows, before[kept]) if len(part)] or [rows], ignore_index=True)
+    if len(rows):
+        rows["folder"] = rows["folder"].fillna("") if "folder" in rows else ""
+        rows["seed"] = rows["seed"].astype("Int64")
+        rows = rows.sort_values(GROUP, kind="stable")
+    return rows
 
-    ``failures`` maps (method, data set, model) to what stopped a run of this call.
-    """
+
+def _read_rows(path: Path) -> pd.DataFrame:
+    """The rows of a ``results.csv``; if it is cut off, its whole lines, and a copy of it stays as ``<name>.broken``."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole, newline, rest = text.rpartition("\n")
+    needed = [*tables.SETTING, "profile", "schedule", *ORIGIN, *NUMBERS]
+    whole = whole if newline and set(needed) <= set(whole.partition("\n")[0].split(",")) else ",".join(needed)
+    if rest or not newline or not text.startswith(whole):
+        shutil.copyfile(path, path.with_name(f"{path.name}.broken"))
+    rows = pd.read_csv(io.StringIO(whole), dtype=str, keep_default_na=False)
+    return rows.assign(**{name: rows[name].map(_parse_number) for name in NUMBERS})
+
+
+def _parse_number(text: str) -> float:
+    """The number exactly as it was written, which not every version of pandas guarantees; NaN for no text."""
+    return int(text) if text.isdecimal() else float(text or "nan")
+
+
+def not_run(rows: pd.DataFrame, methods: Iterable[str], failures: Failures) -> pd.DataFrame:
+    """Published rows of ``methods`` that no run covers, each with the reason."""
     keys = ["method", "dataset", "model", "weight_bits", "activation_bits", "scheme"]
     own = rows[rows["variant"] == ""] if len(rows) else rows
     covered = set(own[keys].itertuples(index=False, name=None)) if len(own) else set()
@@ -97,81 +148,30 @@ def paper_of(row: Published) -> Paper | None:
 
 
 def reason(row: Published) -> str:
-    """Why a published row was not run: what it lacks, or the command that runs it."""
+    """Why a published row was not run: what it lacks, or the command that runs it with the published schedule."""
     paper = paper_of(row)
     if paper is None:
-        return f"the kit has no notebook for {row.method}"
-    lacking = preflight.missing(row.dataset, row.model)
-    return lacking or f"not asked for; `{command(row, paper)}` runs it"
+        return f"no notebook for {row.method}"
+    command = f"python run_all.py --profile paper --papers {paper.key} --models {row.model} --bits {row.bits}"
+    return preflight.missing(row.dataset, row.model) or f"not requested; `{command}` runs it"
 
 
-def command(row: Published, paper: Paper) -> str:
-    """The call that runs a published row with the published schedule."""
-    return f"python run_all.py --profile paper --papers {paper.key} --models {row.model} --bits {row.bits}"
-
-
-def write(
-    results: Path, profile: Profile, present: Collection[str], failures: dict[tuple[str, str, str], str]
-) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Write all of a results folder's overviews; returns the rows, and those not run, of each paper with runs.
-
-    The results of a rehearsal go into its own folder, ``results/<profile>``.
-    """
-    known, papers = profiles.load()
-    names = [profile.name] if profile.rehearsal else [p.name for p in known.values() if not p.rehearsal]
-    root = results / profile.name if profile.rehearsal else results
-    rows = collect(results, names, papers.values(), present)
-    written, shown = {}, []
-    for paper in papers.values():
-        own = rows[rows["paper"] == paper.key] if len(rows) else rows
-        if len(own):
-            missing, figures = not_run(own, paper.methods, failures), _copy_figures(root, own)
-            _write_paper(root, paper, own, missing, figures)
-            written[paper.key] = own, missing
-            shown.append((paper, own, missing, figures))
-    if shown:
-        _write_tidy(root / "results.csv", rows)
-        write_page(root, shown)
-    _write_readme(root, papers, failures)
-    return written
-
-
-def _write_tidy(path: Path, rows: pd.DataFrame) -> None:
-    """Every row of every run behind the tables, one line per seed; papers without a run here keep their lines."""
-    tidy = rows.drop(columns=["rank", "version", "folder", "figures", "order"])
-    if path.is_file():
-        before = _whole_lines(path)
-        tidy = pd.concat([tidy, before[~before["paper"].isin(tidy["paper"])]])
-    with atomic_path(path) as temporary:
-        tidy.to_csv(temporary, index=False)
-
-
-def _whole_lines(path: Path) -> pd.DataFrame:
-    """The lines of a table; if it was cut off, those that are whole, and a copy of it stays as ``<name>.broken``."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole, newline, rest = text.rpartition("\n")
-    if rest or not newline:
-        shutil.copyfile(path, path.with_name(f"{path.name}.broken"))
-    return pd.read_csv(io.StringIO(whole if newline else "paper"), dtype=object, keep_default_na=False)
-
-
-def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataFrame, figures: Iterable[Path]) -> None:
+def _write_tables(root: Path, section: Section) -> None:
+    """``tables/<paper>.csv`` with all that is known of each line, and ``tables/<paper>.md`` to read."""
+    paper, rows, missing = section.paper, section.rows, section.missing
     lines = tables.summarise(rows)
     keys = [*tables.SETTING, "profile", "schedule"]
-    sources = rows.groupby(keys, sort=False, dropna=False)[["run", "commit", "hardware", "finished"]].agg(
-        lambda column: " | ".join(dict.fromkeys(column))
-    )
-    tidy = lines.merge(sources.reset_index(), on=keys, how="left")
-    tidy["status"] = "run"
+    origin = rows.groupby(keys, sort=False, dropna=False)[ORIGIN].agg(lambda column: " | ".join(dict.fromkeys(column)))
+    lines = lines.merge(origin.reset_index(), on=keys, how="left").assign(status="run")
     if len(missing):
-        tidy = pd.concat([tidy, missing.assign(paper=paper.key, status="not run")], ignore_index=True)
+        lines = pd.concat([lines, missing.assign(paper=paper.key, status="not run")], ignore_index=True)
     with atomic_path(root / "tables" / f"{paper.key}.csv") as path:
-        tidy.to_csv(path, index=False, float_format="%.4f")
+        lines.to_csv(path, index=False, float_format="%.4f")
+    hardware, commits = (", ".join(dict.fromkeys(rows[name])) for name in ("hardware", "commit"))
     text = [f"## {paper.title}\n", tables.markdown(tables.present(rows)), tables.caption(rows) + "\n"]
-    hardware = ", ".join(dict.fromkeys(rows["hardware"]))
-    text.append(f"Runs on {hardware}; commit {', '.join(dict.fromkeys(rows['commit']))}.\n")
-    shown = [f"`{figure.stem}`\n\n![{paper.key}: {figure.stem}](../figures/{figure.name})\n" for figure in figures]
-    if shown:  # folded, or a reader scrolls past a hundred of them to the next table
+    text.append(f"Runs on {hardware}; commit {commits}.\n")
+    shown = [f"`{path.stem}`\n\n![{paper.key}: {path.stem}](../figures/{path.name})\n" for path in section.figures]
+    if shown:  # folded, or the next table is a long way down
         text += [f"<details><summary>{len(shown)} figures</summary>\n", *shown, "</details>\n"]
     if len(missing):
         text += ["Published rows that were not run:\n", tables.markdown(tables.present_missing(missing))]
@@ -179,29 +179,40 @@ def _write_paper(root: Path, paper: Paper, rows: pd.DataFrame, missing: pd.DataF
 
 
 def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
-    """Copies under names that stay the same from run to run, of the lowest seed for each data set and model."""
+    """A paper's figures in ``root/figures``, copied from the run of the lowest seed of each data set and model.
+
+    Those of rows without a run in this folder are there already.
+    """
     copies = []
-    for _, group in rows.groupby(["profile", "dataset", "model"], sort=False, dropna=False):
-        first = group.sort_values("seed").iloc[0]
-        for source in map(Path, first["figures"]):
-            parts = [first["paper"], first["profile"], first["model"].replace("/", "_"), source.stem]
-            copy = root / "figures" / f"{'-'.join(part for part in parts if part)}.png"
-            with atomic_path(copy) as path:
+    for place, group in rows.groupby(["paper", "profile", "dataset", "model"], sort=False, dropna=False):
+        prefix = "".join(f"{part.replace('/', '_')}-" for part in place if part)
+        measured = group[group["folder"] != ""].sort_values("seed")
+        if measured.empty:
+            copies += sorted((root / "figures").glob(f"{glob.escape(prefix)}*.png"))
+            continue
+        for source in map(Path, measured.iloc[0]["figures"]):
+            copies.append(root / "figures" / f"{prefix}{source.stem}.png")
+            with atomic_path(copies[-1]) as path:
                 shutil.copyfile(source, path)
-            copies.append(copy)
-    return list(dict.fromkeys(copies))
+    return copies
 
 
-def _write_readme(root: Path, papers: dict[str, Paper], failures: dict[tuple[str, str, str], str]) -> None:
-    text = ["# Results\n", "Written by `run_all.py` from the runs in this folder; a call that runs more adds to it."]
-    text.append("Run, commit, hardware and date of every row stand in [`tables/`](tables), as CSV.\n")
+def _write_readme(root: Path, papers: dict[str, Paper], failures: Failures) -> None:
+    text = [
+        "# Results\n",
+        "Written by `run_all.py` from the runs in this folder; each call adds to it. Rows without a run",
+    ]
+    text.append(
+        "in this folder are those of [`results.csv`](results.csv). Run, commit, hardware and date of every row are"
+    )
+    text.append("in [`tables/`](tables), as CSV.\n")
     for paper in papers.values():
         table = root / "tables" / f"{paper.key}.md"
         if table.is_file():
             text.append(table.read_text(encoding="utf-8", errors="replace").replace("(../figures/", "(figures/"))
         elif paper.methods:
             missing = not_run(pd.DataFrame(), paper.methods, failures)
-            text += [f"## {paper.title}\n", "Not run here.\n", tables.markdown(tables.present_missing(missing))]
+            text += [f"## {paper.title}\n", "Not run.\n", tables.markdown(tables.present_missing(missing))]
     covered = {method for paper in papers.values() for method in paper.methods}
     other = not_run(pd.DataFrame(), {row.method for row in published.rows()} - covered, failures)
     if len(other):

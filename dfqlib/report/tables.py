@@ -1,12 +1,12 @@
-"""Tables of results: ours beside the published values, from tidy rows to what people read.
+"""Tables of results beside the published values, from tidy rows to what people read.
 
-A row's setting is what was asked for (method, data set, model, bit widths, variant); runs that differ in the seed alone
-are one line, their mean and spread. The drop from the teacher is the fair measure, since teachers differ.
+A row's setting is what was run: method, data set, model, bit widths, variant. Runs that differ only in the seed make
+one line, with mean and standard deviation. Teachers differ, so the drop from the teacher is the fair measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -29,8 +29,8 @@ SETTING = [
     "variant",
     "ranges",
 ]
-#: Columns of words, which begin at the left; numbers end at the right.
-WORDS = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule"}
+#: Columns of text, aligned left; numbers are aligned right.
+WORDS = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule", "source", "reason"}
 NOTE = (
     "Top-1 in percent on the test images named under data, after the last iteration; best is the highest of all "
     "evaluations. Drop is the distance to the full-precision teacher of the same line, the fair measure where teachers "
@@ -41,19 +41,13 @@ NOTE = (
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per setting and schedule: mean and spread over seeds, with the published values beside them."""
     lines = []
-    for _, group in groups(rows):
-        first = group.iloc[0]
-        line = {name: first[name] for name in [*SETTING, "profile", "schedule"]}
-        line |= {
-            "seeds": " ".join(str(seed) for seed in sorted(group["seed"].dropna().unique())),
-            "top1": group["top1"].mean(),
-            "top1_std": group["top1"].std(),
-            "top1_best": group["top1_best"].mean(),
-            "fp32_top1": group["fp32_top1"].astype(float).mean(),
-            "seconds": group["seconds"].astype(float).mean(),
-        }
+    for setting, group in groups(rows):
+        line = dict(zip([*SETTING, "profile", "schedule"], setting, strict=True))
+        means = group[["top1", "top1_best", "fp32_top1", "seconds"]].astype(float).mean()
+        line |= {"seeds": " ".join(f"{seed:.0f}" for seed in sorted(group["seed"].dropna().unique()))}
+        line |= {"top1": means["top1"], "top1_std": group["top1"].std(), **means}
         line["drop"] = line["fp32_top1"] - line["top1"]
-        lines.append(line | beside(first))
+        lines.append(line | beside(line))
     return pd.DataFrame(lines)
 
 
@@ -62,31 +56,33 @@ def groups(rows: pd.DataFrame) -> DataFrameGroupBy:
     return rows.groupby([*SETTING, "profile", "schedule"], sort=False, dropna=False)
 
 
-def beside(row: pd.Series | dict[str, Any]) -> dict[str, Any]:
-    """Published value, drop and source for a row of the method as published; empty for variants and new settings."""
-    if row["variant"]:
-        return {"published": None, "published_drop": None, "published_source": ""}
-    if row["weight_bits"] == row["activation_bits"] == 32:
-        value = published.teacher_top1(row["dataset"], row["model"])
-        return {"published": value, "published_drop": None, "published_source": "papers' teacher" if value else ""}
-    found = published.find(
-        *(row[name] for name in ("method", "dataset", "model", "weight_bits", "activation_bits", "scheme"))
-    )
-    if not found or found[0].top1 is None:
-        return {"published": None, "published_drop": None, "published_source": ""}
-    # Where sources disagree the method's own comes first in the file; the others stay visible in its source.
-    others = [f"{row.top1:.2f} in {row.source}" for row in found[1:]]
-    return {
-        "published": found[0].top1,
-        "published_drop": found[0].fp32_top1 - found[0].top1 if found[0].fp32_top1 else None,
-        "published_source": "; ".join([found[0].source, *others]),
-    }
+def beside(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What is published for a line: value, drop, source, and the difference of the line's top-1 from it.
+
+    Empty for variants of a method and where nothing is published. The float network stands beside the papers' teacher.
+    """
+    value = drop = None
+    source = ""
+    if line["weight_bits"] == line["activation_bits"] == 32 and not line["variant"]:
+        value = published.teacher_top1(line["dataset"], line["model"])
+        source = "papers' teacher" if value else ""
+    elif not line["variant"]:
+        setting = (line[name] for name in ("method", "dataset", "model", "weight_bits", "activation_bits", "scheme"))
+        found = published.find(*setting)
+        if (
+            found and found[0].top1 is not None
+        ):  # where sources disagree, the method's own comes first; the others are named with the source
+            value, teacher = found[0].top1, found[0].fp32_top1
+            drop = teacher - value if teacher else None
+            source = "; ".join([found[0].source, *(f"{row.top1:.2f} in {row.source}" for row in found[1:])])
+    difference = None if value is None else line["top1"] - value
+    return {"published": value, "published_drop": drop, "published_source": source, "difference": difference}
 
 
 def present(rows: pd.DataFrame) -> pd.DataFrame:
-    """Summarised rows as the strings that people read, without the columns in which nothing differs or nothing is.
+    """Summarised rows as the text that people read; columns without content are left out.
 
-    What is compared comes first: a page narrower than the table hides its last columns.
+    What is compared comes first, since a narrow page cuts off the last columns.
     """
     if rows.empty:
         return pd.DataFrame()
@@ -102,35 +98,33 @@ def present(rows: pd.DataFrame) -> pd.DataFrame:
             "ranges": lines["ranges"],
             "top-1": [number(v, s) for v, s in zip(lines["top1"], lines["top1_std"], strict=True)],
             "published": lines["published"].map(number),
-            "difference": (lines["top1"] - lines["published"].astype(float)).map(signed),
+            "difference": lines["difference"].map(lambda value: number(value, sign="+")),
             "drop": lines["drop"].map(number),
             "published drop": lines["published_drop"].map(number),
             "teacher": lines["fp32_top1"].map(number),
             "best": lines["top1_best"].map(number),
             "seeds": lines["seeds"],
-            "schedule": [
-                f"{p}: {s}" if p else s for p, s in zip(lines["profile"], short(lines["schedule"]), strict=True)
-            ],
+            "schedule": [short(p, text) for p, text in zip(lines["profile"], lines["schedule"], strict=True)],
             "seconds": lines["seconds"].map(lambda v: "" if pd.isna(v) else f"{v:.0f}"),
         }
     )
     return shown[[name for name in shown if (shown[name] != "").any()]]
 
 
-def short(schedules: Iterable[str]) -> list[str]:
-    """``"as published"`` or ``"reduced"`` for the schedule column; the caption says what was reduced."""
-    return [schedule.partition(":")[0] for schedule in schedules]
+def short(profile: str, schedule: str) -> str:
+    """``quick: reduced`` or ``paper: as published``; the caption says what was reduced."""
+    return ": ".join(part for part in (profile, schedule.partition(":")[0]) if part)
 
 
 def caption(rows: pd.DataFrame) -> str:
-    """What stands under a table: how to read it, and each schedule in full where it is not the published one."""
+    """The text below a table: how to read it, and each schedule in full."""
     schedules = {} if rows.empty else dict.fromkeys(zip(rows["profile"], rows["schedule"], strict=True))
-    told = [f"Schedule {profile}, {schedule}." for profile, schedule in schedules]
-    return " ".join([NOTE, *unpublished(rows), *told])
+    described = [f"Schedule {profile}, {schedule}." for profile, schedule in schedules]
+    return " ".join([NOTE, *unpublished(rows), *described])
 
 
 def unpublished(rows: pd.DataFrame) -> list[str]:
-    """A sentence where the paper has no number for any of the data sets in ``rows``, so that none can stand beside."""
+    """A sentence if nothing is published for these methods on any of the data sets in ``rows``."""
     if rows.empty:
         return []
     methods, ours = dict.fromkeys(rows["method"]), set(rows["dataset"])
@@ -138,23 +132,18 @@ def unpublished(rows: pd.DataFrame) -> list[str]:
     if not theirs or ours & set(theirs):
         return []
     names = ", ".join(methods)
-    return [f"No published value stands beside these rows: {names} is published for {', '.join(theirs)} only."]
+    return [f"No published value to compare with: {names} is published for {', '.join(theirs)} only."]
 
 
-def number(value: float | None, spread: float | None = None) -> str:
-    """Two decimals, with the spread over seeds where there are several; empty for nothing."""
+def number(value: float | None, spread: float | None = None, sign: str = "") -> str:
+    """Two decimals, with the spread over seeds if there are several; empty for no value. ``sign="+"`` shows a plus."""
     if value is None or pd.isna(value):
         return ""
-    return f"{value:.2f}" if spread is None or pd.isna(spread) else f"{value:.2f} ± {spread:.2f}"
-
-
-def signed(value: float) -> str:
-    """Two decimals with their sign; empty for nothing."""
-    return "" if pd.isna(value) else f"{value:+.2f}"
+    return f"{value:{sign}.2f}" if spread is None or pd.isna(spread) else f"{value:.2f} ± {spread:.2f}"
 
 
 def styled(shown: pd.DataFrame, caption: str) -> Styler:
-    """A table for a notebook: no index, numbers to the right, the caption below."""
+    """A table for a notebook: no index, cells aligned right, the caption below."""
     style = shown.style.hide(axis="index").set_caption(caption).set_uuid("results")
     return style.set_table_styles(
         [
@@ -165,12 +154,12 @@ def styled(shown: pd.DataFrame, caption: str) -> Styler:
 
 
 def width(shown: pd.DataFrame) -> int:
-    """Characters that a line of the table takes in a terminal, with two between columns."""
+    """Characters of a line of the table in a terminal, with two between columns."""
     return sum(max([len(name), *shown[name].astype(str).str.len()]) + 2 for name in shown)
 
 
 def markdown(shown: pd.DataFrame) -> str:
-    """A GitHub table; numbers to the right."""
+    """A GitHub table; numbers aligned right."""
     if shown.empty:
         return ""
     rule = ["---" if name in WORDS else "---:" for name in shown.columns]
@@ -179,19 +168,10 @@ def markdown(shown: pd.DataFrame) -> str:
 
 
 def present_missing(missing: pd.DataFrame) -> pd.DataFrame:
-    """Published rows that were not run, as the strings that people read."""
+    """Published rows that were not run, as the text that people read."""
     if missing.empty:
         return pd.DataFrame()
     widths = zip(missing["weight_bits"], missing["activation_bits"], strict=True)
-    return pd.DataFrame(
-        {
-            "method": missing["method"],
-            "data": missing["dataset"],
-            "model": missing["model"],
-            "bits": [bits_name(w, a) for w, a in widths],
-            "scheme": missing["scheme"],
-            "published": missing["published"].map(number),
-            "source": missing["published_source"],
-            "reason": missing["reason"],
-        }
-    )
+    shown = missing.rename(columns={"dataset": "data", "published_source": "source"})
+    shown = shown.assign(bits=[bits_name(*each) for each in widths], published=shown["published"].map(number))
+    return shown[["method", "data", "model", "bits", "scheme", "published", "source", "reason"]]

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dfqlib.files import METRICS
 from dfqlib.runner.plan import PlannedRun
 
 NOTEBOOK = "notebook.ipynb"
 NOTEBOOK_PAGE = "notebook.html"
-METRICS = "metrics.json"
 #: Ends of the names of folders that hold what is left of a run, not its results.
 LEFTOVER_SUFFIXES = (".unfinished", ".broken")
 
