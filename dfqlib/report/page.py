@@ -67,8 +67,7 @@ def write_page(root: Path, sections: list[Section]) -> None:
     from dfqlib.report import charts
 
     script, style, template = sources[:3]
-    overview = [charts.as_svg(draw(rows)) for draw in (charts.accuracy_against_time, charts.spread_over_seeds)]
-    content["overview"] = [data_address("image/svg+xml", svg) for svg in overview]
+    content["overview"] = [data_address("image/svg+xml", svg) for svg in charts.overview(rows)]
     content |= {"words": tables.WORDS, "made_from": made_from, "style": style}
     content["datatables"] = data_address("text/javascript", script.encode())
     write_text(path, Environment(autoescape=True).from_string(template).render(**content))
