@@ -4,8 +4,6 @@ A notebook makes one :class:`Run`, adds rows and figures as they arise, and ends
 ``run.save()``. With ``out=""`` (interactive work) nothing is written; ``run_all.py`` sets ``out`` to the run's folder.
 """
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import io
@@ -15,27 +13,27 @@ import platform
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import Image
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from dfqlib.bits import BitWidths
+from dfqlib.data.image_sets import ImageSet
 from dfqlib.device import code_version, describe_hardware, pick_device
 from dfqlib.errors import UserError
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, METRICS, atomic_path, write_json
+from dfqlib.finetuning.loop import Checkpoint
+from dfqlib.models import evaluate
+from dfqlib.models.teacher import Teacher
 from dfqlib.papers import profiles
 from dfqlib.report import tables
 
-if TYPE_CHECKING:
-    from IPython.display import Image
-    from matplotlib.figure import Figure
-    from pandas.io.formats.style import Styler
-
-    from dfqlib.data.image_sets import ImageSet
-    from dfqlib.finetuning.loop import Checkpoint
-    from dfqlib.models.teacher import Teacher
 FLOAT = BitWidths(None, None)
 #: A run has one row of each identity: what was quantized, how, and with which seed.
 IDENTITY = [*(name for name in tables.SETTING if name != "paper"), "seed"]
@@ -66,9 +64,7 @@ class Run:
             raise UserError(f"out={str(out)!r} is not a folder; give an existing one, or '' to write nothing.")
         self.fp32_top1 = fp32_top1
         if fp32_top1 is None and teacher is not None and data is not None:
-            from dfqlib.models.evaluate import top1
-
-            self.fp32_top1 = top1(teacher.network, data, teacher)
+            self.fp32_top1 = evaluate.top1(teacher.network, data, teacher)
         self.rows: list[dict[str, Any]] = []
         self.records: dict[str, Any] = {}
         self.figures: list[str] = []
@@ -125,8 +121,6 @@ class Run:
         ``run_all.py`` sets its folder in ``DFQ_CHECKPOINTS``, which is kept until the run is complete, and the interval
         in ``DFQ_CHECKPOINT_SECONDS``. An unreadable checkpoint is discarded with a warning: a batch cannot ask.
         """
-        from dfqlib.finetuning.loop import Checkpoint
-
         folder = os.environ.get(CHECKPOINTS)
         if not folder:
             return None
@@ -143,9 +137,6 @@ class Run:
         Make it the last expression of a cell: the notebook shows the saved file, so the figure is drawn once. The name
         is the image's alternative text.
         """
-        from IPython.display import Image
-        from matplotlib import pyplot
-
         if layout := figure.get_layout_engine():
             layout.execute(figure)
             figure.set_layout_engine("none")  # laid out once for both files
@@ -180,16 +171,11 @@ class Run:
         """Where the numbers come from: data, teacher, software, hardware, commit, time."""
         device = pick_device(self.parameters.get("device", "auto"))
         data, teacher = self.data, self.teacher
+        own = {"top1": self.fp32_top1}
         libraries = ("torch", "torchvision", "pytorchcv", "numpy")
         return {
             "data": data and {"name": data.name, "images": len(data), "source": data.source},
-            "teacher": teacher
-            and {
-                "name": teacher.name,
-                "source": teacher.source,
-                "sha256": teacher.sha256,
-                "top1": self.fp32_top1,
-            },
+            "teacher": teacher and {n: getattr(teacher, n) for n in ("name", "source", "sha256")} | own,
             "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in libraries},
             "hardware": describe_hardware(device),
             "device": str(device),

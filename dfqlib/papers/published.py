@@ -7,6 +7,8 @@ from importlib import resources
 
 from dfqlib.bits import BitWidths
 
+SETTING = ("method", "dataset", "model", "weight_bits", "activation_bits")
+
 
 @dataclass(frozen=True)
 class Published:
@@ -32,13 +34,12 @@ class Published:
 def rows() -> tuple[Published, ...]:
     """Every published row, in the order of the file."""
     text = resources.files("dfqlib.papers").joinpath("published.csv").read_text(encoding="utf-8")
+    widths, accuracies = ("weight_bits", "activation_bits"), ("top1", "fp32_top1")
     return tuple(
         Published(
-            **{key: row[key] for key in ("method", "dataset", "model", "scheme", "source")},
-            weight_bits=int(row["weight_bits"]),
-            activation_bits=int(row["activation_bits"]),
-            top1=float(row["top1"]) if row["top1"] else None,
-            fp32_top1=float(row["fp32_top1"]) if row["fp32_top1"] else None,
+            **row
+            | {name: int(row[name]) for name in widths}
+            | {name: float(row[name]) if row[name] else None for name in accuracies}
         )
         for row in csv.DictReader(text.splitlines())
     )
@@ -49,12 +50,8 @@ def find(
 ) -> list[Published]:
     """The published rows of one setting; several where sources disagree, an empty ``scheme`` admits both."""
     wanted = (method, dataset, model, weight_bits, activation_bits)
-    return [
-        row
-        for row in rows()
-        if (row.method, row.dataset, row.model, row.weight_bits, row.activation_bits) == wanted
-        and scheme in ("", row.scheme)
-    ]
+    found = (row for row in rows() if tuple(getattr(row, name) for name in SETTING) == wanted)
+    return [row for row in found if scheme in ("", row.scheme)]
 
 
 def teacher_top1(dataset: str, model: str) -> float | None:

@@ -130,7 +130,7 @@ def _parse_number(text: str) -> float:
 
 def not_run(rows: pd.DataFrame, methods: Iterable[str], failures: Failures) -> pd.DataFrame:
     """Published rows of ``methods`` that no run covers, each with the reason."""
-    keys = ["method", "dataset", "model", "weight_bits", "activation_bits", "scheme"]
+    keys = [*published.SETTING, "scheme"]
     own = rows[rows["variant"] == ""] if len(rows) else rows
     covered = set(own[keys].itertuples(index=False, name=None)) if len(own) else set()
     lines = []

@@ -4,19 +4,16 @@ A row's setting is what was run: method, data set, model, bit widths, variant. R
 one line, with mean and standard deviation. Teachers differ, so the drop from the teacher is the fair measure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from pandas.api.typing import DataFrameGroupBy
+from pandas.io.formats.style import Styler
 
 from dfqlib.bits import bits_name
 from dfqlib.papers import published
 
-if TYPE_CHECKING:
-    from pandas.api.typing import DataFrameGroupBy
-    from pandas.io.formats.style import Styler
 SETTING = [
     "paper",
     "method",
@@ -67,11 +64,9 @@ def beside(line: Mapping[str, Any]) -> dict[str, Any]:
         value = published.teacher_top1(line["dataset"], line["model"])
         source = "papers' teacher" if value else ""
     elif not line["variant"]:
-        setting = (line[name] for name in ("method", "dataset", "model", "weight_bits", "activation_bits", "scheme"))
-        found = published.find(*setting)
-        if (
-            found and found[0].top1 is not None
-        ):  # where sources disagree, the method's own comes first; the others are named with the source
+        found = published.find(*(line[name] for name in published.SETTING), line["scheme"])
+        if found and found[0].top1 is not None:
+            # Where sources disagree, the method's own comes first; the others are named with the source.
             value, teacher = found[0].top1, found[0].fp32_top1
             drop = teacher - value if teacher else None
             source = "; ".join([found[0].source, *(f"{row.top1:.2f} in {row.source}" for row in found[1:])])
@@ -87,33 +82,26 @@ def present(rows: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return pd.DataFrame()
     lines = summarise(rows)
-    shown = pd.DataFrame(
-        {
-            "method": lines["method"],
-            "data": lines["data"],
-            "model": lines["model"],
-            "scheme": lines["scheme"].str.upper() if lines["scheme"].nunique() > 1 else "",
-            "bits": [bits_name(w, a) for w, a in zip(lines["weight_bits"], lines["activation_bits"], strict=True)],
-            "variant": lines["variant"],
-            "ranges": lines["ranges"],
-            "top-1": [number(v, s) for v, s in zip(lines["top1"], lines["top1_std"], strict=True)],
-            "published": lines["published"].map(number),
-            "difference": lines["difference"].map(lambda value: number(value, sign="+")),
-            "drop": lines["drop"].map(number),
-            "published drop": lines["published_drop"].map(number),
-            "teacher": lines["fp32_top1"].map(number),
-            "best": lines["top1_best"].map(number),
-            "seeds": lines["seeds"],
-            "schedule": [short(p, text) for p, text in zip(lines["profile"], lines["schedule"], strict=True)],
-            "seconds": lines["seconds"].map(lambda v: "" if pd.isna(v) else f"{v:.0f}"),
-        }
-    )
-    return shown[[name for name in shown if (shown[name] != "").any()]]
-
-
-def short(profile: str, schedule: str) -> str:
-    """``quick: reduced`` or ``paper: as published``; the caption says what was reduced."""
-    return ": ".join(part for part in (profile, schedule.partition(":")[0]) if part)
+    several = lines["scheme"].nunique() > 1
+    short = lines["schedule"].str.partition(":")[0]  # "reduced"; the caption says what was reduced
+    columns = {name: lines[name] for name in ("method", "data", "model")}
+    columns |= {
+        "scheme": lines["scheme"].str.upper() if several else "",
+        "bits": list(map(bits_name, lines["weight_bits"], lines["activation_bits"])),
+        "variant": lines["variant"],
+        "ranges": lines["ranges"],
+        "top-1": list(map(number, lines["top1"], lines["top1_std"])),
+        "published": lines["published"].map(number),
+        "difference": lines["difference"].map(lambda value: number(value, sign="+")),
+        "drop": lines["drop"].map(number),
+        "published drop": lines["published_drop"].map(number),
+        "teacher": lines["fp32_top1"].map(number),
+        "best": lines["top1_best"].map(number),
+        "seeds": lines["seeds"],
+        "schedule": (lines["profile"] + ": " + short).str.removeprefix(": "),
+        "seconds": lines["seconds"].map(lambda value: "" if pd.isna(value) else f"{value:.0f}"),
+    }
+    return pd.DataFrame({name: column for name, column in columns.items() if (pd.Series(column) != "").any()})
 
 
 def caption(rows: pd.DataFrame) -> str:
@@ -171,7 +159,7 @@ def present_missing(missing: pd.DataFrame) -> pd.DataFrame:
     """Published rows that were not run, as the text that people read."""
     if missing.empty:
         return pd.DataFrame()
-    widths = zip(missing["weight_bits"], missing["activation_bits"], strict=True)
+    widths = map(bits_name, missing["weight_bits"], missing["activation_bits"])
     shown = missing.rename(columns={"dataset": "data", "published_source": "source"})
-    shown = shown.assign(bits=[bits_name(*each) for each in widths], published=shown["published"].map(number))
+    shown = shown.assign(bits=list(widths), published=shown["published"].map(number))
     return shown[["method", "data", "model", "bits", "scheme", "published", "source", "reason"]]
