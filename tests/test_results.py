@@ -164,6 +164,7 @@ def test_reduced_schedule_is_labelled(kit):
     run = make_run(iterations=100, profile="paper")
     run.row(W4A4, top1=88.0)
     assert tables.present(run.frame()).loc[0, "schedule"] == "paper: as published"
+    assert "W4A4" in run.table().to_html() and "fair measure" in run.table().to_html()
 
 
 def test_schemes_stand_apart_and_missing_published_values_are_told():
@@ -178,13 +179,6 @@ def test_schemes_stand_apart_and_missing_published_values_are_told():
     frame = run.frame().assign(dataset="imagenet", model="resnet18")
     assert tables.present(frame)["published"].tolist() == ["39.90", "62.18"]
     assert told not in tables.caption(frame)
-
-
-def test_table_of_a_notebook_is_html_with_its_caption():
-    run = make_run()
-    run.row(W4A4, top1=88.0)
-    html = run.table().to_html()
-    assert "W4A4" in html and "fair measure" in html
 
 
 def test_markdown_escapes_and_aligns():
@@ -294,15 +288,6 @@ def test_rows_and_figures_without_a_run_here_stay(kit, tmp_path):
     assert all(f"(figures/{name})" in text for name in figures)
     page = (clone / "report.html").read_text()
     assert '<details id="hundred">' in page and "quick/gdfq/again/metrics.json" in page
-
-
-def test_the_table_of_a_paper_without_rows_stays(kit, tmp_path):
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "zeroq.md").write_text("## ZeroQ\n\n![f](../figures/f.png)\n")
-    finished(tmp_path, "a")
-    write(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "![f](figures/f.png)" in text and "| gdfq | resnet20_cifar10 | W3A3 |" in text
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git on this machine")
