@@ -1,6 +1,6 @@
-"""The generator: from labels and noise to images. One body serves every input, 32 x 32 or 224 x 224 pixels."""
+"""The generator, from noise and labels to images: one body for every method and every image size."""
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from dfqlib.speed.switches import uses
 class UpsampleConv2d(nn.Conv2d):
     """Nearest x2 upsampling, then a 3x3 convolution with padding 1: (B, C, H, W) -> (B, out, 2H, 2W).
 
-    Both together are one transposed convolution with stride 2, whose 4x4 kernel spreads each input pixel as the
-    upsampling and the window do: 16 instead of 36 multiply-adds per input pixel and channel pair, same result.
+    Both are computed as one transposed convolution with stride 2 and a 4x4 kernel: the same result with 16 instead of
+    36 multiply-adds per input pixel and channel pair.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -25,23 +25,20 @@ class UpsampleConv2d(nn.Conv2d):
         if not uses("folded_upsampling"):
             return super().forward(F.interpolate(x, scale_factor=2))
         kernel = upsampling_kernel(upsampling_kernel(self.weight, dim=2), dim=3).transpose(0, 1)
-        # The bias is added apart: within the convolution its gradient takes a CPU as long as that of the weights.
+        # The bias is added separately: inside the convolution its gradient is as slow on a CPU as the weights'.
         return F.conv_transpose2d(x, kernel, stride=2, padding=1).add_(self.bias.view(-1, 1, 1))
 
 
 def upsampling_kernel(weight: Tensor, dim: int) -> Tensor:
-    """What one value, doubled, adds to the four outputs whose window (a, b, c) along ``dim`` sees it.
-
-    These are (c, b + c, a + b, a): the first window only reaches its first copy, the next two see both.
-    """
+    """What one input value, doubled, adds to the four outputs whose window (a, b, c) along ``dim`` covers a copy."""
     a, b, c = weight.split(1, dim)
     return torch.cat([c, b + c, a + b, a], dim)
 
 
 class ConditionalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose gain and bias belong to the sample's label, starting at 1 and 0.
+    """Batch norm with a gain and a bias per class, initially 1 and 0.
 
-    Labels are integers (B,), or weights (B, classes), which mix the gains and the biases of several classes.
+    Labels are integers (B,), or weights (B, classes), which mix the gains and the biases of the classes.
     """
 
     def __init__(self, classes: int, channels: int, eps: float) -> None:
@@ -58,18 +55,18 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
 
 
 class PlainBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that takes a label, as the conditional one does, and ignores it."""
+    """Batch norm that is called with labels, as the conditional one is, and ignores them."""
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         return super().forward(x)
 
 
 class GeneratorBody(nn.Module):
-    """From a latent vector (B, features) and labels (B,) to images (B, 3, size, size), normalised like real ones.
+    """Latent vectors (B, features) and labels (B,) to images (B, 3, size, size), normalised.
 
-    The last batch norm has no affine part, so each colour channel of a batch has mean 0 and variance 1, which is what
-    a normalised data set has. With ``classes`` the three inner batch norms are conditional on the label, which may then
-    be weights (B, classes).
+    The last batch norm has no affine part, so each colour channel of a batch has mean 0 and variance 1, as a normalised
+    data set has. With ``classes`` the three inner batch norms are conditional on the label, which may be weights
+    (B, classes).
     Source: GDFQ, knowledge matching generator; sizes and constants from the official settings.
     """
 
@@ -77,12 +74,7 @@ class GeneratorBody(nn.Module):
         super().__init__()
         if size < 4:
             raise UserError(f"size={size} is too small for two x2 upsamplings; allowed: 4 or more.")
-
-        def norm(channels: int, eps: float) -> nn.Module:
-            if classes is None:
-                return PlainBatchNorm2d(channels, eps=eps)
-            return ConditionalBatchNorm2d(classes, channels, eps)
-
+        norm = PlainBatchNorm2d if classes is None else partial(ConditionalBatchNorm2d, classes)
         self.size, self.side = size, -(-size // 4)
         self.linear = nn.Linear(features, 128 * self.side**2)
         self.norm0 = norm(128, 1e-5)
@@ -98,23 +90,22 @@ class GeneratorBody(nn.Module):
         x = self.norm0(x, labels)
         x = F.leaky_relu_(self.norm1(self.conv1(x), labels), 0.2)
         x = F.leaky_relu_(self.norm2(self.conv2(x), labels), 0.2)
-        # Two x2 upsamplings make multiples of 4; for 299 pixels one row and one column of 300 are left out.
+        # Two x2 upsamplings give multiples of 4; for 299 pixels one row and one column of 300 are dropped.
         images = torch.tanh(self.conv3(x)[..., : self.size, : self.size])
-        # Three channels side by side are a CPU's slowest case of a batch norm: six times that of whole planes.
+        # On a CPU a batch norm of three channels is six times slower in channels-last than in contiguous memory.
         return self.norm3(images.contiguous())
 
 
 class Generator(nn.Module):
     """GDFQ's generator: noise z (B, latent) and labels (B,) to images (B, 3, size, size).
 
-    ``conditional=False`` (32 x 32): the label's embedding multiplies the noise. ``conditional=True`` (224 x 224): the
-    label enters through the conditional batch norms instead. Source: GDFQ, knowledge matching generator.
+    The label's embedding multiplies the noise (published for 32 pixels); with ``conditional`` the label enters through
+    conditional batch norms instead (for 224). Source: GDFQ, knowledge matching generator.
     """
 
     def __init__(self, classes: int, latent: int = 100, size: int = 32, conditional: bool = False) -> None:
         super().__init__()
-        self.classes = classes
-        self.latent = latent
+        self.classes, self.latent = classes, latent
         self.embedding = None if conditional else nn.Embedding(classes, latent)
         self.body = GeneratorBody(latent, size, classes if conditional else None)
 
@@ -124,10 +115,7 @@ class Generator(nn.Module):
 
 
 def draw_one_label(generator: nn.Module, count: int, random: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """GDFQ's input: noise (count, latent), N(0, 1), and uniform labels (count,); and the labels again, as the target.
-
-    ``generator`` says what it takes by its ``latent`` and ``classes``; all is drawn from ``random``, on its device.
-    """
+    """Inputs of ``generator``, noise (count, latent), N(0, 1), and uniform labels (count,); the labels, as targets."""
     z = torch.randn(count, generator.latent, generator=random, device=random.device)
     labels = torch.randint(generator.classes, (count,), generator=random, device=random.device)
     return (z, labels), labels

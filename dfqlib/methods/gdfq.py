@@ -1,6 +1,4 @@
-"""GDFQ (Xu et al., ECCV 2020): a generator learns images from the teacher; the quantized student is tuned on them."""
-
-from __future__ import annotations
+"""GDFQ (Xu et al., ECCV 2020): a generator learns images from the teacher; the student is fine-tuned on them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +17,7 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.schedules import GeneratorSchedule
 
-LARGE = 32  # above this size in pixels the generator is conditional, as published for 224
+LARGE = 32  # pixels; above this size the generator is conditional, as published for 224
 
 
 def make_stream(
@@ -31,11 +29,11 @@ def make_stream(
     draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
     image_loss: Callable[[Tensor], Tensor] | None = None,
 ) -> GeneratorStream:
-    """A fresh generator for the teacher's classes and input size, and the stream of images of its training.
+    """The stream of images of a new generator for the teacher's classes and input size, which trains as it goes.
 
-    ``loss`` replaces L_G and ``image_loss``, of the images, is added to it; ``build`` makes another generator and
-    ``draw`` its input, for methods that differ in these. The generator's first weights and its noise follow from
-    ``seed`` alone.
+    ``loss`` replaces L_G; ``image_loss``, a function of the images, is added to it. Methods with another generator give
+    ``build``, which makes it, and ``draw``, which draws its input. ``seed`` alone decides the generator's initial
+    weights and its noise.
     """
     size = teacher.entry.input_size
     build = build or partial(Generator, teacher.entry.classes, size=size, conditional=size > LARGE)
@@ -60,7 +58,7 @@ def make_stream(
 def make_student(
     teacher: Teacher, bits: BitWidths, schedule: GeneratorSchedule, **loss_options: float | bool
 ) -> Student:
-    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` vary the loss."""
+    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` change its loss."""
     options = {
         "ce_weight": schedule.ce_weight,
         "kl_weight": schedule.kl_weight,
@@ -74,9 +72,10 @@ def make_student(
 
 @torch.no_grad()
 def labelled_images(generator: Generator, labels: Tensor, seed: int = 0) -> Tensor:
-    """Images (N, 3, H, W) of these labels (N,), from the same noise at each call, with the batch's own statistics.
+    """Images (N, 3, H, W) of ``labels`` (N,); the noise depends on ``seed`` alone.
 
-    As in training, the batch norms see this batch alone, so give labels by the dozen for images as students see them.
+    The batch norms use the statistics of this batch, as in training: images look as students see them only if the batch
+    has dozens of labels.
     """
     device = next(generator.parameters()).device
     z = torch.randn(len(labels), generator.latent, generator=torch.Generator().manual_seed(seed))

@@ -1,18 +1,15 @@
 """Qimera (Choi et al., NeurIPS 2021): images of several classes at once, from a generator fed with mixed embeddings.
 
-GDFQ with another input to the generator: everything else, the body, the losses and the fine-tuning, is shared.
+Only the generator's input differs from GDFQ; its body, the losses and the fine-tuning are shared.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfqlib.bits import BitWidths
-from dfqlib.errors import check_choice
 from dfqlib.finetuning.streams import GeneratorStream
 from dfqlib.generators.networks import Generator, GeneratorBody
 from dfqlib.methods import gdfq
@@ -21,48 +18,31 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.schedules import GeneratorSchedule, Mixture
 from dfqlib.settings import setting
 
-EPSILON = 1e-5  # beside the variance of an embedding
-MAPPED = {32: 64, 224: 100}  # features after the disentanglement mapping, by image size
-EMBEDDINGS = ("random", "teacher")
+EPSILON = 1e-5  # added to the variance of an embedding
+MAPPED = {False: 64, True: 100}  # features after the disentanglement mapping, by ``conditional``
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperpositionSettings(Mixture):
-    """What is superposed, and where the class embeddings start: random, or as the teacher's last weights."""
+    """What is superposed, and how the class embeddings start: random, or as the weights of the teacher's last layer."""
 
-    embedding: str = setting("random", choices=EMBEDDINGS)
+    embedding: str = setting("random", choices=("random", "teacher"))
 
 
-# Per model: the published p, k and start of the embeddings for 4 and for 5 bits. Source: the official scripts.
+# Per model: p, k and the start of the embeddings, for 4 and for 5 bits. Source: the official scripts.
 PUBLISHED = {
-    "resnet20_cifar10": (
-        (0.4, 2, "random"),
-        (0.4, 2, "random"),
-    ),
-    "resnet20_cifar100": (
-        (0.4, 10, "teacher"),
-        (0.4, 50, "teacher"),
-    ),
-    "resnet18": (
-        (0.4, 500, "random"),
-        (0.4, 100, "random"),
-    ),
-    "resnet50": (
-        (0.7, 500, "teacher"),
-        (0.7, 100, "teacher"),
-    ),
-    "mobilenetv2_w1": (
-        (0.4, 100, "random"),
-        (0.4, 100, "random"),
-    ),
+    "resnet20_cifar10": ((0.4, 2, "random"), (0.4, 2, "random")),
+    "resnet20_cifar100": ((0.4, 10, "teacher"), (0.4, 50, "teacher")),
+    "resnet18": ((0.4, 500, "random"), (0.4, 100, "random")),
+    "resnet50": ((0.7, 500, "teacher"), (0.7, 100, "teacher")),
+    "mobilenetv2_w1": ((0.4, 100, "random"), (0.4, 100, "random")),
 }
 
 
 def published_setting(model: str, bits: BitWidths) -> SuperpositionSettings:
-    """The published setting of ``model`` at ``bits``.
+    """The published setting of ``model`` at ``bits``; that of CIFAR-10 for a model without one.
 
-    Those for 4 bits serve fewer bits too, those for 5 bits more: the paper has no others. A model without published
-    settings takes the ones of CIFAR-10.
+    The paper has settings for 4 and 5 bits only: those for 4 bits also serve fewer bits, those for 5 bits more.
     """
     four, five = PUBLISHED.get(model, PUBLISHED["resnet20_cifar10"])
     p, k, embedding = four if min(bits.weight, bits.activation) <= 4 else five
@@ -72,8 +52,8 @@ def published_setting(model: str, bits: BitWidths) -> SuperpositionSettings:
 def standardise(embeddings: Tensor, over_batch: bool = False) -> Tensor:
     """Every vector of ``embeddings`` (B, K, D) with mean 0 and variance 1 over its own D entries.
 
-    ``over_batch=True`` is the published quirk: a transpose puts slot k where channels belong, so mean and variance are
-    slot k's over the whole batch, (B, D) entries each. Source: Qimera, section 4.2.
+    ``over_batch=True`` is a quirk of the released code: a transpose puts slot k where channels belong, so mean and
+    variance are those of slot k over the whole batch, B D entries. Source: Qimera, section 4.2.
     """
     dims = (0, 2) if over_batch else (2,)
     variance, mean = torch.var_mean(embeddings, dims, correction=0, keepdim=True)
@@ -81,7 +61,7 @@ def standardise(embeddings: Tensor, over_batch: bool = False) -> Tensor:
 
 
 def soft_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
-    """sum_k lambda_k onehot(y_k), (B, classes), for labels and weights (B, K): repeated labels add up.
+    """sum_k lambda_k onehot(y_k), (B, classes), for labels and weights (B, K): the weights of a repeated label add up.
 
     Source: Qimera, section 4.1, equation 4.
     """
@@ -91,33 +71,38 @@ def soft_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
 class QimeraGenerator(nn.Module):
     """Noise z (B, K, latent), labels and weights (B, K) to images (B, 3, size, size): sum_k lambda_k map(e_k).
 
-    e_k = standardise(E[y_k] + z_k), with one trained embedding per class, which starts from ``embeddings``
-    (classes, latent), and map one linear layer to ``mapped`` features (the disentanglement mapping). ``conditional``
-    as for GDFQ's generator; gain and bias are then superposed like the embeddings.
+    e_k = standardise(E[y_k] + z_k), with one trained embedding per class, initially ``embeddings`` (classes, latent);
+    map is a linear layer (the disentanglement mapping) to ``mapped`` features, by default as many as published.
+    ``conditional`` as for GDFQ's generator; gain and bias are then superposed as the embeddings are.
 
-    ``published=True`` does as the published scripts do instead of as the paper says: no mapping, superposed batches
+    ``as_released=True`` follows the released code where it differs from the paper: no mapping, superposed batches
     standardised slot by slot over the batch, and gain and bias of the conditional batch norms averaged over k, which
     makes them k times too small. Source: Qimera, sections 4.1 to 4.3.
     """
 
     def __init__(
-        self, embeddings: Tensor, size: int = 32, mapped: int = 64, conditional: bool = False, published: bool = False
+        self,
+        embeddings: Tensor,
+        size: int = 32,
+        mapped: int | None = None,
+        conditional: bool = False,
+        as_released: bool = False,
     ) -> None:
         super().__init__()
         self.classes, self.latent = embeddings.shape
-        self.published = published
+        self.as_released = as_released
         self.embedding = nn.Embedding.from_pretrained(embeddings.clone(), freeze=False)
-        self.mapping = nn.Identity() if published else nn.Linear(self.latent, mapped)
-        features = self.latent if published else mapped
+        features = self.latent if as_released else mapped or MAPPED[conditional]
+        self.mapping = nn.Identity() if as_released else nn.Linear(self.latent, features)
         self.body = GeneratorBody(features, size, self.classes if conditional else None)
 
     def forward(self, z: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         slots = labels.shape[1]
-        each = standardise(self.embedding(labels) + z, over_batch=self.published and slots > 1)
+        each = standardise(self.embedding(labels) + z, over_batch=self.as_released and slots > 1)
         # The mapping is affine and the weights add up to 1, so it may follow the sum: K times less work.
         latent = self.mapping((weights.unsqueeze(1) @ each).squeeze(1))
         targets = soft_targets(labels, weights, self.classes)
-        return self.body(latent, targets / slots if self.published else targets)
+        return self.body(latent, targets / slots if self.as_released else targets)
 
 
 class Superposition:
@@ -125,7 +110,7 @@ class Superposition:
 
     Called with (generator, count, random), it returns noise (count, K, latent), uniform labels (count, K) and weights
     (count, K), softmax of N(0, 1), K being k or 1; and the soft targets (count, classes). Whether a batch is superposed
-    is drawn on the CPU from a stream of its own, seeded with ``seed``, so that nobody waits for the device.
+    is drawn on the CPU, from a random stream of its own seeded with ``seed``, so that no step waits for the device.
     Source: Qimera, section 4.1, equations 3 and 4.
     """
 
@@ -143,12 +128,20 @@ class Superposition:
         weights = torch.randn(slots, generator=random, device=random.device).softmax(1)
         return (z, labels, weights), soft_targets(labels, weights, generator.classes)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The random numbers that decide which batches are superposed."""
+        return {"coin": self.coin.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned, with the same draws to come."""
+        self.coin.set_state(state["coin"])
+
 
 def path_between(pairs: Tensor, steps: int, latent: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of the generator on the straight path from one class to another, for every pair of labels (P, 2).
+    """The generator's inputs on the straight path between the two classes of each pair of labels (P, 2).
 
-    P * steps samples, pair by pair: noise (., 2, latent), which stays the same along a path, labels (., 2), and weights
-    (., 2), the second's from 0 to 1. Source: Qimera, figure 3.
+    P * steps samples, pair by pair: noise (., 2, latent), constant along a path, labels (., 2), and weights (., 2), the
+    second's from 0 to 1. Source: Qimera, figure 3.
     """
     z = torch.randn(len(pairs), 2, latent, generator=random, device=random.device)
     share = torch.linspace(0, 1, steps, device=random.device).repeat(len(pairs))
@@ -157,41 +150,31 @@ def path_between(pairs: Tensor, steps: int, latent: int, random: torch.Generator
 
 
 def mix_in_gdfq(generator: Generator, z: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """What GDFQ's ``generator`` makes of a mixture it was not trained for: images (B, 3, size, size).
+    """Images (B, 3, size, size) of GDFQ's ``generator`` for mixtures of classes, on which it was not trained.
 
-    Noise z (B, latent); the embeddings of ``labels`` (B, K), or the gains and biases they choose, are mixed by
-    ``weights`` (B, K).
+    Noise z (B, latent); ``weights`` (B, K) mix the embeddings of ``labels`` (B, K), or their gains and biases.
     """
     targets = soft_targets(labels, weights, generator.classes)
     return generator.body(z if generator.embedding is None else (targets @ generator.embedding.weight) * z, targets)
-
-
-def class_embeddings(teacher: Teacher, start: str) -> Tensor:
-    """Where the embeddings (classes, features) start: the ``"teacher"``'s last weights, or ``"random"`` N(0, 1).
-
-    Source: Qimera, section 4.2: the weights of a class point to where its features lie.
-    """
-    weight = classifier(teacher.network).weight.detach().flatten(1)
-    return weight if check_choice("embedding", start, EMBEDDINGS) == "teacher" else torch.randn(weight.shape)
 
 
 def make_stream(
     teacher: Teacher,
     schedule: GeneratorSchedule,
     setting: SuperpositionSettings,
-    published: bool = False,
-    loss: Callable[..., Tensor] | None = None,
+    as_released: bool = False,
     seed: int = 0,
 ) -> GeneratorStream:
-    """A fresh generator and the stream of images of its training; see :func:`dfqlib.gdfq.make_stream`.
+    """The stream of images of a new generator, as :func:`dfqlib.methods.gdfq.make_stream` makes it.
 
-    ``published`` as for :class:`QimeraGenerator`.
+    Embeddings that start as the ``"teacher"``'s last weights point to where the features of each class lie (section
+    4.2). ``as_released`` as for :class:`QimeraGenerator`.
     """
     size = teacher.entry.input_size
 
     def build() -> QimeraGenerator:
-        large = size > gdfq.LARGE
-        embeddings = class_embeddings(teacher, setting.embedding).cpu()
-        return QimeraGenerator(embeddings, size, MAPPED[224 if large else 32], large, published)
+        weight = classifier(teacher.network).weight.detach().flatten(1).cpu()
+        embeddings = weight if setting.embedding == "teacher" else torch.randn(weight.shape)
+        return QimeraGenerator(embeddings, size, conditional=size > gdfq.LARGE, as_released=as_released)
 
-    return gdfq.make_stream(teacher, schedule, loss, seed, build, Superposition(setting.p, setting.k, seed))
+    return gdfq.make_stream(teacher, schedule, seed=seed, build=build, draw=Superposition(setting.p, setting.k, seed))

@@ -1,11 +1,9 @@
-"""The 2-D experiment: four sets of points in the plane, and what each knows of a classifier's boundary.
+"""The two-dimensional experiment: which points do ZeroQ and GDFQ make from a classifier alone?
 
-500 points uniform in [-4, 4]^2, their class the sign of x * y. A small network learns them; then points are made from
-that network alone, by ZeroQ's way (match the batch-norm statistics) and by GDFQ's (a generator that is also asked for
-a class). Source: the unofficial GDFQ seed's toy experiment, after figure 3 of GDFQ.
+500 points uniform in [-4, 4]^2, whose class is the sign of x * y; a small network learns them. From that network alone
+ZeroQ makes points that match the batch-norm statistics, and GDFQ's generator makes points that also have a class.
+Source: the toy experiment of the unofficial GDFQ seed, after figure 3 of GDFQ.
 """
-
-from __future__ import annotations
 
 import itertools
 
@@ -29,7 +27,7 @@ def real_points(count: int = 500, seed: int = 0) -> tuple[Tensor, Tensor]:
     return points, (points.prod(1) > 0).long()
 
 
-def layers(widths: list[int]) -> nn.Sequential:
+def layers(*widths: int) -> nn.Sequential:
     """Linear layers of these widths, with batch norm (eps 0.8) and leaky ReLU between them."""
     modules: list[nn.Module] = []
     for before, after in itertools.pairwise(widths[:-1]):
@@ -37,10 +35,10 @@ def layers(widths: list[int]) -> nn.Sequential:
     return nn.Sequential(*modules, nn.Linear(widths[-2], widths[-1]))
 
 
-def train_classifier(points: Tensor, labels: Tensor, iterations: int = 200, lr: float = 1e-2) -> nn.Sequential:
+def train_classifier(points: Tensor, labels: Tensor, iterations: int = 200) -> nn.Sequential:
     """The teacher: a 2-128-256-512-2 network fitted to all points at once by Adam; frozen, in eval mode."""
-    network = layers([2, 128, 256, 512, 2])
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    network = layers(2, 128, 256, 512, 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     for _ in track(range(iterations), "toy classifier"):
         optimizer.zero_grad()
         F.cross_entropy(network(points), labels).backward()
@@ -48,11 +46,10 @@ def train_classifier(points: Tensor, labels: Tensor, iterations: int = 200, lr: 
     return network.eval().requires_grad_(False)
 
 
-def zeroq_points(teacher: nn.Module, count: int = 500, iterations: int = 200, lr: float = 0.1) -> Tensor:
-    """Points (count, 2) moved from Gaussian noise until the teacher's batch-norm inputs have its running statistics.
+def zeroq_points(teacher: nn.Module, count: int = 500, iterations: int = 200) -> Tensor:
+    """Points (count, 2) optimised from Gaussian noise to match the teacher's batch-norm statistics; or Diverged.
 
-    Diverged if the loss diverges. A point has no pixels to average over, so the statistics are the batch's, where
-    ZeroQ's images use each sample's.
+    The statistics are those of the batch, not of each sample as in ZeroQ: a point has no pixels to average over.
     """
     with BatchNormInputs(teacher) as norms:
 
@@ -60,32 +57,26 @@ def zeroq_points(teacher: nn.Module, count: int = 500, iterations: int = 200, lr
             teacher(points)
             return add_up({"L_BNS": bns_loss(norms.layers)})
 
-        points, _ = synthesise(torch.randn(count, 2), loss, lr, iterations, 100, 1e-4, label="toy ZeroQ")
-    return points
+        return synthesise(torch.randn(count, 2), loss, 0.1, iterations, 100, 1e-4, label="toy ZeroQ")[0]
 
 
 class PointGenerator(nn.Module):
-    """GDFQ's generator for points: noise (B, latent) times the label's embedding, to points (B, 2)."""
+    """GDFQ's generator for points: noise (B, 100) times the label's embedding, to points (B, 2)."""
 
-    def __init__(self, classes: int = 2, latent: int = 100) -> None:
+    classes, latent = 2, 100
+
+    def __init__(self) -> None:
         super().__init__()
-        self.classes = classes
-        self.latent = latent
-        self.embedding = nn.Embedding(classes, latent)
-        self.body = layers([latent, 128, 128, 2])
+        self.embedding = nn.Embedding(self.classes, self.latent)
+        self.body = layers(self.latent, 128, 128, 2)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.body(self.embedding(labels) * z)
 
 
-def gdfq_points(
-    teacher: nn.Module, count: int = 500, iterations: int = 200, lr: float = 1e-2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Points (count, 2) of a generator trained by L_G = CE + 0.1 L_BNS, and the labels (count,) it was asked for.
-
-    Diverged if the loss diverges.
-    """
-    stream = GeneratorStream(teacher, PointGenerator(), iterations, batch=count, lr=lr, decay="cosine", seed=seed)
+def gdfq_points(teacher: nn.Module, count: int = 500, iterations: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points (count, 2) of a generator trained by L_G = CE + 0.1 L_BNS, and their labels (count,); or Diverged."""
+    stream = GeneratorStream(teacher, PointGenerator(), iterations, batch=count, lr=1e-2, decay="cosine", seed=seed)
     for _ in track(range(iterations), "toy GDFQ"):
         stream.next_batch()
     stream.read_losses()
