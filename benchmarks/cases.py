@@ -1,9 +1,7 @@
-"""What is measured: for each method the kit's own loop, and the published step of :mod:`benchmarks.published`, alike.
+"""What is measured: for each method the kit's own loop, and the published step of :mod:`benchmarks.published`.
 
-Both start from the same weights and images and draw the same random numbers, so that they compute the same losses.
+Both start from the same weights and images and draw the same random numbers, so they compute the same losses.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable
@@ -14,17 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import published
-from dfqlib.bits import parse_bits
+from dfqlib.bits import BitWidths
 from dfqlib.finetuning.loop import finetune
 from dfqlib.finetuning.network_views import NetworkProbe
-from dfqlib.finetuning.streams import GeneratorStream, ImageStream, UnaskedBatch
+from dfqlib.finetuning.streams import Batch, GeneratorStream, ImageStream
+from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
 from dfqlib.models.teacher import Teacher
+from dfqlib.schedules import (
+    AlignmentWeights,
+    DiverseImageSchedule,
+    GeneratorSchedule,
+    HardImageSchedule,
+    ImageSchedule,
+)
 
-WIDTHS = ("w3a3", "w4a4", "w5a5", "w8a8")
+W4A4 = BitWidths(4, 4)
+WIDTHS = (BitWidths(3, 3), W4A4, BitWidths(5, 5), BitWidths(8, 8))
 SETTING = qimera.SuperpositionSettings()  # CIFAR-10's
-MARGIN_IMAGES = 64  # noise images behind DSG's margins; they are found before the first iteration
-SHIFT = 30 / 224  # DSG rolls images by at most this share of their side
+MARGIN_IMAGES = 64  # noise images behind DSG's margins, which are computed before the first iteration
 SEED = 0
 
 Tick = Callable[[], None]
@@ -74,13 +80,19 @@ def with_weights_of(source: nn.Module, target: nn.Module) -> nn.Module:
     return target
 
 
+def schedule(batch: int, iterations: int) -> GeneratorSchedule:
+    """The published settings without decay, which does not come in the first quarter of a published run."""
+    lengths = {"iterations": iterations, "generator_iterations": iterations}
+    return GeneratorSchedule(**lengths, observe_iterations=1, train_from=1, batch=batch, decay="constant")
+
+
 def tuned(
-    stream: GeneratorStream, teacher: Teacher, settings: gdfq.Schedule, widths: tuple[str, ...], tick: Tick
+    stream: GeneratorStream, teacher: Teacher, settings: GeneratorSchedule, widths: tuple[BitWidths, ...], tick: Tick
 ) -> Outcome:
     """The kit's fine-tuning: one generator, a student for each of ``widths``."""
-    students = {width: gdfq.make_student(teacher, width, settings) for width in widths}
+    students = {str(width): gdfq.make_student(teacher, width, settings) for width in widths}
     handle = stream.generator.register_forward_pre_hook(lambda *_: tick())
-    history = finetune(stream, students, settings.iterations, observe_iterations=1)
+    history = finetune(stream, students, settings)
     handle.remove()
     of_students = zip(*history.students.values(), strict=True)
     losses = [[loss, *rest] for loss, rest in zip(history.generator, [(), *of_students], strict=True)]
@@ -88,28 +100,23 @@ def tuned(
     return Outcome(losses, [*stream.generator.parameters(), *of_networks])
 
 
-def schedule(batch: int, iterations: int) -> gdfq.Schedule:
-    """The published settings without decay, which does not come in the first quarter of a published run."""
-    return gdfq.Schedule(iterations, 1, 1, 0, iterations, batch, generator_decay="constant", student_decay="constant")
-
-
-def make_gdfq(teacher: Teacher, batch: int, widths: tuple[str, ...] = ("w4a4",)) -> Case:
+def make_gdfq(teacher: Teacher, batch: int, widths: tuple[BitWidths, ...] = (W4A4,)) -> Case:
     """GDFQ; for several widths the published way is one run, with a generator of its own, for each."""
 
     def ours(iterations: int, tick: Tick) -> Outcome:
         settings = schedule(batch, iterations)
         return tuned(gdfq.make_stream(teacher, settings, seed=SEED), teacher, settings, widths, tick)
 
-    def one_run(width: str) -> published.GeneratorTuning:
+    def one_run(width: BitWidths) -> published.GeneratorTuning:
         source = gdfq.make_stream(teacher, schedule(batch, 2), seed=SEED).generator
         generator = with_weights_of(source, published.Generator(published.GdfqInput(teacher.entry.classes)))
-        return published.GeneratorTuning(plain(teacher), generator, parse_bits(width), batch, SEED)
+        return published.GeneratorTuning(plain(teacher), generator, (width.weight, width.activation), batch, SEED)
 
     def theirs() -> Step:
         return one_run(widths[0]) if len(widths) == 1 else published.Table([one_run(width) for width in widths])
 
-    told = ", ".join(width.upper() for width in widths)
-    return Case("gdfq" if len(widths) == 1 else "gdfq_table", f"GDFQ, {told}", batch, ours, theirs)
+    named = ", ".join(map(str, widths))
+    return Case("gdfq" if len(widths) == 1 else "gdfq_table", f"GDFQ, {named}", batch, ours, theirs)
 
 
 def make_qimera(teacher: Teacher, batch: int) -> Case:
@@ -119,7 +126,7 @@ def make_qimera(teacher: Teacher, batch: int) -> Case:
         return qimera.make_stream(teacher, schedule(batch, iterations), SETTING, seed=SEED)
 
     def ours(iterations: int, tick: Tick) -> Outcome:
-        return tuned(stream(iterations), teacher, schedule(batch, iterations), ("w4a4",), tick)
+        return tuned(stream(iterations), teacher, schedule(batch, iterations), (W4A4,), tick)
 
     def theirs() -> Step:
         source = stream(2).generator
@@ -131,19 +138,20 @@ def make_qimera(teacher: Teacher, batch: int) -> Case:
     return Case("qimera", "Qimera, W4A4", batch, ours, theirs)
 
 
-def synthesised(teacher: Teacher, tick: Tick, make: Callable[[], tuple[Tensor, list[float]]]) -> Outcome:
-    """The outcome of ``make``, one of the kit's syntheses, which asks the folded teacher once an iteration."""
+def synthesised(teacher: Teacher, tick: Tick, make: Callable[[], SyntheticImages]) -> Outcome:
+    """The outcome of ``make``, one of the kit's syntheses, which runs the folded teacher once per iteration."""
     handle = teacher.folded.register_forward_pre_hook(lambda *_: tick())
-    images, losses = make()
+    made = make()
     handle.remove()
-    return Outcome([[loss] for loss in losses], [images])
+    return Outcome([[loss] for loss in made.losses[0]], [made.images])
 
 
 def make_zeroq(teacher: Teacher, batch: int) -> Case:
     """ZeroQ's distillation."""
 
     def ours(iterations: int, tick: Tick) -> Outcome:
-        return synthesised(teacher, tick, lambda: zeroq.distil_images(teacher, batch, iterations, seed=SEED))
+        settings = ImageSchedule(images=batch, synthesis_iterations=iterations)
+        return synthesised(teacher, tick, lambda: zeroq.distil_images(teacher, settings, seed=SEED))
 
     def theirs() -> Step:
         start = zeroq.start_images(batch, teacher.entry.input_size, SEED).to(teacher.device)
@@ -157,11 +165,8 @@ def make_hast(teacher: Teacher, batch: int) -> Case:
     beta, gamma = hast.PUBLISHED["cifar10"]
 
     def ours(iterations: int, tick: Tick) -> Outcome:
-        def make() -> tuple[Tensor, list[float]]:
-            made = hast.hard_images(teacher, batch, beta, gamma, batch, iterations, seed=SEED)
-            return made.images, made.losses[0]
-
-        return synthesised(teacher, tick, make)
+        settings = HardImageSchedule(images=batch, synthesis_batch=batch, synthesis_iterations=iterations)
+        return synthesised(teacher, tick, lambda: hast.hard_images(teacher, settings, beta, gamma, seed=SEED))
 
     def theirs() -> Step:
         random, size = torch.Generator().manual_seed(SEED), teacher.entry.input_size
@@ -177,17 +182,14 @@ def make_dsg(teacher: Teacher, batch: int) -> Case:
     gaps = dsg.noise_gaps(teacher, MARGIN_IMAGES, SEED)
 
     def ours(iterations: int, tick: Tick) -> Outcome:
-        def make() -> tuple[Tensor, list[float]]:
-            made, _, losses = dsg.synthesise_diverse(teacher, gaps, batch=batch, iterations=iterations, seed=SEED)
-            return made, losses
-
-        return synthesised(teacher, tick, make)
+        settings = DiverseImageSchedule(images=batch, synthesis_iterations=iterations)
+        return synthesised(teacher, tick, lambda: dsg.synthesise_diverse(teacher, gaps, settings, seed=SEED))
 
     def theirs() -> Step:
         size = teacher.entry.input_size
         random = torch.Generator().manual_seed(SEED + 1)
         labels = torch.randint(teacher.entry.classes, (batch,), generator=random).to(teacher.device)
-        loss = published.dsg_loss(labels, gaps.margins(), round(SHIFT * size), SEED)
+        loss = published.dsg_loss(labels, gaps.margins(), round(dsg.SHIFT * size), SEED)
         start = dsg.start_images(batch, size, SEED).to(teacher.device)
         return published.Synthesis(plain(teacher), start, loss, lr=0.9, patience=260)
 
@@ -201,13 +203,11 @@ def make_saft(teacher: Teacher, batch: int) -> Case:
     labels = torch.randint(teacher.entry.classes, (batch,), generator=random).to(teacher.device)
 
     def ours(iterations: int, tick: Tick) -> Outcome:
-        viewer = NetworkProbe(teacher.network)
-        student = saft.make_student(teacher, viewer, "w4a4", saft.LossWeights(), decay="constant")
-        stream = saft.WithTeacherView(
-            Ticking(ImageStream(teacher.network, images, labels, batch, seed=SEED), tick), viewer
-        )
-        history = finetune(stream, {"w4a4": student}, iterations, observe_iterations=1)
-        losses = [[], *([loss] for loss in history.students["w4a4"])]
+        probe = NetworkProbe(teacher.network)
+        student = saft.make_student(teacher, probe, W4A4, AlignmentWeights(), decay="constant")
+        stream = Ticking(ImageStream(teacher.network, images, labels, batch, seed=SEED), tick)
+        history = finetune(saft.WithTeacherView(stream, probe), {"W4A4": student}, schedule(batch, iterations))
+        losses = [[], *([loss] for loss in history.students["W4A4"])]
         return Outcome(losses, published.by_name(student.network))
 
     def theirs() -> Step:
@@ -222,7 +222,7 @@ class Ticking:
     def __init__(self, stream: ImageStream, tick: Tick) -> None:
         self.stream, self.tick = stream, tick
 
-    def next_batch(self) -> UnaskedBatch:
+    def next_batch(self) -> Batch:
         self.tick()
         return self.stream.next_batch()
 

@@ -3,8 +3,6 @@
 Writes ``growth.csv`` and ``growth.png``.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Seconds, memory and multiply-adds of an iteration."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 import statistics

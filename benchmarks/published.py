@@ -10,8 +10,6 @@ Every class with ``step()``, one iteration, which returns its losses, also has `
 Random numbers are drawn as the kit draws them, so that both compute the same.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

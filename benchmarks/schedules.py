@@ -1,11 +1,9 @@
 """Accuracy against iterations, of the published schedule and of the fast one: ``python -m benchmarks.schedules``.
 
-Each run is one generator and one student of ``--bits``, with the settings of ``--profile`` in dfqlib/profiles.toml; a
-published run may be cut after ``--until`` iterations, as all 80,000 take days on a CPU. A run is added to
-``schedules.csv`` when it ends, so that several calls fill one table, and the figure is drawn from all of it.
+Each run is one generator and one student of ``--bits``, with the settings of ``--profiles``; a published run can be cut
+after ``--until`` iterations, as all 80,000 take days on a CPU. A run is added to ``schedules.csv`` when it ends, so
+several calls fill one table, and the figure is drawn from all of it.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -18,7 +16,7 @@ import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from dfqlib import plotting
-from dfqlib.bits import parse_bits
+from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import load_test
 from dfqlib.device import code_version, describe_hardware, pick_device, seed_everything
 from dfqlib.files import atomic_path
@@ -28,6 +26,7 @@ from dfqlib.models.evaluate import top1
 from dfqlib.models.teacher import load_teacher
 from dfqlib.papers import profiles
 from dfqlib.papers.published import find
+from dfqlib.schedules import GeneratorSchedule
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLE, FIGURE = RESULTS / "schedules.csv", RESULTS / "schedules.png"
@@ -35,18 +34,16 @@ KEY = ["method", "dataset", "bits", "profile", "seed"]
 
 
 class Reached(Exception):
-    """The iteration at which a run is cut."""
+    """A run has reached the iteration at which it is cut."""
 
 
-def schedule_of(method: str, profile: str, dataset: str) -> gdfq.Schedule:
+def schedule_of(method: str, profile: str, dataset: str) -> GeneratorSchedule:
     """The notebook's schedule under ``profile``."""
-    values = profiles.paper(method).parameters(profile, dataset, f"resnet20_{dataset}")
-    values |= {"generator_decay": values["decay"], "student_decay": values["decay"]}
-    return gdfq.Schedule(**{name: value for name, value in values.items() if name in gdfq.Schedule.__annotations__})
+    return GeneratorSchedule.of(profiles.paper(method).values(profile, dataset, f"resnet20_{dataset}"))
 
 
-def run(method: str, dataset: str, bits: str, profile: str, seed: int, until: int, every: int) -> pd.DataFrame:
-    """Top-1 after every so many iterations, those of the generator's warm-up included."""
+def run(method: str, dataset: str, bits: BitWidths, profile: str, seed: int, until: int, every: int) -> pd.DataFrame:
+    """Top-1 after every ``every`` iterations; those of the generator's warm-up are counted."""
     seed_everything(seed)
     schedule = schedule_of(method, profile, dataset)
     device = pick_device()
@@ -55,31 +52,30 @@ def run(method: str, dataset: str, bits: str, profile: str, seed: int, until: in
         stream = qimera.make_stream(teacher, schedule, qimera.published_setting(teacher.name, bits), seed=seed)
     else:
         stream = gdfq.make_stream(teacher, schedule, seed=seed)
-    student = gdfq.make_student(teacher, bits, schedule)
+    students = {str(bits): gdfq.make_student(teacher, bits, schedule)}
     seen: list[History] = []
 
     def look(history: History) -> None:
         seen[:] = [history]
-        if until and schedule.generator_warmup + history.scores[bits][-1][0] >= until:
+        if until and schedule.generator_warmup + history.scores[str(bits)][-1][0] >= until:
             raise Reached
 
     label = f"{method} {bits} {profile} seed {seed}"
     checkpoint = Checkpoint(RESULTS / f".{label.replace(' ', '-')}.pt", seconds=60.0)
-    spans = schedule.iterations, schedule.observe_iterations, schedule.train_from
     score = partial(top1, image_set=test, normalise=teacher)
     with contextlib.suppress(Reached):
-        finetune(stream, {bits: student}, *spans, score, every, look, label, schedule.generator_warmup, checkpoint)
+        finetune(stream, students, schedule, score, every, look, label, schedule.generator_warmup, checkpoint)
     checkpoint.path.unlink(missing_ok=True)
-    table = pd.DataFrame(seen[0].scores[bits], columns=["iteration", "top1"])
+    table = pd.DataFrame(seen[0].scores[str(bits)], columns=["iteration", "top1"])
     table["iteration"] += schedule.generator_warmup
-    fixed = dict(zip(KEY, (method, dataset, bits, profile, seed), strict=True))
+    fixed = dict(zip(KEY, (method, dataset, str(bits), profile, seed), strict=True))
     fixed |= {"batch": schedule.batch, "data": test.name}
     fixed |= {"teacher": top1(teacher.network, test, teacher), "hardware": describe_hardware(device)}
     return table.assign(**fixed, torch=torch.__version__, commit=code_version())
 
 
 def add(table: pd.DataFrame) -> pd.DataFrame:
-    """All runs so far with ``table`` in the place of an older one of the same run, as they are now on the disk."""
+    """Replace the rows of the same run in ``schedules.csv`` by ``table``; returns all rows."""
     if TABLE.exists():
         before = pd.read_csv(TABLE)
         same = (before[KEY].astype(str) == table[KEY].iloc[0].astype(str)).all(axis=1)
@@ -104,7 +100,7 @@ def draw(table: pd.DataFrame) -> None:
         bits, dataset = part[["bits", "dataset"]].iloc[0]
         published = published_drop(method, dataset, bits)
         axes.axhline(published, color="0.3", linestyle=":", marker="", label=f"published, 80,000: {published:.1f}")
-        axes.set(title=f"{method}, {dataset}, {bits.upper()}", xlabel="iteration", yscale="log")
+        axes.set(title=f"{method}, {dataset}, {bits}", xlabel="iteration", yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
@@ -124,17 +120,18 @@ def extent(runs: pd.DataFrame) -> str:
 
 def published_drop(method: str, dataset: str, bits: str) -> float:
     """How far below its teacher the paper ends."""
-    row = find(method, dataset, f"resnet20_{dataset}", *parse_bits(bits))[0]
+    width = BitWidths.parse(bits)
+    row = find(method, dataset, f"resnet20_{dataset}", width.weight, width.activation)[0]
     return row.fp32_top1 - row.top1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=["gdfq", "qimera"], choices=["gdfq", "qimera"])
-    parser.add_argument("--profiles", nargs="+", default=["fast"], help="rows of dfqlib/profiles.toml")
+    parser.add_argument("--profiles", nargs="+", default=["fast"], help="rows of dfqlib/papers/profiles.toml")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dataset", default="cifar10", choices=["cifar10", "cifar100"])
-    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--bits", default=BitWidths(4, 4), type=BitWidths.parse, help="such as W4A4 (default)")
     parser.add_argument("--until", type=int, default=0, help="cut runs after so many iterations; 0 leaves them whole")
     parser.add_argument("--every", type=int, default=50, help="iterations between two tests")
     options = parser.parse_args()

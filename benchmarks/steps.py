@@ -3,8 +3,6 @@
 Prints a table, and writes it as ``steps.csv`` with all columns and as ``steps.png``. Needs Linux, for the peak memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 from pathlib import Path

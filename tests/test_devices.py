@@ -1,13 +1,12 @@
-"""The methods on an accelerator: no tensor there meets one of the CPU, and no step of a loop waits for the host.
+"""The methods on an accelerator: no operation mixes devices, and no step of a loop waits for the host.
 
-No GPU is needed: torch's "meta" device stands for one. Its tensors have shapes and types but no values, so every
-operation can be checked for the devices that it mixes, and what asks for a value on the host is found out. What CUDA
-and MPS compute is not seen here.
+No GPU is needed: torch's "meta" device stands in for one. Its tensors have shapes and types but no values, so every
+operation can be checked for the devices it mixes, and reading a value on the host is detected. What CUDA and MPS
+compute is not tested here.
 """
 
-from __future__ import annotations
-
 import contextlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dfqlib.bits import BitWidths
 from dfqlib.data.crops import RandomCrops
 from dfqlib.data.image_sets import few_shot
 from dfqlib.device import pick_device
@@ -29,6 +29,13 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.layers import FakeQuantize, observing
 from dfqlib.quantizers.observers import OBSERVERS
+from dfqlib.schedules import (
+    AlignmentWeights,
+    DiverseImageSchedule,
+    GeneratorSchedule,
+    HardImageSchedule,
+    ImageSchedule,
+)
 
 ACCELERATOR = torch.device("meta")
 GENERATOR = torch.Generator
@@ -38,7 +45,7 @@ TRANSFERS = {aten._to_copy.default, aten.copy_.default}
 
 
 class HostRead(Exception):
-    """A value was asked for on the host, which waits until the accelerator has done everything before it."""
+    """A value was read on the host, which waits until the accelerator has done everything before it."""
 
 
 class Refused(Exception):
@@ -50,10 +57,10 @@ def there(tensor: torch.Tensor) -> bool:
 
 
 class Accelerator(TorchDispatchMode):
-    """Raises Refused and HostRead where they are due; ``operations`` and ``uploads`` count what else happened.
+    """Raises Refused and HostRead where they are due; counts other ``operations`` and ``uploads``.
 
-    A single number of the CPU (0 dimensions) may enter elementwise operations, as kernels take it for an argument. An
-    upload is the copy of a CPU tensor, which waits for what runs on the accelerator unless it is ``non_blocking``.
+    A CPU scalar (0 dimensions) may enter elementwise operations, as an argument of their kernels. An upload is the copy
+    of a CPU tensor, which waits for what runs on the accelerator unless it is ``non_blocking``.
     """
 
     def __init__(self) -> None:
@@ -66,10 +73,9 @@ class Accelerator(TorchDispatchMode):
         if function in READS and any(map(there, given)):
             raise HostRead(str(function))
         elementwise = torch.Tag.pointwise in function.tags
-        if function not in TRANSFERS and any(map(there, given)):
-            strangers = [tensor for tensor in given if not there(tensor) and not (elementwise and tensor.dim() == 0)]
-            if strangers:
-                raise Refused(f"{function} of {[(tensor.device.type, tuple(tensor.shape)) for tensor in given]}")
+        strangers = [tensor for tensor in given if not there(tensor) and not (elementwise and tensor.dim() == 0)]
+        if function not in TRANSFERS and any(map(there, given)) and strangers:
+            raise Refused(f"{function} of {[(tensor.device.type, tuple(tensor.shape)) for tensor in given]}")
         try:
             result = function(*args, **kwargs)
         except NotImplementedError as error:
@@ -106,13 +112,13 @@ class Calls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def at_work():
-    """Everything inside is watched: gives the :class:`Accelerator`."""
+    """Watches everything inside; gives the :class:`Accelerator`."""
     with Accelerator() as accelerator, Calls():
         yield accelerator
 
 
 class Generators(torch.Generator):
-    """In the place of torch.Generator, which knows no generator for the accelerator."""
+    """Replaces torch.Generator, which has none for the accelerator."""
 
     def __new__(cls, device="cpu"):
         return ItsGenerator() if torch.device(device) == ACCELERATOR else GENERATOR(device)
@@ -128,7 +134,7 @@ def teacher():
     torch.manual_seed(0)
     network = CIFARResNet(channels=[[4]], init_block_channels=4, bottleneck=False, in_size=(8, 8), num_classes=10)
     teacher = Teacher.from_module(network, 10, (0.5,) * 3, (0.25,) * 3, input_size=8)
-    # Folding looks at the weights, which it does once, before any loop.
+    # Folding reads the weights, once, before any loop.
     teacher.folded.to(ACCELERATOR)
     teacher.network.to(ACCELERATOR)
     return teacher
@@ -136,7 +142,7 @@ def teacher():
 
 @pytest.fixture
 def readings(monkeypatch):
-    """The losses, which are read all at once where that is due, are 0; gives how many were read each time."""
+    """Losses read as 0; gives how many were read together each time."""
     counts = []
 
     def numbers(losses):
@@ -147,11 +153,12 @@ def readings(monkeypatch):
     return counts
 
 
-SCHEDULE = gdfq.Schedule(batch=4, generator_iterations=9)
+SCHEDULE = GeneratorSchedule(batch=4, generator_iterations=9)
+W4A4 = BitWidths(4, 4)
 
 
 def students(teacher, *widths):
-    return {bits: known_ranges(gdfq.make_student(teacher, bits, SCHEDULE)) for bits in widths}
+    return {str(bits): known_ranges(gdfq.make_student(teacher, bits, SCHEDULE)) for bits in widths}
 
 
 def known_ranges(student):
@@ -163,59 +170,58 @@ def known_ranges(student):
 
 
 def tune(stream, students, iterations):
-    """One iteration observes, the rest train; gives what the stream's and the students' tensors are."""
-    finetune(stream, students, iterations, observe_iterations=1, evaluate_every=1000)
+    """One iteration observes, the others train; gives the stream's and the students' tensors."""
+    schedule = replace(SCHEDULE, iterations=iterations, observe_iterations=1, train_from=1)
+    finetune(stream, students, schedule, evaluate_every=1000)
     batch = stream.next_batch()
     parameters = [p for student in students.values() for p in student.network.parameters()]
     return [batch.images, batch.labels, batch.teacher_logits, *parameters, *(p.grad for p in parameters)]
 
 
 def run_gdfq(teacher, iterations):
-    return tune(gdfq.make_stream(teacher, SCHEDULE), students(teacher, "w4a4", "w3a8"), iterations)
+    return tune(gdfq.make_stream(teacher, SCHEDULE), students(teacher, W4A4, BitWidths(3, 8)), iterations)
 
 
 def run_qimera(teacher, iterations):
     setting = qimera.SuperpositionSettings(p=1.0, k=3, embedding="random")
-    return tune(qimera.make_stream(teacher, SCHEDULE, setting), students(teacher, "w4a4"), iterations)
+    return tune(qimera.make_stream(teacher, SCHEDULE, setting), students(teacher, W4A4), iterations)
 
 
-def run_dsg_qat(teacher, iterations, **parts):
-    gaps = dsg.noise_gaps(teacher, 8)
-    return tune(
-        dsg.make_stream(teacher, SCHEDULE, gaps, parts=dsg.DiversityTerms(**parts)),
-        students(teacher, "w4a4"),
-        iterations,
-    )
+def run_dsg_qat(teacher, iterations, **terms):
+    gaps, terms = dsg.noise_gaps(teacher, 8), dsg.DiversityTerms(**terms)
+    return tune(dsg.make_stream(teacher, SCHEDULE, gaps, terms=terms), students(teacher, W4A4), iterations)
 
 
 def run_saft(teacher, iterations):
     """On a generator's images first, on photographs from the second batch on."""
-    terms = saft.LossWeights()
-    viewer = NetworkProbe(teacher.network)
-    student = known_ranges(saft.make_student(teacher, viewer, "w4a4", terms))
+    probe = NetworkProbe(teacher.network)
+    student = known_ranges(saft.make_student(teacher, probe, W4A4, AlignmentWeights()))
     shots = few_shot("cifar10", 1)
     photographs = teacher.normalise(shots.images[..., 12:20, 12:20])
     stream = ImageStream(teacher.network, photographs, shots.labels.to(teacher.device), 4)
     stream = FirstThen(gdfq.make_stream(teacher, SCHEDULE), 1, stream)
-    return tune(saft.WithTeacherView(stream, viewer), {"w4a4": student}, iterations)
+    return tune(saft.WithTeacherView(stream, probe), {"W4A4": student}, iterations)
 
 
 def run_zeroq(teacher, iterations):
-    return [zeroq.distil_images(teacher, batch=4, iterations=iterations)[0]]
+    return [zeroq.distil_images(teacher, ImageSchedule(images=4, synthesis_iterations=iterations)).images]
 
 
 def run_dsg_ptq(teacher, iterations):
-    return dsg.synthesise_diverse(teacher, dsg.noise_gaps(teacher, 8), batch=4, iterations=iterations)[:2]
+    schedule = DiverseImageSchedule(images=4, synthesis_iterations=iterations)
+    made = dsg.synthesise_diverse(teacher, dsg.noise_gaps(teacher, 8), schedule)
+    return [made.images, made.labels]
 
 
 def run_hast(teacher, iterations, **options):
-    made = hast.hard_images(teacher, count=4, batch=4, iterations=iterations, **options)
+    schedule = HardImageSchedule(images=4, synthesis_batch=4, synthesis_iterations=iterations)
+    made = hast.hard_images(teacher, schedule, **options)
     return [made.images, made.labels]
 
 
 def run_texq(teacher, iterations):
     """Guided by centres, on crops."""
-    centres = hast.calibration_centres(teacher, iterations=1)
+    centres = hast.calibration_centres(teacher, HardImageSchedule(synthesis_iterations=1))
     return run_hast(teacher, iterations, crops=RandomCrops(8), centres=centres)
 
 
@@ -223,7 +229,7 @@ LOOPS = {
     "GDFQ": run_gdfq,
     "Qimera": run_qimera,
     "DSG, QAT": run_dsg_qat,
-    "DSG, QAT, published": partial(run_dsg_qat, published=True),
+    "DSG, QAT, as released": partial(run_dsg_qat, as_released=True),
     "SaFT": run_saft,
     "ZeroQ": run_zeroq,
     "DSG, PTQ": run_dsg_ptq,
@@ -242,51 +248,25 @@ def test_a_loop_stays_on_its_device_and_more_steps_wait_no_more_often(teacher, r
         assert all(map(there, results))
         seen.append((accelerator.operations, accelerator.uploads, len(readings), sum(readings)))
     (few, *before), (more, *after) = seen
-    assert few < more and before[-1] < after[-1]  # another step was taken, and its losses read with the others
+    assert few < more and before[-1] < after[-1]  # one more step, whose losses were read with the others
     assert before[:-1] == after[:-1]
 
 
-def test_what_an_accelerator_refuses_is_found():
-    here, far = torch.ones(2, 3), torch.ones(2, 3, device=ACCELERATOR)
-    rows = torch.tensor([0, 1])
-    for mix in (
-        lambda: far + here,
-        lambda: far @ here.T,
-        lambda: torch.nn.functional.conv2d(far.view(1, 2, 3, 1), here.view(3, 2, 1, 1)),
-        lambda: far[rows],
-        lambda: here[rows.to(ACCELERATOR)],
-        lambda: torch.stack([far.sum(), here.sum()]),
-        lambda: torch.randn(3, generator=torch.Generator(), device=ACCELERATOR),
-        lambda: torch.randn(3, generator=torch.Generator(ACCELERATOR)),
-        lambda: far.double(),
-    ):
-        with at_work(), pytest.raises((Refused, RuntimeError)):
-            mix()
+def test_the_stand_in_finds_what_an_accelerator_refuses_or_waits_for():
+    here, far, rows = torch.ones(2, 3), torch.ones(2, 3, device=ACCELERATOR), torch.tensor([0, 1])
+    refused = [lambda: far + here, lambda: far @ here.T, lambda: here[rows.to(ACCELERATOR)], lambda: far.double()]
+    refused += [lambda: far[rows], lambda: torch.randn(3, generator=torch.Generator(), device=ACCELERATOR)]
+    waits = [far.sum().item, far.tolist, far.cpu, far.nonzero, lambda: bool((far > 0).all()), lambda: here.copy_(far)]
+    for error, operations in (((Refused, RuntimeError), refused), (HostRead, waits)):
+        for operation in operations:
+            with at_work(), pytest.raises(error):
+                operation()
     with at_work():
         assert there(far + here.sum()) and there(far[rows.to(ACCELERATOR)]) and far.add_(1) is far
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda x: x.sum().item(),
-        lambda x: float(x.sum()),
-        lambda x: bool((x > 0).all()),
-        lambda x: x.tolist(),
-        lambda x: x.cpu(),
-        lambda x: torch.zeros(2, 3).copy_(x),
-        lambda x: x[0][x.argmax()],
-        lambda x: torch.equal(x, x),
-        lambda x: x.nonzero(),
-    ],
-)
-def test_what_waits_for_an_accelerator_is_found(read):
-    with at_work(), pytest.raises(HostRead):
-        read(torch.ones(2, 3, device=ACCELERATOR))
-
-
 def test_a_step_that_reads_or_uploads_is_found(teacher):
-    """The counter-examples to the loops above: a step with an upload, and one with a read."""
+    """The counter-examples to the loops above."""
     for image_loss, uploads in ((lambda x: x.mean(), 0), (lambda x: torch.zeros(1).to(x).sum() + x.mean(), 1)):
         stream = gdfq.make_stream(teacher, SCHEDULE, image_loss=image_loss)
         with at_work() as accelerator:
@@ -311,7 +291,7 @@ def test_data_and_teacher_meet_on_the_teachers_device(teacher):
         images = teacher.normalise(pixels)
         assert there(images) and images.dtype == torch.float32 and there(teacher.network(images))
     assert accelerator.uploads  # the pixels, before any loop
-    student = quantize_model(teacher.network, 4, 4)
+    student = quantize_model(teacher.network, W4A4)
     with observing(student):
         assert there(student(images))
 

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from pytorchcv.model_provider import get_model
 from torch import nn
 
+from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import finetune
 from dfqlib.generators.networks import Generator
-from dfqlib.methods.gdfq import Schedule, make_student
+from dfqlib.methods.gdfq import make_student
 from dfqlib.methods.qimera import (
     QimeraGenerator,
     Superposition,
     SuperpositionSettings,
-    class_embeddings,
     make_stream,
     mix_in_gdfq,
     path_between,
@@ -27,6 +27,7 @@ from dfqlib.methods.qimera import (
 )
 from dfqlib.models.features import boundary_distance, classifier, penultimate, principal_plane, top_two_margin
 from dfqlib.models.teacher import Teacher
+from dfqlib.schedules import GeneratorSchedule
 
 DATA = Path(__file__).parent / "data" / "generator_qimera.npz"
 OFFICIAL_NAMES = {
@@ -49,38 +50,31 @@ def teacher():
     return Teacher.from_module(get_model("resnet20_cifar10"), 10, (0.5,) * 3, (0.25,) * 3)
 
 
-def official_generator(arrays, prefix):
-    state = {key.removeprefix(f"{prefix}/state/"): value for key, value in arrays.items() if "/state/" in key}
-    state = {key: torch.from_numpy(value) for key, value in state.items() if "/" not in key}
-    mapped = len(state["fc_reducer.bias"]) if "fc_reducer.bias" in state else 64
+@pytest.mark.parametrize("prefix", ["plain_no_mapping", "plain_mapping"])
+def test_generator_equals_the_official_one(prefix):
+    arrays, start = {name: torch.from_numpy(value) for name, value in np.load(DATA).items()}, f"{prefix}/state/"
+    state = {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
+    mapped = state["l1.0.weight"].shape[1]
     generator = QimeraGenerator(
-        torch.zeros_like(state["label_emb.weight"]), mapped=mapped, published="fc_reducer.bias" not in state
+        torch.zeros_like(state["label_emb.weight"]), mapped=mapped, as_released="fc_reducer.bias" not in state
     )
     own = {}
     for name, value in generator.state_dict().items():
         module, _, parameter = name.rpartition(".")
-        official = f"{OFFICIAL_NAMES[module]}.{parameter}"
-        own[name] = value if parameter == "num_batches_tracked" else state.pop(official)
+        own[name] = value if parameter == "num_batches_tracked" else state.pop(f"{OFFICIAL_NAMES[module]}.{parameter}")
     assert not state
     generator.load_state_dict(own)
-    return generator
-
-
-@pytest.mark.parametrize("prefix", ["plain_no_mapping", "plain_mapping"])
-def test_generator_equals_the_official_one(prefix):
-    arrays = dict(np.load(DATA))
-    generator = official_generator(arrays, prefix)
-    z, labels = (torch.from_numpy(arrays[f"{prefix}/{name}"]).unsqueeze(1) for name in ("z", "labels"))
+    z, labels = arrays[f"{prefix}/z"].unsqueeze(1), arrays[f"{prefix}/labels"].unsqueeze(1)
     images = generator(z, labels, torch.ones(labels.shape))
-    torch.testing.assert_close(images, torch.from_numpy(arrays[f"{prefix}/images"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images, arrays[f"{prefix}/images"], rtol=1e-4, atol=1e-5)
 
 
-def test_each_vector_is_standardised_on_its_own_unless_as_published():
+def test_each_vector_is_standardised_on_its_own_unless_as_released():
     x = torch.randn(5, 3, 8) * 4 + 2
     own = standardise(x)
     torch.testing.assert_close(own[1, 2], F.batch_norm(x[1, 2].view(8, 1), None, None, training=True).flatten())
     torch.testing.assert_close(own, torch.stack([standardise(sample[None])[0] for sample in x]))
-    # As published: (B, K, D) transposed to (D, K, B) before a BatchNorm1d of K channels.
+    # As released: (B, K, D) transposed to (D, K, B) before a BatchNorm1d of K channels.
     quirk = nn.BatchNorm1d(3, affine=False, track_running_stats=False)(x.transpose(0, 2)).transpose(0, 2)
     torch.testing.assert_close(standardise(x, over_batch=True), quirk)
     assert not torch.allclose(own, quirk, atol=0.1)
@@ -99,12 +93,12 @@ def test_the_latent_is_the_weighted_sum_of_the_mapped_embeddings():
     torch.testing.assert_close(seen[0][1][1], torch.tensor([0.0, 0.0, 0.0, 1.0]))
 
 
-def test_conditional_gain_and_bias_are_superposed_and_as_published_averaged():
+def test_conditional_gain_and_bias_are_superposed_and_as_released_averaged():
     inputs = torch.randn(2, 2, 8), torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     given = {}
-    for published in (False, True):
-        generator = QimeraGenerator(torch.randn(3, 8), size=8, mapped=8, conditional=True, published=published)
-        generator.body.norm1.register_forward_pre_hook(lambda _, seen, key=published: given.update({key: seen[1]}))
+    for released in (False, True):
+        generator = QimeraGenerator(torch.randn(3, 8), size=8, conditional=True, as_released=released)
+        generator.body.norm1.register_forward_pre_hook(lambda _, seen, key=released: given.update({key: seen[1]}))
         generator(*inputs)
         assert generator.body.norm1.gain.shape == (3, 128)
     torch.testing.assert_close(given[False], torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]))
@@ -118,26 +112,25 @@ def test_repeated_labels_add_up_in_the_targets():
 
 def test_superposition_draws_k_labels_in_a_share_p_of_the_batches():
     generator, random = QimeraGenerator(torch.zeros(5, 8), size=4), torch.Generator()
-    draw = Superposition(0.4, 3, seed=0)
-    slots = []
+    draw, slots = Superposition(0.4, 3, seed=0), []
     for _ in range(400):
         (z, labels, weights), targets = draw(generator, 4, random)
         assert z.shape == (*labels.shape, 8) and weights.shape == labels.shape and targets.shape == (4, 5)
         torch.testing.assert_close(targets.sum(1), torch.ones(4))
         slots.append(labels.shape[1])
-    assert set(slots) == {1, 3}
-    assert slots.count(3) / 400 == pytest.approx(0.4, abs=0.07)
-    for p, k in ((0.0, 1), (1.0, 3)):
-        assert Superposition(p, 3)(generator, 2, random)[0][1].shape == (2, k)
+    assert set(slots) == {1, 3} and slots.count(3) / 400 == pytest.approx(0.4, abs=0.07)
+    again, state = Superposition(0.4, 3, seed=7), draw.state_dict()
+    again.load_state_dict(state)
+    for _ in range(20):  # what is drawn after a stop is what would have been drawn without it
+        assert again(generator, 1, random)[0][1].shape == draw(generator, 1, random)[0][1].shape
 
 
 def test_embeddings_start_at_the_teachers_last_layer_or_random(teacher):
-    weight = teacher.network.output.weight
-    assert torch.equal(class_embeddings(teacher, "teacher"), weight)
-    assert class_embeddings(teacher, "random").shape == weight.shape
-    stream = make_stream(teacher, Schedule(batch=2), SuperpositionSettings(embedding="teacher"))
+    weight, schedule = teacher.network.output.weight, GeneratorSchedule(batch=2)
+    random = make_stream(teacher, schedule, SuperpositionSettings()).generator.embedding.weight
+    stream = make_stream(teacher, schedule, SuperpositionSettings(embedding="teacher"))
     before = stream.generator.embedding.weight.clone()
-    assert torch.equal(before, weight)
+    assert torch.equal(before, weight) and random.shape == weight.shape and not torch.equal(random, weight)
     stream.next_batch()
     assert not torch.equal(before, stream.generator.embedding.weight)  # they train,
     assert torch.equal(weight, stream.teacher.output.weight) and not weight.requires_grad  # the teacher does not
@@ -179,41 +172,33 @@ def test_paths_run_from_one_class_to_the_other():
     torch.testing.assert_close(weights[5:, 1], torch.tensor([0, 0.25, 0.5, 0.75, 1]))
     targets = soft_targets(labels, weights, 4)
     assert targets.argmax(1)[[0, 4, 5, 9]].tolist() == [0, 3, 1, 2]
-    generator = Generator(4, latent=8, size=8)
     ends = [0, 4, 5, 9]
-    mixed = mix_in_gdfq(generator, z[ends, 0], labels[ends], weights[ends])
-    torch.testing.assert_close(mixed, generator(z[ends, 0], torch.tensor([0, 3, 1, 2])))
-    conditional = Generator(4, latent=8, size=8, conditional=True)
-    torch.testing.assert_close(
-        mix_in_gdfq(conditional, z[ends, 0], labels[ends], weights[ends]),
-        conditional(z[ends, 0], torch.tensor([0, 3, 1, 2])),
-    )
+    for conditional in (False, True):
+        generator = Generator(4, latent=8, size=8, conditional=conditional)
+        mixed = mix_in_gdfq(generator, z[ends, 0], labels[ends], weights[ends])
+        torch.testing.assert_close(mixed, generator(z[ends, 0], torch.tensor([0, 3, 1, 2])))
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_a_short_run_on_resnet20(teacher, published):
-    schedule = Schedule(iterations=4, observe_iterations=2, train_from=2, generator_iterations=4, batch=4)
+@pytest.mark.parametrize("as_released", [False, True])
+def test_a_short_run_on_resnet20(teacher, as_released):
+    schedule = GeneratorSchedule(iterations=4, observe_iterations=2, train_from=2, generator_iterations=4, batch=4)
     runs = []
     for _ in range(2):
-        stream = make_stream(teacher, schedule, SuperpositionSettings(p=0.5, k=3), published, seed=1)
-        students = {bits: make_student(teacher, bits, schedule) for bits in ("w3a3", "w4a4")}
-        runs.append(finetune(stream, students, schedule.iterations, schedule.observe_iterations, schedule.train_from))
-    assert len(runs[0].generator) == 4 and runs[0].generator == runs[1].generator
-    assert runs[0].students == runs[1].students
-    assert isinstance(stream.generator.mapping, nn.Identity if published else nn.Linear)
+        stream = make_stream(teacher, schedule, SuperpositionSettings(p=0.5, k=3), as_released, seed=1)
+        students = {str(bits): make_student(teacher, bits, schedule) for bits in (BitWidths(3, 3), BitWidths(4, 4))}
+        runs.append(finetune(stream, students, schedule))
+    assert len(runs[0].generator) == 4 and runs[0] == runs[1]
+    assert isinstance(stream.generator.mapping, nn.Identity if as_released else nn.Linear)
 
 
 def test_published_settings_by_model_and_bits():
-    assert published_setting("resnet20_cifar100", "w4a4") == SuperpositionSettings(0.4, 10, "teacher")
-    assert published_setting("resnet20_cifar100", "w5a5").k == 50
-    assert published_setting("resnet20_cifar100", "w3a3").k == 10
-    assert published_setting("resnet50", "w4a4") == SuperpositionSettings(0.7, 500, "teacher")
-    assert published_setting("own", "w4a4") == SuperpositionSettings(0.4, 2, "random")
+    of = {width: published_setting("resnet20_cifar100", BitWidths(width, width)) for width in (3, 4, 5)}
+    assert of[4] == SuperpositionSettings(p=0.4, k=10, embedding="teacher")
+    assert (of[3].k, of[5].k) == (10, 50)
+    assert published_setting("own", BitWidths(4, 4)) == SuperpositionSettings(p=0.4, k=2, embedding="random")
 
 
-@pytest.mark.parametrize(
-    ("options", "told"), [({"p": 1.5}, "p=1.5"), ({"k": 0}, "k=0"), ({"embedding": "zero"}, "embedding='zero'")]
-)
-def test_wrong_settings_are_refused(options, told):
-    with pytest.raises(UserError, match=told):
-        SuperpositionSettings(**options)
+def test_wrong_settings_are_refused():
+    for name, value in (("p", 1.5), ("k", 0), ("embedding", "zero")):
+        with pytest.raises(UserError, match=f"{name}={value!r}"):
+            SuperpositionSettings(**{name: value})

@@ -1,14 +1,12 @@
-"""One teacher, one budget: every source of images against every way to use them.
+"""One teacher, one budget: every source of images combined with every way to use them.
 
-The papers compare methods, each a source of images with a use of its own. Here the two are taken apart: a *pool* of
-images comes from a source, and any use makes quantized students of any pool.
+The papers compare methods, each a source of images with a use of its own. Here the two are separate: any use makes
+quantized students from the images of any source.
 """
-
-from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -22,147 +20,112 @@ from dfqlib.errors import check_choice
 from dfqlib.finetuning.loop import Checkpoint, Student, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.finetuning.streams import GeneratorStream, ImageStream, Stream
+from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
 from dfqlib.models.evaluate import images_per_pass
 from dfqlib.models.teacher import Teacher
 from dfqlib.progress import track
 from dfqlib.quantizers import calibrate
-from dfqlib.schedules import AlignmentWeights, Budget, GeneratorSchedule
+from dfqlib.schedules import (
+    AlignmentWeights,
+    Budget,
+    DiverseImageSchedule,
+    GeneratorSchedule,
+    HardImageSchedule,
+    ImageSchedule,
+)
 
-WARM_UP = 0.1  # share of a fine-tuning in which students only see images, to learn their activation ranges
+OBSERVED = 0.1  # share of a fine-tuning in which students only see images, to learn their activation ranges
 
 
 def tuning_schedule(budget: Budget) -> GeneratorSchedule:
-    """GDFQ's and Qimera's schedule within a budget, with learning rates that fall by a cosine."""
-    observed = max(1, round(WARM_UP * budget.tuning_iterations))
-    return GeneratorSchedule(
+    """GDFQ's schedule within ``budget``, with learning rates that decay by a cosine."""
+    observed = max(1, round(OBSERVED * budget.tuning_iterations))
+    return replace(
+        GeneratorSchedule.of(budget),
         iterations=budget.tuning_iterations,
         observe_iterations=observed,
         train_from=observed,
-        batch=budget.batch,
-        student_lr=budget.student_lr,
         decay="cosine",
         generator_iterations=budget.synthesis_iterations,
-        generator_lr=budget.generator_lr,
-        kl_weight=budget.kl_weight,
     )
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Images (N, 3, H, W), normalised; labels (N,), or (N, classes) where classes are mixed; seconds they took."""
-
-    images: Tensor
-    labels: Tensor
-    seconds: float
 
 
 def make_pool(
     source: str, teacher: Teacher, budget: Budget, seed: int = 0, checkpoint: Checkpoint | None = None
-) -> Pool:
-    """``budget.images`` images of ``source``, a key of :data:`SOURCES`; those in ``checkpoint``, if it was written.
+) -> tuple[SyntheticImages, float]:
+    """At most ``budget.images`` labelled images of ``source``, a key of :data:`SOURCES`, and the seconds they took.
 
-    UserError for another source, for real images of a data set of which the package has none, and for a checkpoint of
-    other settings; Diverged if a loss is no longer finite.
+    Images of a source without labels get the teacher's top class. A finished ``checkpoint`` is read instead. UserError
+    for another source, for real images of a data set of which the package has none, and for a checkpoint of other
+    settings; Diverged if a loss is no longer finite.
     """
     check_choice("source", source, SOURCES)
-    settings = {"source": source, "seed": seed} | budget.values()
+    settings = Budget.of(budget).values() | {"source": source, "seed": seed}
     if checkpoint is not None and (made := load_checkpoint(checkpoint.path, settings, checkpoint.anew)):
-        return Pool(made["images"].to(teacher.device), made["labels"].to(teacher.device), made["seconds"])
+        return SyntheticImages(made["images"].to(teacher.device), made["labels"].to(teacher.device)), made["seconds"]
     began = time.perf_counter()
-    images, labels = SOURCES[source](teacher, budget, seed)
-    pool = Pool(images, labels, time.perf_counter() - began)
+    pool = SOURCES[source](teacher, budget, seed)
+    if pool.labels is None:
+        pool = replace(pool, labels=top_class(teacher, pool.images))
+    seconds = time.perf_counter() - began
     if checkpoint is not None:
-        save_checkpoint(checkpoint.path, settings, vars(pool))
-    return pool
+        save_checkpoint(checkpoint.path, settings, {"images": pool.images, "labels": pool.labels, "seconds": seconds})
+    return pool, seconds
 
 
-def make_students(
-    use: str,
-    teacher: Teacher,
-    pool: Pool,
-    bits: Sequence[BitWidths],
-    budget: Budget,
-    seed: int = 0,
-    checkpoint: Checkpoint | None = None,
-) -> tuple[dict[BitWidths, nn.Module], float]:
-    """A quantized copy of the teacher for each of ``bits``, made of the ``pool`` by ``use``, a key of :data:`USES`.
-
-    And the seconds of the calibration or fine-tuning. With a ``checkpoint`` a fine-tuning that was stopped goes on.
-    UserError for another use; Diverged if a loss is no longer finite.
-    """
-    return USES[check_choice("use", use, USES)](teacher, pool, bits, budget, seed, checkpoint)
-
-
+@torch.no_grad()
 def top_class(teacher: Teacher, images: Tensor) -> Tensor:
-    """Labels (N,) for images (N, 3, H, W) that nobody asked a class of: what the teacher takes them for."""
-    with torch.no_grad():
-        return torch.cat([teacher.network(part).argmax(1) for part in images.split(images_per_pass(images.shape[-1]))])
+    """The class (N,) that the teacher predicts for each of ``images`` (N, 3, H, W)."""
+    return torch.cat([teacher.network(part).argmax(1) for part in images.split(images_per_pass(images.shape[-1]))])
 
 
-def _noise(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    size = teacher.entry.input_size
-    images = torch.randn(budget.images, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    images = images.to(teacher.device)
-    return images, top_class(teacher, images)
+def _noise(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
+    shape = budget.images, 3, teacher.entry.input_size, teacher.entry.input_size
+    return SyntheticImages(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(teacher.device))
 
 
-def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> tuple[Tensor, Tensor]:
-    """As many as fit of ``per_class`` of the package's training images of each class, drawn by ``seed``."""
+def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> SyntheticImages:
+    """``per_class`` of the package's training images of each class, drawn by ``seed``, as far as the budget goes."""
     few = image_sets.balanced_subset(image_sets.few_shot(teacher.entry.dataset), per_class, "few-shot", seed)
     drawn = torch.randperm(len(few.labels), generator=torch.Generator().manual_seed(seed))[: budget.images]
-    images = teacher.normalise(few.images[drawn])
-    return images, few.labels[drawn].to(images.device)
+    return SyntheticImages(teacher.normalise(few.images[drawn]), few.labels[drawn].to(teacher.device))
 
 
-def _zeroq(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    images, _ = zeroq.distil_images(teacher, budget.images, budget.synthesis_iterations, budget.synthesis_lr, seed=seed)
-    return images, top_class(teacher, images)
-
-
-def _dsg(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    gaps = dsg.noise_gaps(teacher, seed=seed)
-    settings = {"batch": budget.images, "iterations": budget.synthesis_iterations, "learning_rate": budget.synthesis_lr}
-    images, labels, _ = dsg.synthesise_diverse(teacher, gaps, **settings, seed=seed)
-    return images, labels
-
-
-def _hast(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
+def _hast(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
     beta, gamma = hast.PUBLISHED.get(teacher.entry.dataset, hast.PUBLISHED["cifar10"])
-    settings = {"iterations": budget.synthesis_iterations, "learning_rate": budget.synthesis_lr, "seed": seed}
-    made = hast.hard_images(teacher, budget.images, beta, gamma, batch=256, **settings)
-    return made.images, made.labels
+    return hast.hard_images(teacher, HardImageSchedule.of(budget), beta, gamma, seed=seed)
 
 
-def _gdfq(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
-    return _generated(gdfq.make_stream(teacher, tuning_schedule(budget), seed=seed), budget)
-
-
-def _qimera(teacher: Teacher, budget: Budget, seed: int) -> tuple[Tensor, Tensor]:
+def _qimera(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
     setting = qimera.published_setting(teacher.name, BitWidths(4, 4))
     return _generated(qimera.make_stream(teacher, tuning_schedule(budget), setting, seed=seed), budget)
 
 
-def _generated(stream: GeneratorStream, budget: Budget) -> tuple[Tensor, Tensor]:
-    """Images of a generator that has been trained, and the labels they were asked for; Diverged if it diverged."""
+def _generated(stream: GeneratorStream, budget: Budget) -> SyntheticImages:
+    """Images of the stream's generator after its training, and the labels they were asked for."""
     for _ in track(range(budget.synthesis_iterations), "training a generator"):
         stream.next_batch()
-    stream.read_losses()
+    losses = stream.read_losses()
     batches = [stream.next_batch() for _ in range(-(-budget.images // budget.batch))]
     images = torch.cat([batch.images for batch in batches])[: budget.images]
-    # A generator that mixes classes in some batches gives those soft labels; one kind for all can be stacked.
-    classes = batches[0].teacher_logits.shape[1]
+    # A generator that mixes classes in some batches gives those soft labels; only one kind can be concatenated.
+    classes = stream.generator.classes
     soft = [b.labels if b.labels.ndim == 2 else nn.functional.one_hot(b.labels, classes).float() for b in batches]
     labels = torch.cat(soft)[: budget.images]
-    return images, labels.argmax(1) if (labels.amax(1) == 1).all() else labels
+    return SyntheticImages(images, labels.argmax(1) if (labels.amax(1) == 1).all() else labels, [losses])
 
 
 #: Where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
-SOURCES: Mapping[str, Callable[[Teacher, Budget, int], tuple[Tensor, Tensor]]] = {
+SOURCES: Mapping[str, Callable[[Teacher, Budget, int], SyntheticImages]] = {
     "noise": _noise,
-    "zeroq": _zeroq,
-    "dsg": _dsg,
-    "gdfq": _gdfq,
+    "zeroq": lambda teacher, budget, seed: zeroq.distil_images(teacher, ImageSchedule.of(budget), seed=seed),
+    "dsg": lambda teacher, budget, seed: dsg.synthesise_diverse(
+        teacher, dsg.noise_gaps(teacher, seed=seed), DiverseImageSchedule.of(budget), seed=seed
+    ),
+    "gdfq": lambda teacher, budget, seed: _generated(
+        gdfq.make_stream(teacher, tuning_schedule(budget), seed=seed), budget
+    ),
     "qimera": _qimera,
     "hast": _hast,
     "few-shot": partial(_real, per_class=1),
@@ -170,57 +133,61 @@ SOURCES: Mapping[str, Callable[[Teacher, Budget, int], tuple[Tensor, Tensor]]] =
 }
 
 
-def _ranges(
-    teacher: Teacher, pool: Pool, bits: Sequence[BitWidths], *_: object
-) -> tuple[dict[BitWidths, nn.Module], float]:
-    """One pass of the pool sets the activation ranges, nothing is trained: ZeroQ and DSG, post-training."""
-    began = time.perf_counter()
-    students = {width: calibrate.calibrated(teacher.network, width, pool.images) for width in bits}
-    return students, time.perf_counter() - began
-
-
 def _tune_gdfq(
-    teacher: Teacher, pool: Pool, bits: Sequence[BitWidths], budget: Budget, seed: int, checkpoint: Checkpoint | None
-) -> tuple[dict[BitWidths, nn.Module], float]:
+    teacher: Teacher, pool: SyntheticImages, bits: Sequence[BitWidths], budget: Budget, seed: int
+) -> tuple[Stream, dict[str, Student]]:
     """Cross-entropy and distillation on the pool."""
+    schedule = tuning_schedule(budget)
     stream = ImageStream(teacher.folded, pool.images, pool.labels, budget.batch, seed=seed)
-    students = {width: gdfq.make_student(teacher, width, tuning_schedule(budget)) for width in bits}
-    return _tuned(stream, students, budget, "GDFQ's fine-tuning", checkpoint)
+    return stream, {str(width): gdfq.make_student(teacher, width, schedule) for width in bits}
 
 
 def _tune_saft(
-    teacher: Teacher, pool: Pool, bits: Sequence[BitWidths], budget: Budget, seed: int, checkpoint: Checkpoint | None
-) -> tuple[dict[BitWidths, nn.Module], float]:
+    teacher: Teacher, pool: SyntheticImages, bits: Sequence[BitWidths], budget: Budget, seed: int
+) -> tuple[Stream, dict[str, Student]]:
     """Distillation with selective cross-entropy, attention and saliency, on the pool and on harder copies of it."""
     labels = pool.labels if pool.labels.ndim == 1 else pool.labels.argmax(1)
-    terms = AlignmentWeights()
-    viewer = NetworkProbe(teacher.network, terms.saliency_of)
-    stream = saft.WithTeacherView(ImageStream(teacher.network, pool.images, labels, budget.batch, seed=seed), viewer)
-    students = {width: saft.make_student(teacher, viewer, width, terms, budget.student_lr, "cosine") for width in bits}
-    return _tuned(stream, students, budget, "SaFT's fine-tuning", checkpoint)
+    weights = AlignmentWeights()
+    probe = NetworkProbe(teacher.network, weights.saliency_of)
+    stream = saft.WithTeacherView(ImageStream(teacher.network, pool.images, labels, budget.batch, seed=seed), probe)
+    options = weights, budget.student_lr, "cosine"
+    return stream, {str(width): saft.make_student(teacher, probe, width, *options) for width in bits}
 
 
-def _tuned(
-    stream: Stream, students: Mapping[str, Student], budget: Budget, label: str, checkpoint: Checkpoint | None
-) -> tuple[dict[BitWidths, nn.Module], float]:
-    spans = budget.tuning_iterations, budget.observe_iterations
-    history = finetune(stream, students, *spans, label=label, checkpoint=checkpoint)
-    return {width: student.network for width, student in students.items()}, history.seconds
+TUNINGS = {"gdfq": _tune_gdfq, "saft": _tune_saft}
+#: What is done with the images. ``ranges``: one pass sets the activation ranges, nothing is trained (ZeroQ, DSG).
+USES = ("ranges", *TUNINGS)
 
 
-#: What is done with the images.
-USES: Mapping[str, Callable[..., tuple[dict[BitWidths, nn.Module], float]]] = {
-    "ranges": _ranges,
-    "gdfq": _tune_gdfq,
-    "saft": _tune_saft,
-}
+def make_students(
+    use: str,
+    teacher: Teacher,
+    pool: SyntheticImages,
+    bits: Sequence[BitWidths],
+    budget: Budget,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[dict[str, nn.Module], float]:
+    """Quantized copies of the teacher, by the names of ``bits`` such as ``"W4A4"``, and the seconds they took.
+
+    ``use``, one of :data:`USES`, makes them of the ``pool``. With a ``checkpoint`` a stopped fine-tuning is continued.
+    UserError for another use; Diverged if a loss is no longer finite.
+    """
+    if check_choice("use", use, USES) == "ranges":
+        began = time.perf_counter()
+        students = {str(width): calibrate.calibrated(teacher.network, width, pool.images) for width in bits}
+        return students, time.perf_counter() - began
+    stream, students = TUNINGS[use](teacher, pool, bits, budget, seed)
+    label = f"fine-tuning as {use}"
+    history = finetune(stream, students, tuning_schedule(budget), label=label, checkpoint=checkpoint)
+    return {name: student.network for name, student in students.items()}, history.seconds
 
 
 def variance_shares(table: pd.DataFrame) -> dict[str, float]:
     """How much of the variance of ``table`` (sources x uses) each explains, in per cent: two-way analysis of variance.
 
-    ``source`` is the variance of the row means, ``use`` that of the column means, ``both`` what is left: how much a
-    source suits a use. Zeros if all cells are equal.
+    ``source`` is the variance of the row means, ``use`` that of the column means, ``both`` the rest: how much a source
+    suits a use. Zeros if all cells are equal.
     """
     whole = table.to_numpy().mean()
     by_source, by_use = table.mean(axis=1) - whole, table.mean(axis=0) - whole

@@ -173,8 +173,8 @@ def make_stream(
     size = teacher.entry.input_size
 
     def build() -> QimeraGenerator:
-        weight = classifier(teacher.network).weight.detach().flatten(1).cpu()
-        embeddings = weight if setting.embedding == "teacher" else torch.randn(weight.shape)
+        weight = classifier(teacher.network).weight.detach().flatten(1)
+        embeddings = weight.cpu() if setting.embedding == "teacher" else torch.randn(weight.shape)
         return QimeraGenerator(embeddings, size, conditional=size > gdfq.LARGE, as_released=as_released)
 
     return gdfq.make_stream(teacher, schedule, seed=seed, build=build, draw=Superposition(setting.p, setting.k, seed))

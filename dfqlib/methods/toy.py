@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dfqlib.finetuning.streams import GeneratorStream
 from dfqlib.generators.optimise_images import synthesise
-from dfqlib.loss_terms import add_up
 from dfqlib.losses import bns_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.progress import track
+from dfqlib.schedules import ImageSchedule
 
 SIDE = 4.0  # points lie in [-SIDE, SIDE] on both axes
 
@@ -55,9 +55,10 @@ def zeroq_points(teacher: nn.Module, count: int = 500, iterations: int = 200) ->
 
         def loss(points: Tensor) -> Tensor:
             teacher(points)
-            return add_up({"L_BNS": bns_loss(norms.layers)})
+            return bns_loss(norms.layers)
 
-        return synthesise(torch.randn(count, 2), loss, 0.1, iterations, 100, 1e-4, label="toy ZeroQ")[0]
+        schedule = ImageSchedule(images=count, synthesis_iterations=iterations, synthesis_lr=0.1)
+        return synthesise(torch.randn(count, 2), loss, schedule, "toy ZeroQ").images
 
 
 class PointGenerator(nn.Module):
