@@ -19,13 +19,7 @@ from dfqlib.finetuning.streams import Batch, GeneratorStream, ImageStream
 from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
 from dfqlib.models.teacher import Teacher
-from dfqlib.schedules import (
-    AlignmentWeights,
-    DiverseImageSchedule,
-    GeneratorSchedule,
-    HardImageSchedule,
-    ImageSchedule,
-)
+from dfqlib.schedules import AlignmentWeights, DiverseImageSchedule, GeneratorSchedule, HardImageSchedule, ImageSchedule
 
 W4A4 = BitWidths(4, 4)
 WIDTHS = (BitWidths(3, 3), W4A4, BitWidths(5, 5), BitWidths(8, 8))

@@ -29,13 +29,7 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.layers import FakeQuantize, observing
 from dfqlib.quantizers.observers import OBSERVERS
-from dfqlib.schedules import (
-    AlignmentWeights,
-    DiverseImageSchedule,
-    GeneratorSchedule,
-    HardImageSchedule,
-    ImageSchedule,
-)
+from dfqlib.schedules import AlignmentWeights, DiverseImageSchedule, GeneratorSchedule, HardImageSchedule, ImageSchedule
 
 ACCELERATOR = torch.device("meta")
 GENERATOR = torch.Generator
@@ -157,10 +151,6 @@ SCHEDULE = GeneratorSchedule(batch=4, generator_iterations=9)
 W4A4 = BitWidths(4, 4)
 
 
-def students(teacher, *widths):
-    return {str(bits): known_ranges(gdfq.make_student(teacher, bits, SCHEDULE)) for bits in widths}
-
-
 def known_ranges(student):
     """Each activation asks once, at the first forward pass without observing, whether it has a range: it has."""
     for module in student.network.modules():
@@ -169,8 +159,9 @@ def known_ranges(student):
     return student
 
 
-def tune(stream, students, iterations):
+def tune(teacher, stream, iterations, widths=(W4A4,), make_student=gdfq.make_student):
     """One iteration observes, the others train; gives the stream's and the students' tensors."""
+    students = {str(bits): known_ranges(make_student(teacher, bits, SCHEDULE)) for bits in widths}
     schedule = replace(SCHEDULE, iterations=iterations, observe_iterations=1, train_from=1)
     finetune(stream, students, schedule, evaluate_every=1000)
     batch = stream.next_batch()
@@ -179,28 +170,31 @@ def tune(stream, students, iterations):
 
 
 def run_gdfq(teacher, iterations):
-    return tune(gdfq.make_stream(teacher, SCHEDULE), students(teacher, W4A4, BitWidths(3, 8)), iterations)
+    return tune(teacher, gdfq.make_stream(teacher, SCHEDULE), iterations, (W4A4, BitWidths(3, 8)))
 
 
 def run_qimera(teacher, iterations):
     setting = qimera.SuperpositionSettings(p=1.0, k=3, embedding="random")
-    return tune(qimera.make_stream(teacher, SCHEDULE, setting), students(teacher, W4A4), iterations)
+    return tune(teacher, qimera.make_stream(teacher, SCHEDULE, setting), iterations)
 
 
 def run_dsg_qat(teacher, iterations, **terms):
     gaps, terms = dsg.noise_gaps(teacher, 8), dsg.DiversityTerms(**terms)
-    return tune(dsg.make_stream(teacher, SCHEDULE, gaps, terms=terms), students(teacher, W4A4), iterations)
+    return tune(teacher, dsg.make_stream(teacher, SCHEDULE, gaps, terms=terms), iterations)
 
 
 def run_saft(teacher, iterations):
     """On a generator's images first, on photographs from the second batch on."""
     probe = NetworkProbe(teacher.network)
-    student = known_ranges(saft.make_student(teacher, probe, W4A4, AlignmentWeights()))
     shots = few_shot("cifar10", 1)
     photographs = teacher.normalise(shots.images[..., 12:20, 12:20])
     stream = ImageStream(teacher.network, photographs, shots.labels.to(teacher.device), 4)
     stream = FirstThen(gdfq.make_stream(teacher, SCHEDULE), 1, stream)
-    return tune(saft.WithTeacherView(stream, probe), {"W4A4": student}, iterations)
+
+    def aligned(teacher, bits, _):
+        return saft.make_student(teacher, probe, bits, AlignmentWeights())
+
+    return tune(teacher, saft.WithTeacherView(stream, probe), iterations, make_student=aligned)
 
 
 def run_zeroq(teacher, iterations):

@@ -109,11 +109,10 @@ def _generated(stream: GeneratorStream, budget: Budget) -> SyntheticImages:
     losses = stream.read_losses()
     batches = [stream.next_batch() for _ in range(-(-budget.images // budget.batch))]
     images = torch.cat([batch.images for batch in batches])[: budget.images]
-    # A generator that mixes classes in some batches gives those soft labels; only one kind can be concatenated.
-    classes = stream.generator.classes
-    soft = [b.labels if b.labels.ndim == 2 else nn.functional.one_hot(b.labels, classes).float() for b in batches]
-    labels = torch.cat(soft)[: budget.images]
-    return SyntheticImages(images, labels.argmax(1) if (labels.amax(1) == 1).all() else labels, [losses])
+    labels = torch.cat([batch.labels for batch in batches])[: budget.images]
+    if labels.ndim == 2 and (labels.amax(1) == 1).all():  # nothing is mixed
+        labels = labels.argmax(1)
+    return SyntheticImages(images, labels, [losses])
 
 
 #: Where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
@@ -178,8 +177,8 @@ def make_students(
         students = {str(width): calibrate.calibrated(teacher.network, width, pool.images) for width in bits}
         return students, time.perf_counter() - began
     stream, students = TUNINGS[use](teacher, pool, bits, budget, seed)
-    label = f"fine-tuning as {use}"
-    history = finetune(stream, students, tuning_schedule(budget), label=label, checkpoint=checkpoint)
+    schedule = tuning_schedule(budget)
+    history = finetune(stream, students, schedule, label=f"fine-tuning as {use}", checkpoint=checkpoint)
     return {name: student.network for name, student in students.items()}, history.seconds
 
 
