@@ -194,7 +194,7 @@ def run_saft(teacher, iterations):
     viewer = NetworkProbe(teacher.network)
     student = known_ranges(saft.make_student(teacher, viewer, "w4a4", terms))
     shots = few_shot("cifar10", 1)
-    photographs = teacher.normalise(shots.images[..., 12:20, 12:20])
+    photographs = teacher.normalise(shots.pixels[..., 12:20, 12:20])
     stream = ImageStream(teacher.network, photographs, shots.labels.to(teacher.device), 4)
     stream = FirstThen(gdfq.make_stream(teacher, SCHEDULE), 1, stream)
     return tune(saft.WithTeacherView(stream, viewer), {"w4a4": student}, iterations)
@@ -306,7 +306,7 @@ def test_ranges_are_observed_without_a_look_at_them(name):
 
 
 def test_data_and_teacher_meet_on_the_teachers_device(teacher):
-    pixels = few_shot("cifar10", 1).images[..., 12:20, 12:20]
+    pixels = few_shot("cifar10", 1).pixels[..., 12:20, 12:20]
     with at_work() as accelerator:
         images = teacher.normalise(pixels)
         assert there(images) and images.dtype == torch.float32 and there(teacher.network(images))

@@ -37,13 +37,13 @@ def predict(
     """
     prepare = normalise.normalise if isinstance(normalise, Teacher) else normalise
     device = next(network.parameters()).device
-    batch = batch or images_per_pass(image_set.images.shape[-1])
+    batch = batch or images_per_pass(image_set.pixels.shape[-1])
     training = network.training
     network.eval()
     quick = scale_weights(network)
     try:
         with torch.inference_mode():
-            logits = [quick(channels_last(prepare(x).to(device))) for x in image_set.images.split(batch)]
+            logits = [quick(channels_last(prepare(x).to(device))) for x in image_set.pixels.split(batch)]
             return torch.cat(logits).cpu()
     finally:
         if training:
