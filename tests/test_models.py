@@ -125,7 +125,7 @@ def image_set(classes: int = 3) -> ImageSet:
 
 def test_top1_is_the_percentage_of_right_answers_whatever_the_batch():
     teacher, images = own(), image_set()
-    right = teacher.network(teacher.normalise(images.images)).argmax(1) == images.labels
+    right = teacher.network(teacher.normalise(images.pixels)).argmax(1) == images.labels
     expected = 100 * right.sum().item() / 10
     assert top1(teacher.network, images, teacher) == expected
     assert top1(teacher.network, images, teacher.normalise, batch=3) == expected

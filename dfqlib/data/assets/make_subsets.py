@@ -1,10 +1,8 @@
-"""Make the embedded image sets from the full CIFAR data sets: ``python dfqlib/assets/make_subsets.py FOLDER``.
+"""Make the embedded image sets from the full CIFAR data sets: ``python -m dfqlib.data.assets.make_subsets FOLDER``.
 
 FOLDER holds ``cifar10`` and ``cifar100``, each as torchvision layout or as ImageFolder tree. The choice depends on the
-pixels alone (:func:`dfqlib.data.balanced_subset`), so every copy of CIFAR gives the same sheets.
+pixels alone (:func:`dfqlib.data.image_sets.balanced_subset`), so every copy of CIFAR gives the same sheets.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
