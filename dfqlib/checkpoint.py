@@ -37,7 +37,7 @@ def load_checkpoint(path: Path, settings: dict[str, Any], anew: bool = False) ->
     except Exception as error:
         broken = f"checkpoint={str(path)!r} cannot be read ({type(error).__name__})"
         if anew:
-            warnings.warn(f"{broken}: the computation starts again.", stacklevel=2)
+            warnings.warn(f"{broken}: the computation begins anew.", stacklevel=2)
             return None
         raise UserError(f"{broken}; remove it.") from None
     differing = [key for key in settings if made_by.get(key) != settings[key]]
