@@ -8,7 +8,6 @@ in the package, ``cifar10-10shot`` ten real training images per class.
 import hashlib
 import importlib
 import math
-import os
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from dfqlib import places
 from dfqlib.errors import UserError, check_choice, check_range
-from dfqlib.places import ASSETS, IMAGE_SUFFIXES, image_files
 
 EMBEDDED_PER_CLASS = {"cifar10": 200, "cifar100": 20}  # 2,000 test images of each
 FEW_SHOT = 10  # embedded training images per class
 CROP = 0.875  # centre crop over resized shorter side: 224 of 256, 299 of 342
-SPLIT_FOLDERS = {"test": ("test", "val", "validation"), "train": ("train",)}
 
 
 @dataclass(frozen=True)
@@ -56,20 +54,22 @@ class Dataset:
     class_count: int
     counts: dict[str, int]  # images of each full split
     classes: tuple[str, ...] = ()
-    torchvision_class: str = ""
-    torchvision_folder: str = ""
+
+    @property
+    def torchvision_folder(self) -> str:
+        """The folder of torchvision's layout of CIFAR; "" for other data sets."""
+        return places.TORCHVISION_FOLDERS.get(self.name, "")
 
 
-def _cifar(classes: int, torchvision_folder: str) -> Dataset:
+def _cifar(name: str) -> Dataset:
     """CIFAR-10 or CIFAR-100, with the official class names in the official label order."""
-    name = f"cifar{classes}"
-    names = tuple((ASSETS / f"{name}-classes.txt").read_text(encoding="utf-8").split())
-    return Dataset(name, 32, classes, {"train": 50_000, "test": 10_000}, names, name.upper(), torchvision_folder)
+    names = tuple((places.ASSETS / f"{name}-classes.txt").read_text(encoding="utf-8").split())
+    return Dataset(name, 32, len(names), {"train": 50_000, "test": 10_000}, names)
 
 
 DATASETS: dict[str, Dataset] = {
-    "cifar10": _cifar(10, "cifar-10-batches-py"),
-    "cifar100": _cifar(100, "cifar-100-python"),
+    "cifar10": _cifar("cifar10"),
+    "cifar100": _cifar("cifar100"),
     "imagenet": Dataset("imagenet", 224, 1000, {"train": 1_281_167, "test": 50_000}),
 }
 
@@ -174,25 +174,23 @@ def require_network(url: str, wanted: str) -> None:
 
 def _load(dataset: str, split: str, folder: str | Path | None, download: bool, size: int | None) -> ImageSet:
     known = DATASETS.get(dataset)
-    if known and known.torchvision_class and size not in (None, known.size):
+    if known and known.torchvision_folder and size not in (None, known.size):
         raise UserError(f"size={size!r} does not fit {dataset}, whose images have {known.size} pixels; leave it out.")
     if size is not None:
         check_range("size", size, 1, 4096)
     if folder:
-        return _read_folder(dataset, split, Path(folder).expanduser(), f"folder={str(folder)!r}", size)
-    root = os.environ.get("DFQ_DATA", "")
-    place = Path(root or "~/.cache/dfqlib").expanduser() / dataset
-    if root and not place.parent.is_dir():
-        raise UserError(f"$DFQ_DATA={root!r} is not a folder; correct it or unset it.")
+        return _read_folder(dataset, split, places.expand(folder), f"folder={str(folder)!r}", size)
+    root = places.data_root()
+    place = (root or places.cache_folder()) / dataset
     if root and place.is_dir():
         return _read_folder(dataset, split, place, f"$DFQ_DATA/{dataset}={str(place)!r}", size)
     if known is None:
         check_choice("dataset", dataset, [*DATASETS, "or any name with folder= an ImageFolder tree"])
-    if download and known.torchvision_class:
+    if download and known.torchvision_folder:
         return _download(known, split, place)
     if split == "test" and dataset in EMBEDDED_PER_CLASS:
         return embedded_test(dataset)
-    ways = "download=True, " if known.torchvision_class else ""
+    ways = "download=True, " if known.torchvision_folder else ""
     raise UserError(
         f"dataset={dataset!r}: its {split} images are neither on this machine nor in the package; allowed: {ways}"
         f"folder= their folder, or the environment variable DFQ_DATA= a folder that holds {dataset}/."
@@ -202,7 +200,7 @@ def _load(dataset: str, split: str, folder: str | Path | None, download: bool, s
 def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
     """An embedded set: a lossless sheet of tiles, read row by row; tile i shows class i mod C."""
     known = DATASETS[dataset]
-    sheet = np.array(Image.open(ASSETS / f"{name}.webp").convert("RGB"))
+    sheet = np.array(Image.open(places.ASSETS / f"{name}.webp").convert("RGB"))
     rows, columns = sheet.shape[0] // known.size, sheet.shape[1] // known.size
     tiles = sheet.reshape(rows, known.size, columns, known.size, 3).transpose(0, 2, 4, 1, 3)
     pixels = torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, known.size, known.size))
@@ -213,7 +211,7 @@ def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
 def check_folder(dataset: str, folder: str | Path) -> None:
     """Raise the :class:`UserError` that :func:`load_test` would for ``folder``, having read one of its images only."""
     told = f"folder={str(folder)!r}"
-    known, place = DATASETS.get(dataset), _find_split(dataset, "test", Path(folder).expanduser(), told)
+    known, place = DATASETS.get(dataset), _find_split(dataset, "test", places.expand(folder), told)
     if not _is_torchvision(known, place):
         _, files, _ = _list_tree(known, place, told)
         _read_image(files[0], None)
@@ -245,7 +243,7 @@ def _find_split(dataset: str, split: str, folder: Path, told: str) -> Path:
     inside = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not inside:
         raise UserError(f"{told} is empty.")
-    wanted, splits = SPLIT_FOLDERS[split], set().union(*SPLIT_FOLDERS.values())
+    wanted, splits = places.SPLIT_FOLDERS[split], set().union(*places.SPLIT_FOLDERS.values())
     here = [name for name in wanted if name in inside]
     if not here and inside <= splits:
         raise UserError(f"{told} has no {' or '.join(f'{name}/' for name in wanted)} beside {min(inside)}/.")
@@ -266,7 +264,7 @@ def _read_torchvision(known: Dataset, split: str, folder: Path, told: str) -> Im
 
 def _torchvision_class(known: Dataset) -> type:
     """Imported when it is needed, since torchvision takes seconds."""
-    return getattr(importlib.import_module("torchvision.datasets"), known.torchvision_class)
+    return getattr(importlib.import_module("torchvision.datasets"), known.name.upper())
 
 
 def _download(known: Dataset, split: str, folder: Path) -> ImageSet:
@@ -285,7 +283,7 @@ def _read_tree(dataset: str, split: str, folder: Path, told: str, size: int | No
     """The images of an ImageFolder tree, in the order of :func:`_list_tree`."""
     known = DATASETS.get(dataset)
     names, files, labels = _list_tree(known, folder, told)
-    cropped = known is None or not known.torchvision_class
+    cropped = known is None or not known.torchvision_folder
     crop = (size or (known.size if known else None)) if cropped else None
     with ThreadPoolExecutor() as pool:
         first = _read_image(files[0], crop)
@@ -309,17 +307,17 @@ def _list_tree(known: Dataset | None, folder: Path, told: str) -> tuple[list[str
     """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     _check_classes(known, names, folder, told)
-    members = [image_files(folder / name) for name in names]
-    for name, found in zip(names, members, strict=True):
-        if not found:
-            raise UserError(f"{told}: class folder {name!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    members = [places.image_files(folder / name) for name in names]
+    if empty := [name for name, found in zip(names, members, strict=True) if not found]:
+        suffixes = ", ".join(sorted(places.IMAGE_SUFFIXES))
+        raise UserError(f"{told}: class folder {empty[0]!r} holds no images ({suffixes}).")
     labels = [label for label, found in enumerate(members) for _ in found]
     return names, [file for found in members for file in found], labels
 
 
 def _check_classes(known: Dataset | None, names: Sequence[str], folder: Path, told: str) -> None:
     if not names:
-        loose = len(image_files(folder))
+        loose = len(places.image_files(folder))
         held = f"{loose} images without class folders" if loose else "no class folders"
         raise UserError(f"{told} holds {held}; allowed: one folder of images per class.")
     if known and known.classes and tuple(names) != known.classes:
