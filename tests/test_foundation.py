@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dfqlib.bits import check_bits
+from dfqlib.bits import check_width
 from dfqlib.device import describe_hardware, seed_everything
 from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.files import atomic_path, sha256, write_json, write_text
@@ -20,7 +20,7 @@ def test_unknown_choice_names_parameter_value_and_what_is_allowed():
 @pytest.mark.parametrize("bits", [1, 9, 4.0, "4", True, None])
 def test_unsupported_bits_are_refused(bits):
     with pytest.raises(UserError, match=r"weight_bits=.*whole numbers from 2 to 8"):
-        check_bits("weight_bits", bits)
+        check_width("weight_bits", bits)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5", False])
