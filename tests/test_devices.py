@@ -187,7 +187,7 @@ def run_saft(teacher, iterations):
     """On a generator's images first, on photographs from the second batch on."""
     probe = NetworkProbe(teacher.network)
     shots = few_shot("cifar10", 1)
-    photographs = teacher.normalise(shots.images[..., 12:20, 12:20])
+    photographs = teacher.normalise(shots.pixels[..., 12:20, 12:20])
     stream = ImageStream(teacher.network, photographs, shots.labels.to(teacher.device), 4)
     stream = FirstThen(gdfq.make_stream(teacher, SCHEDULE), 1, stream)
 
@@ -280,7 +280,7 @@ def test_ranges_are_observed_without_a_look_at_them(name):
 
 
 def test_data_and_teacher_meet_on_the_teachers_device(teacher):
-    pixels = few_shot("cifar10", 1).images[..., 12:20, 12:20]
+    pixels = few_shot("cifar10", 1).pixels[..., 12:20, 12:20]
     with at_work() as accelerator:
         images = teacher.normalise(pixels)
         assert there(images) and images.dtype == torch.float32 and there(teacher.network(images))
@@ -303,6 +303,6 @@ def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch):
                 with pytest.raises(UserError, match=f"device='{name}' is not available"):
                     pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("cuda:2", "cuda:x", "mps:1"):
+    for name in ("cuda:2", "cuda:x", "cpu:1", "mps:1", "gpu"):
         with pytest.raises(UserError, match=f"device='{name}'"):
             pick_device(name)

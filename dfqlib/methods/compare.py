@@ -89,7 +89,7 @@ def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> Synthe
     """``per_class`` of the package's training images of each class, drawn by ``seed``, as far as the budget goes."""
     few = image_sets.balanced_subset(image_sets.few_shot(teacher.entry.dataset), per_class, "few-shot", seed)
     drawn = torch.randperm(len(few.labels), generator=torch.Generator().manual_seed(seed))[: budget.images]
-    return SyntheticImages(teacher.normalise(few.images[drawn]), few.labels[drawn].to(teacher.device))
+    return SyntheticImages(teacher.normalise(few.pixels[drawn]), few.labels[drawn].to(teacher.device))
 
 
 def _hast(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
