@@ -148,13 +148,11 @@ NOTEBOOKS: dict[str, type[Settings]] = {
 }
 
 
-def declared(key: str, defaults: dict[str, Any]) -> type[Settings]:
-    """The parameters of the notebook ``key``; of a notebook that is not the kit's, by the ``defaults`` of its cell."""
-    if key in NOTEBOOKS:
-        return NOTEBOOKS[key]
+def declared_by(defaults: dict[str, Any]) -> type[Settings]:
+    """The parameters of a notebook that is not the kit's, by the ``defaults`` of its parameters cell."""
     kinds, common = Common.kinds(), Common.__dataclass_fields__
     own = []
     for name, value in defaults.items():
         limits = common[name].metadata if name in common else {}
         own.append((name, kinds.get(name, type(value)), setting(value, **limits)))
-    return make_dataclass(key, own, bases=(Settings,), frozen=True, kw_only=True)
+    return make_dataclass("Parameters", own, bases=(Settings,), frozen=True, kw_only=True)
