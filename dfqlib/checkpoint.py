@@ -1,6 +1,4 @@
-"""Files from which a long computation goes on after a stop."""
-
-from __future__ import annotations
+"""Checkpoints from which a stopped computation continues."""
 
 import io
 import warnings
@@ -14,11 +12,11 @@ from dfqlib.files import atomic_path
 
 
 def save_checkpoint(path: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write ``state`` atomically, with the ``settings`` it was computed by; it loads with ``weights_only=True``.
+    """Write ``state``, with the ``settings`` it was computed with, atomically; it loads with ``weights_only=True``.
 
-    Raises OSError, naming the cause, if it cannot be written; the file is then the one it was.
+    Raises OSError, naming the cause, if it cannot be written; an existing file is then unchanged.
     """
-    # Through memory: Python names a full disk as such, torch would speak of an unexpected position.
+    # Through memory: Python reports a full disk as such, torch as an unexpected position.
     content = io.BytesIO()
     torch.save({"settings": settings, "state": state}, content)
     with atomic_path(path) as temporary:
@@ -28,8 +26,8 @@ def save_checkpoint(path: Path, settings: dict[str, Any], state: dict[str, Any])
 def load_checkpoint(path: Path, settings: dict[str, Any], anew: bool = False) -> dict[str, Any] | None:
     """The state in ``path``, on the CPU, or None if there is no such file yet.
 
-    Raises ``UserError`` if it was computed by other settings, or cannot be read; with ``anew`` a file that cannot be
-    read is none, with a warning.
+    Raises ``UserError`` if it was computed with other settings, or cannot be read; with ``anew`` an unreadable file
+    counts as none, with a warning.
     """
     if not path.exists():
         return None
@@ -45,5 +43,5 @@ def load_checkpoint(path: Path, settings: dict[str, Any], anew: bool = False) ->
     differing = [key for key in settings if made_by.get(key) != settings[key]]
     if differing:
         changes = ", ".join(f"{key}={settings[key]!r} (it has {made_by.get(key)!r})" for key in differing)
-        raise UserError(f"checkpoint={str(path)!r} was made by other settings: {changes}; name another file.")
+        raise UserError(f"checkpoint={str(path)!r} was made with other settings: {changes}; name another file.")
     return state

@@ -1,6 +1,4 @@
-"""Where and how a run computes: device, memory layout, seeds, and the description that every result carries."""
-
-from __future__ import annotations
+"""Device, memory layout and seeds of a run, and the description of hardware and code in every result."""
 
 import os
 import platform
@@ -15,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib.errors import UserError, check_choice
+from dfqlib.places import PACKAGE
 from dfqlib.speed.switches import uses
 
 ImagesOrNetwork = TypeVar("ImagesOrNetwork", Tensor, nn.Module)
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """``"auto"`` takes CUDA, else Apple MPS, else the CPU; a named device is checked to be there."""
+    """``"auto"`` takes CUDA, else Apple MPS, else the CPU; UserError for a device that is not available."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind, _, index = device.partition(":")
     if kind == "auto":
@@ -35,9 +34,9 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def channels_last(x: ImagesOrNetwork) -> ImagesOrNetwork:
-    """Images (B, C, H, W), or a network's weights, in the order in which convolutions take them fastest.
+    """Images (B, C, H, W), or a network, in the memory layout in which convolutions are fastest.
 
-    On a CPU they run about 1.5 times faster so. Apple's backend gains nothing: there, ``x`` stays as it is.
+    On a CPU that is about 1.5 times as fast. Apple's backend gains nothing: there, ``x`` is returned unchanged.
     """
     tensor = x if isinstance(x, Tensor) else next(x.parameters(), None)
     if not uses("channels_last") or tensor is None or tensor.device.type == "mps":
@@ -48,7 +47,7 @@ def channels_last(x: ImagesOrNetwork) -> ImagesOrNetwork:
 
 
 def fused(parameters: Iterable[Tensor]) -> bool:
-    """Whether an optimizer of these parameters takes its step in one kernel."""
+    """Whether an optimizer of ``parameters`` can take its step in one kernel."""
     return uses("fused_optimizers") and all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
 
 
@@ -63,37 +62,27 @@ def describe_hardware(device: torch.device) -> str:
     """One line: the accelerator's name, or the processor's name and the number of threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def processor_name() -> str:
-    """The processor's model name where the system tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    return platform.processor() or platform.machine()
+    cpuinfo, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [" ".join(line.partition(":")[2].split()) for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def code_version() -> str:
-    """The git commit of the checkout the package runs from, with ``+changes`` if it is not clean; else the version."""
+    """The git commit of the package's checkout, with ``+changes`` if its code differs; without git, the version."""
     from dfqlib import __version__
 
-    folder = Path(__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
+    if not (PACKAGE.parent / ".git").exists():
         return __version__
-    git = ["git", "-C", os.fspath(folder)]
+    code = ["dfqlib", "notebooks/*.ipynb", "run_all.py"]  # not results, which runs write
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        # Results are what a run writes: they do not make the code another one.
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", "dfqlib", "notebooks/*.ipynb", "run_all.py"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return __version__
-    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", os.fspath(PACKAGE.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,6 +1,4 @@
-"""Write files so that a reader sees the old content or the new, never half of either."""
-
-from __future__ import annotations
+"""Write files atomically: a reader sees the old content or the new, never part of either."""
 
 import contextlib
 import hashlib
@@ -11,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: The file in a run's folder with its rows, parameters and provenance.
-METRICS = "metrics.json"
-#: The variable that tells a notebook in a batch where its checkpoints are.
+METRICS = "metrics.json"  # in a run's folder: its rows, parameters and provenance
+# Environment variables of a notebook in a batch: the folder of its checkpoints, and the seconds between two of them.
 CHECKPOINTS = "DFQ_CHECKPOINTS"
-#: The variable that tells it after how many seconds to write one again.
 CHECKPOINT_SECONDS = "DFQ_CHECKPOINT_SECONDS"
 
 

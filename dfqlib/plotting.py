@@ -1,6 +1,4 @@
-"""One look for all figures: told apart by lightness, marker and dash, so that greyscale loses nothing."""
-
-from __future__ import annotations
+"""One style for all figures: curves differ in lightness, marker and dash, so that greyscale loses nothing."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,9 +11,10 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the report draws figures without torch
     from torch import Tensor
-# The first four go from dark to light, which is their order in greyscale too; the last two lie between.
+
+# The first four go from dark to light, in greyscale too; the last two lie between.
 COLOURS = ("#14213d", "#b5380b", "#35ab9c", "#eeb422", "#7b2d8b", "#8d99ae")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
@@ -25,7 +24,7 @@ MOST_MARKERS = 60
 
 
 def style() -> None:
-    """Set the look of every figure that follows; call once at the top of a notebook."""
+    """Set the style of all following figures; call once at the top of a notebook."""
     sns.set_theme(
         context="notebook",
         style="whitegrid",
@@ -52,9 +51,9 @@ def style() -> None:
     )
 
 
-def show_images(images: Tensor, labels: Sequence[object] | None = None, title: str = "", columns: int = 0) -> Figure:
-    """A grid of ``images`` (N, 3, H, W) uint8, in rows of ``columns`` (16 unless given), with labels above them."""
-    count, _, height, width = images.shape
+def show_images(pixels: "Tensor", labels: Sequence[object] | None = None, title: str = "", columns: int = 0) -> Figure:
+    """A grid of ``pixels`` (N, 3, H, W) uint8, in rows of ``columns`` (16 unless given), with labels above them."""
+    count, _, height, width = pixels.shape
     columns = min(count, columns or IMAGES_PER_ROW)
     rows = -(-count // columns)
     gap = max(1, height // 16)  # white between images
@@ -62,7 +61,7 @@ def show_images(images: Tensor, labels: Sequence[object] | None = None, title: s
     # One picture: an axes for every image takes seconds to lay out.
     sheet = np.full((rows * (height + top), columns * (width + gap), 3), 255, np.uint8)
     figure, axes = plt.subplots(figsize=(8, 8 * sheet.shape[0] / sheet.shape[1] + (0.3 if title else 0)))
-    for index, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
+    for index, image in enumerate(pixels.cpu().permute(0, 2, 3, 1).numpy()):
         y, x = index // columns * (height + top) + top, index % columns * (width + gap)
         sheet[y : y + height, x : x + width] = image
         if labels is not None:
@@ -74,7 +73,7 @@ def show_images(images: Tensor, labels: Sequence[object] | None = None, title: s
 
 
 def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[float] | None = None) -> None:
-    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with all markers or, if it is long, about ten."""
+    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with about ten markers if it is long, else all."""
     for name, values in curves.items():
         positions = np.arange(len(values)) if x is None else x
         axes.plot(positions, values, label=name, markevery=1 if len(values) <= MOST_MARKERS else len(values) // 10)
@@ -83,10 +82,9 @@ def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[f
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Layer names without the words that half of them share, such as ``features`` and ``conv``, where they stay unique.
+    """Layer names without the words that half of them share, such as ``features``, as long as they stay unique.
 
-    Words with a number say which layer it is, so they are kept: ``features.stage1.unit2.body.conv1.conv`` becomes
-    ``stage1.unit2.conv1``.
+    Words with a number are kept: ``features.stage1.unit2.body.conv1.conv`` becomes ``stage1.unit2.conv1``.
     """
     split = [name.split(".") for name in names]
     words = Counter(word for parts in split for word in set(parts) if not any(letter.isdigit() for letter in word))

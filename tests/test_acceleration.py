@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from dfqlib.device import channels_last
 from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import finetune
 from dfqlib.methods import hast, zeroq
@@ -53,13 +52,6 @@ def test_off_only_inside_and_also_when_nested():
         with without("fused_rounding"):
             pass
         assert not uses("fused_rounding")
-
-
-def test_channels_last_is_left_out_where_it_is_off():
-    images = torch.zeros(2, 3, 4, 4)
-    assert channels_last(images).is_contiguous(memory_format=torch.channels_last)
-    with without("channels_last"):
-        assert channels_last(images) is images
 
 
 @pytest.fixture

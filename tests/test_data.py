@@ -10,7 +10,17 @@ import torch
 import torchvision
 from PIL import Image
 
-from dfqlib.data.image_sets import DATASETS, ImageSet, balanced_subset, check_folder, few_shot, load_test, load_train
+from dfqlib.data.image_sets import (
+    DATASETS,
+    ImageSet,
+    balanced_subset,
+    check_folder,
+    few_shot,
+    load_test,
+    load_train,
+    real_images,
+    some,
+)
 from dfqlib.errors import UserError
 from dfqlib.places import ASSETS
 
@@ -21,6 +31,12 @@ EMBEDDED = json.loads((ASSETS / "images.json").read_text())
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch):
     monkeypatch.delenv("DFQ_DATA", raising=False)
+
+
+def refuse(match, function=load_test, **parameters):
+    with pytest.raises(UserError, match=match) as caught:
+        function(**parameters)
+    assert "\n" not in str(caught.value)
 
 
 def grey(level: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -66,50 +82,68 @@ def test_embedded_pixels_are_the_ones_described(name):
     dataset, kind = name.split("-")
     image_set = few_shot(dataset) if kind == "10shot" else load_test(dataset)
     assert image_set.name == name
-    assert hashlib.sha256(image_set.images.numpy().tobytes()).hexdigest() == EMBEDDED[name]["pixels_sha256"]
-    assert image_set.images.shape == (EMBEDDED[name]["images"], 3, 32, 32)
-    assert (image_set.images.dtype, image_set.labels.dtype) == (torch.uint8, torch.int64)
-    assert image_set.images.is_contiguous()
+    assert hashlib.sha256(image_set.pixels.numpy().tobytes()).hexdigest() == EMBEDDED[name]["pixels_sha256"]
+    assert image_set.pixels.shape == (EMBEDDED[name]["images"], 3, 32, 32)
+    assert (image_set.pixels.dtype, image_set.labels.dtype) == (torch.uint8, torch.int64)
+    assert image_set.pixels.is_contiguous()
     assert torch.bincount(image_set.labels).tolist() == [EMBEDDED[name]["per_class"]] * len(image_set.classes)
 
 
 def test_embedded_tests_hold_2000_different_images_none_of_them_for_training():
     for dataset in ("cifar10", "cifar100"):
-        tests, shots = (
-            {image.numpy().tobytes() for image in s.images} for s in (load_test(dataset), few_shot(dataset))
-        )
-        assert len(tests) == 2000
-        assert len(shots) == 10 * DATASETS[dataset].class_count
-        assert not tests & shots
+        sets = (load_test(dataset), few_shot(dataset))
+        tests, shots = ({image.numpy().tobytes() for image in each.pixels} for each in sets)
+        assert len(tests) == 2000 and len(shots) == 10 * DATASETS[dataset].class_count and not tests & shots
 
 
 def test_few_shot_takes_the_first_of_every_class():
     shots = few_shot("cifar100", per_class=2)
     assert shots.name == "cifar100-2shot"
     assert shots.labels.tolist() == [*range(100), *range(100)]
-    assert torch.equal(shots.images, few_shot("cifar100").images[:200])
-    with pytest.raises(UserError, match="per_class=11 is out of range"):
-        few_shot("cifar10", per_class=11)
-    with pytest.raises(UserError, match="dataset='imagenet' is unknown"):
-        few_shot("imagenet")
-
-
-def test_assets_stay_under_20_megabytes():
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 20e6
+    assert torch.equal(shots.pixels, few_shot("cifar100").pixels[:200])
+    refuse("per_class=11 is out of range", few_shot, dataset="cifar10", per_class=11)
+    refuse("dataset='imagenet' is unknown", few_shot, dataset="imagenet")
 
 
 def test_balanced_subset_depends_on_pixels_alone():
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (30, 3, 4, 4), dtype=torch.uint8)
-    whole = ImageSet("all", images, torch.arange(30) % 3, ("a", "b", "c"), "made here")
-    order = torch.randperm(30)
-    shuffled = ImageSet("all", images[order], whole.labels[order], whole.classes, whole.source)
+    pixels = torch.randint(0, 256, (30, 3, 4, 4), dtype=torch.uint8)
+    whole = ImageSet("all", pixels, torch.arange(30) % 3, ("a", "b", "c"), "made here")
     chosen = balanced_subset(whole, 4, "some")
-    assert chosen.labels.tolist() == [0, 1, 2] * 4
-    assert torch.equal(chosen.images, balanced_subset(shuffled, 4, "some").images)
-    assert not torch.equal(chosen.images, balanced_subset(whole, 4, "some", seed=1).images)
-    with pytest.raises(UserError, match="per_class=11 is more than the 10 images of 'a'"):
-        balanced_subset(whole, 11, "too many")
+    assert (chosen.name, chosen.labels.tolist()) == ("some", [0, 1, 2] * 4)
+    assert torch.equal(chosen.pixels, balanced_subset(whole.select(torch.randperm(30)), 4, "some").pixels)
+    assert not torch.equal(chosen.pixels, balanced_subset(whole, 4, "some", seed=1).pixels)
+    refuse(
+        "per_class=11 is more than the 10 images of 'a'",
+        balanced_subset,
+        image_set=whole,
+        per_class=11,
+        name="too many",
+    )
+
+
+def test_some_images_are_of_all_classes_also_where_a_folder_is_ordered_by_class(tmp_path):
+    ordered = load_test("cifar10", tree(tmp_path / "tree", images=5))
+    chosen = some(ordered, 23)
+    assert set(torch.bincount(chosen.labels).tolist()) == {2, 3}
+    assert len({image.numpy().tobytes() for image in chosen.pixels}) == 23
+    assert torch.equal(chosen.pixels, some(ordered, 23).pixels)
+    assert not torch.equal(chosen.pixels, some(ordered, 23, seed=1).pixels)
+    assert torch.equal(some(ordered, 100).pixels, ordered.pixels)
+    # Classes with too few images give what they have.
+    assert torch.bincount(some(ordered.select(slice(2, None)), 49).labels).tolist() == [3] + [5] * 9
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_some_of_the_packages_images_are_its_first(dataset):
+    for whole in (load_test(dataset), few_shot(dataset)):
+        for count in (32, 1000):
+            assert torch.equal(some(whole, count, seed=3).pixels, whole.pixels[:count])
+
+
+def test_real_images_are_named_test_images_where_they_are_no_training_images(tmp_path):
+    pets = load_test("pets", tree(tmp_path / "pets", ("cat", "dog")))
+    assert real_images("cifar10", load_test("cifar10")).name == "cifar10-10shot"
+    assert real_images("pets", pets).name == "pets, test images"
 
 
 # Where a data set is found
@@ -131,21 +165,38 @@ def test_tree_is_read_class_by_class_in_label_order(tmp_path):
     found = load_test("cifar10", tree(tmp_path / "tree"))
     assert found.classes == CIFAR10
     assert found.labels.tolist() == [label for label in range(10) for _ in range(2)]
-    assert found.images[:, 2, 31, 31].tolist() == [10 * label + i for label in range(10) for i in range(2)]
+    assert found.pixels[:, 2, 31, 31].tolist() == [10 * label + i for label in range(10) for i in range(2)]
 
 
-def test_splits_are_kept_apart(tmp_path):
+def test_splits_are_kept_apart_also_in_a_folder_of_several_data_sets(tmp_path):
     tree(tmp_path / "val", images=1)
     tree(tmp_path / "train", images=3)
     assert (len(load_test("cifar10", tmp_path)), len(load_train("cifar10", tmp_path))) == (10, 30)
-    with pytest.raises(UserError, match="has no train/ beside test/"):
-        tree(tmp_path / "half" / "test")
-        load_train("cifar10", tmp_path / "half")
+    tree(tmp_path / "half" / "cifar10" / "test")
+    assert len(load_test("cifar10", tmp_path / "half")) == 20
+    refuse("has no train/ beside test/", load_train, dataset="cifar10", folder=tmp_path / "half")
 
 
-def test_folder_that_holds_several_data_sets(tmp_path):
-    tree(tmp_path / "cifar10" / "test")
-    assert len(load_test("cifar10", tmp_path)) == 20
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    tree(tmp_path / "test", ("cat", "dog"))
+    for hidden in (".ipynb_checkpoints", "test/.ipynb_checkpoints", "test/cat/.ipynb_checkpoints"):
+        (tmp_path / hidden).mkdir()
+        grey(0).save(tmp_path / hidden / "0-checkpoint.png")
+    grey(0).save(tmp_path / "test" / "dog" / "._0.png")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    found = load_test("pets", tmp_path)
+    assert (found.classes, len(found)) == (("cat", "dog"), 4)
+    refuse("has no train/ beside test/", load_train, dataset="pets", folder=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_become_8_and_32_are_refused(tmp_path, suffix):
+    (tmp_path / "a").mkdir()
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a" / f"0.{suffix}")
+    assert load_test("own", tmp_path).pixels[0, 1].flatten().tolist() == list(range(256))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "a" / "1.tif")
+    refuse("a/1.tif has 32 bits a pixel; allowed: 8 or 16", dataset="own", folder=tmp_path)
 
 
 def test_torchvision_layout(tmp_path, monkeypatch):
@@ -155,29 +206,27 @@ def test_torchvision_layout(tmp_path, monkeypatch):
     assert (found.name, len(found), len(load_train("cifar10"))) == ("cifar10", 20, 100)
     assert found.labels.tolist() == [*range(10), *range(10)]
     original = torchvision.datasets.CIFAR10(tmp_path / "cifar10", train=False)
-    assert np.array_equal(found.images[7].permute(1, 2, 0), np.array(original[7][0]))
+    assert np.array_equal(found.pixels[7].permute(1, 2, 0), np.array(original[7][0]))
     inner = load_test("cifar10", tmp_path / "cifar10" / "cifar-10-batches-py")
-    assert torch.equal(inner.images, found.images)
+    assert torch.equal(inner.pixels, found.pixels)
     (tmp_path / "cifar10" / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half")
     with pytest.raises(UserError, match="incomplete or damaged cifar-10-batches-py"):
         load_test("cifar10")
 
 
-def test_any_classes_under_a_name_of_ones_own(tmp_path):
+def test_any_classes_under_a_name_of_ones_own_and_any_size(tmp_path):
     found = load_test("pets", tree(tmp_path / "pets", ("cat", "dog"), size=(48, 64)))
-    assert (found.name, found.classes, found.images.shape) == ("pets", ("cat", "dog"), (4, 3, 64, 48))
-    cropped = load_test("pets", tmp_path / "pets", size=32)
-    assert cropped.images.shape == (4, 3, 32, 32)
+    assert (found.name, found.classes, found.pixels.shape) == ("pets", ("cat", "dog"), (4, 3, 64, 48))
+    assert load_test("pets", tmp_path / "pets", size=32).pixels.shape == (4, 3, 32, 32)
 
 
 def test_crop_is_the_centre_after_resizing_the_shorter_side(tmp_path):
     # White in the middle half of the width: of a 128 x 64 image at size 56 (resized to 128 x 64) columns 36 to 91.
-    image = np.zeros((64, 128, 3), np.uint8)
-    image[:, 32:96] = 255
+    wide = Image.new("RGB", (128, 64))
+    wide.paste("white", (32, 0, 96, 64))
     (tmp_path / "a").mkdir()
-    Image.fromarray(image).save(tmp_path / "a" / "wide.png")
-    assert load_test("own", tmp_path, size=56).images.unique().tolist() == [255]
-    assert load_test("own", tmp_path, size=112).images.shape == (1, 3, 112, 112)
+    wide.save(tmp_path / "a" / "wide.png")
+    assert load_test("own", tmp_path, size=56).pixels.unique().tolist() == [255]
 
 
 def test_imagenet_is_a_validation_folder_of_1000_classes(tmp_path, monkeypatch):
@@ -186,7 +235,7 @@ def test_imagenet_is_a_validation_folder_of_1000_classes(tmp_path, monkeypatch):
         tree(tmp_path / "imagenet" / split, [f"n{i:08}" for i in range(count)], images=1, size=(20, 10))
     (tmp_path / "imagenet" / "short").rename(tmp_path / "short")
     found = load_test("imagenet", size=8)
-    assert found.images.shape == (1000, 3, 8, 8)
+    assert found.pixels.shape == (1000, 3, 8, 8)
     assert found.name == "imagenet-1000"
     with pytest.raises(UserError, match=r"holds 3 class folders .* but imagenet has 1000"):
         load_test("imagenet", tmp_path / "short")
@@ -195,18 +244,7 @@ def test_imagenet_is_a_validation_folder_of_1000_classes(tmp_path, monkeypatch):
 # Refusals, one sentence each
 
 
-def refuse(match, function=load_test, **parameters):
-    with pytest.raises(UserError, match=match) as caught:
-        function(**parameters)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_data_set():
-    refuse(r"dataset='cifar1O' is unknown \(did you mean 'cifar10'\?\)", dataset="cifar1O")
-
-
 def test_folder_missing_empty_or_without_class_folders(tmp_path):
-    refuse("folder='.*none' is not a folder", folder=tmp_path / "none")
     (tmp_path / "empty").mkdir()
     refuse("is empty", folder=tmp_path / "empty")
     (tmp_path / "flat").mkdir()
@@ -218,17 +256,9 @@ def test_folder_missing_empty_or_without_class_folders(tmp_path):
     refuse("class folder 'deer' holds no images", folder=tmp_path / "hollow")
 
 
-def test_wrong_classes_are_named(tmp_path):
-    tree(tmp_path / "other", (*CIFAR10[1:], "zebra"))
-    refuse("missing airplane; unexpected zebra", folder=tmp_path / "other")
-
-
 def test_wrong_images(tmp_path):
     tree(tmp_path / "large", size=(64, 64))
     refuse("has 64 x 64 pixels; allowed: 32 x 32", folder=tmp_path / "large")
-    tree(tmp_path / "broken")
-    (tmp_path / "broken" / "cat" / "0.png").write_bytes(b"not an image")
-    refuse("cat/0.png cannot be read", folder=tmp_path / "broken")
     tree(tmp_path / "mixed" / "pets", ("cat",))
     tree(tmp_path / "mixed" / "pets" / "new", ("dog",), size=(40, 40))
     refuse("has 40 x 40 pixels; allowed: 32 x 32 like the others", dataset="pets", folder=tmp_path / "mixed" / "pets")
@@ -240,16 +270,17 @@ def test_a_folder_is_checked_by_its_layout_classes_and_one_image(tmp_path, monke
     (tmp_path / "pets" / "dog" / "0.png").write_bytes(b"not an image")
     check_folder("pets", tmp_path / "pets")  # reads the cats' first only
     (tmp_path / "pets" / "cat" / "0.png").write_bytes(b"not an image")
-    refuse("cat/0.png cannot be read", check_folder, dataset="pets", folder=tmp_path / "pets")
-    refuse(
-        "missing airplane", check_folder, dataset="cifar10", folder=tree(tmp_path / "other", (*CIFAR10[1:], "zebra"))
-    )
-    refuse("is not a folder", check_folder, dataset="cifar10", folder=tmp_path / "none")
+    tree(tmp_path / "other", (*CIFAR10[1:], "zebra"))
+    for function in (check_folder, load_test):
+        refuse("cat/0.png cannot be read", function, dataset="pets", folder=tmp_path / "pets")
+        refuse("missing airplane; unexpected zebra", function, dataset="cifar10", folder=tmp_path / "other")
+        refuse("is not a folder", function, dataset="cifar10", folder=tmp_path / "none")
     torchvision_layout(tmp_path / "cifar10", monkeypatch)
     check_folder("cifar10", tmp_path / "cifar10")
 
 
 def test_data_that_is_nowhere(tmp_path, monkeypatch):
+    refuse(r"dataset='cifar1O' is unknown \(did you mean 'cifar10'\?\).* any name with folder=", dataset="cifar1O")
     refuse("dataset='imagenet': its test images are neither on this machine", dataset="imagenet")
     refuse("its train images are neither .* download=True", function=load_train)
     monkeypatch.setenv("DFQ_DATA", str(tmp_path / "none"))

@@ -60,7 +60,8 @@ def test_every_architecture_stays_the_same(name):
 
 
 class Net(nn.Module):
-    """One batch norm that may be folded, and four that may not: shared, alone, seen from outside, without a gain."""
+    """One batch norm that may be folded, called by name, and four that may not: shared, alone, seen from outside,
+    without a gain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,12 +69,12 @@ class Net(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(5))
 
     def forward(self, x):
-        given, x = x, self.norms[0](self.convs[0](x))
+        given, x = x, self.norms[0](input=self.convs[0](input=x))
         x += given
         x = F.relu(x, inplace=True)
         x = self.norms[1](self.convs[1](x))
         x = self.norms[1](self.convs[2](x))
-        x = self.norms[2](torch.tanh(x))
+        x = self.norms[2](input=torch.tanh(x))
         y = self.convs[3](x)
         y = y + self.norms[3](y)
         return self.norms[4](self.convs[4](y)).mean((2, 3))
@@ -109,24 +110,6 @@ def test_a_relu_writes_over_a_sum_only_where_nothing_else_reads_it():
     assert [name for name in ("alone", "shared", "twice") if folded.get_submodule(name).inplace] == ["alone"]
     assert_same(folded, network, torch.randn(4, 3, 8, 8))
     assert not network.alone.inplace  # the given one is left alone
-
-
-class ByName(nn.Module):
-    """Calls that name what they give: a batch norm that is folded, and one that is not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.folded, self.alone = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return self.alone(input=self.folded(input=self.conv(input=x)).relu()).mean((2, 3))
-
-
-def test_batch_norms_may_be_called_by_name():
-    network = with_statistics(ByName())
-    folded = fold_batch_norms(network)
-    assert isinstance(folded.folded, FoldedNorm) and isinstance(folded.alone, nn.BatchNorm2d)
-    assert_same(folded, network, torch.randn(4, 3, 8, 8))
 
 
 class Overwriting(nn.Sequential):

@@ -1,10 +1,7 @@
 """Teachers: the model table, the frozen network and its normalisation, accuracy, and refusals of wrong weights."""
 
-import csv
-import dataclasses
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +11,10 @@ from torch import nn
 from dfqlib.data.image_sets import ImageSet, load_test
 from dfqlib.errors import UserError
 from dfqlib.files import sha256
-from dfqlib.models import teacher
 from dfqlib.models.evaluate import top1
 from dfqlib.models.teacher import Teacher, load_teacher, read_weights, save_teacher
 from dfqlib.models.zoo import MODELS, build
+from dfqlib.papers import published
 from dfqlib.places import ASSETS
 
 NAME = "resnet20_cifar10"
@@ -46,47 +43,35 @@ def own(classes: int = 3) -> Teacher:
 
 
 def test_every_published_model_has_an_entry():
-    with open(Path(teacher.__file__).parent / "published.csv", newline="") as file:
-        published = {row["model"] for row in csv.DictReader(file)}
-    assert published | {"resnet34_cifar100"} <= set(MODELS)
+    assert {row.model for row in published.rows()} <= set(MODELS)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.input_size == 32])
-def test_cifar_models_map_images_to_logits(name):
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.dataset != "imagenet"])
+def test_cifar_models_have_the_depth_that_their_name_says(name):
     entry, network = MODELS[name], build(name).eval()
     with torch.inference_mode():
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, entry.classes)
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     # ResNet-n has n layers on its longest path: all but the 1 x 1 shortcuts, and the classifier.
-    assert sum(conv.kernel_size == (3, 3) for conv in convolutions) + 1 == int(
-        name.split("_")[0].removeprefix("resnet")
-    )
+    kernels = [module.kernel_size for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert f"resnet{kernels.count((3, 3)) + 1}" == name.split("_")[0]
 
 
-@pytest.mark.parametrize(
-    "name, size, resize", [("resnet18", 224, 256), ("inceptionv3", 299, 342), ("torchvision/resnet18", 224, 256)]
-)
-def test_imagenet_models_take_their_own_input_size(name, size, resize):
-    entry = MODELS[name]
-    assert (entry.input_size, entry.resize, entry.classes) == (size, resize, 1000)
+@pytest.mark.parametrize("name, size", [("resnet18", 224), ("inceptionv3", 299), ("torchvision/resnet18", 224)])
+def test_imagenet_models_take_their_own_input_size(name, size):
+    assert (MODELS[name].input_size, MODELS[name].classes) == (size, 1000)
     with torch.inference_mode():
         assert build(name).eval()(torch.zeros(1, 3, size, size)).shape == (1, 1000)
 
 
-def test_teacher_is_frozen_and_says_where_it_came_from(weights):
+def test_teacher_is_frozen_and_says_where_it_came_from(state, weights, tmp_path):
     teacher = load_teacher(NAME, weights)
     assert not teacher.network.training
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
-    assert teacher.sha256 == sha256(weights)
+    assert (teacher.name, teacher.card, teacher.sha256) == (NAME, None, sha256(weights))
     assert str(weights) in teacher.source
-    assert (teacher.name, teacher.card) == (NAME, None)
-
-
-def test_weights_of_torch_give_the_same_teacher(state, weights, tmp_path):
     torch.save(state, tmp_path / "weights.pth")
     images = torch.randn(2, 3, 32, 32)
-    first, second = load_teacher(NAME, weights), load_teacher(NAME, tmp_path / "weights.pth")
-    assert torch.equal(first.network(images), second.network(images))
+    assert torch.equal(load_teacher(NAME, tmp_path / "weights.pth").network(images), teacher.network(images))
 
 
 def test_normalise_and_back():
@@ -96,15 +81,6 @@ def test_normalise_and_back():
     assert images[0, 1, 0, 1].item() == pytest.approx((1 / 255 - 0.4) / 0.25, abs=1e-6)
     assert torch.equal(teacher.to_pixels(images), pixels)
     assert teacher.to_pixels(torch.full((1, 3, 1, 1), 1e3)).flatten().tolist() == [255, 255, 255]
-
-
-def test_normalisation_is_brought_to_a_device_once(monkeypatch):
-    entry = dataclasses.replace(own().entry, mean=(0.5, 0.4, 0.1))
-    black = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
-    with torch.inference_mode():  # as the first test score does
-        first = entry.normalise(black)
-    monkeypatch.delattr(torch, "tensor")
-    assert torch.equal(entry.normalise(black), first) and torch.equal(entry.to_pixels(first.clone()), black)
 
 
 def test_own_network_becomes_a_teacher_and_stays_as_it_was():
@@ -118,31 +94,26 @@ def test_own_network_becomes_a_teacher_and_stays_as_it_was():
 
 
 def image_set(classes: int = 3) -> ImageSet:
-    torch.manual_seed(1)
-    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
-    return ImageSet("ten", images, torch.arange(10) % 3, tuple("abcde"[:classes]), "made here")
+    pixels = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    return ImageSet("ten", pixels, torch.arange(10) % 3, tuple("abcde"[:classes]), "made here")
 
 
 def test_top1_is_the_percentage_of_right_answers_whatever_the_batch():
     teacher, images = own(), image_set()
-    right = teacher.network(teacher.normalise(images.images)).argmax(1) == images.labels
+    right = teacher.network(teacher.normalise(images.pixels)).argmax(1) == images.labels
     expected = 100 * right.sum().item() / 10
     assert top1(teacher.network, images, teacher) == expected
     assert top1(teacher.network, images, teacher.normalise, batch=3) == expected
 
 
-def test_top1_evaluates_in_eval_mode_and_puts_the_mode_back():
-    network = tiny().train()
+def test_top1_evaluates_in_eval_mode_and_restores_the_mode():
+    network, images = tiny().train(), image_set()
     before = network[1].running_mean.clone()
-    first = top1(network, image_set(), own().normalise)
+    first = top1(network, images, own().normalise)
     assert network.training and torch.equal(network[1].running_mean, before)
-    assert first == top1(network.eval(), image_set(), own().normalise)
-    assert not network.training
-
-
-def test_top1_refuses_images_of_other_classes():
+    assert first == top1(network.eval(), images, own().normalise) and not network.training
     with pytest.raises(UserError, match="3 classes but the images of ten have 5"):
-        top1(own().network, image_set(5), own())
+        top1(network, image_set(5), own())
 
 
 def test_weights_are_looked_for_in_the_data_folder(state, tmp_path, monkeypatch):
@@ -153,23 +124,16 @@ def test_weights_are_looked_for_in_the_data_folder(state, tmp_path, monkeypatch)
     assert str(tmp_path / "teachers") in load_teacher(NAME, download=False).source
 
 
-def test_card_is_read_and_compared_with_its_weights(weights):
-    card = {"model": NAME, "sha256": sha256(weights), "top1": 90.0}
-    weights.with_suffix(".json").write_text(json.dumps(card))
-    assert load_teacher(NAME, weights).card == card
-    weights.with_suffix(".json").write_text(json.dumps({**card, "sha256": "0" * 64}))
-    with pytest.raises(UserError, match="is not the file that its card"):
-        load_teacher(NAME, weights)
-
-
 def test_saved_teacher_is_read_back_with_its_card(tmp_path):
-    torch.manual_seed(2)
+    path = tmp_path / "saved.safetensors"
     network = build(NAME).to(memory_format=torch.channels_last)
-    save_teacher(network, tmp_path / "saved.safetensors", {"model": NAME, "top1": 12.5})
-    teacher = load_teacher(NAME, tmp_path / "saved.safetensors")
-    assert teacher.card == {"model": NAME, "top1": 12.5, "sha256": teacher.sha256}
+    save_teacher(network, path, {"model": NAME, "top1": 12.5})
+    teacher = load_teacher(NAME, path)
+    assert teacher.card == {"model": NAME, "top1": 12.5, "sha256": sha256(path)}
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(teacher.network(images), network.eval()(images))
+    path.with_suffix(".json").write_text(json.dumps(teacher.card | {"sha256": "0" * 64}))
+    refuse(path, "is not the file that its card")
 
 
 def refuse(path, match):
@@ -219,12 +183,9 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path):
     assert not trace.exists()
 
 
-def test_unknown_model_is_named_with_a_suggestion():
+def test_unknown_models_and_impossible_downloads_are_refused_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model='resnet20_cifar1O' is unknown \(did you mean 'resnet20_cifar10'\?\)"):
         load_teacher("resnet20_cifar1O")
-
-
-def test_impossible_downloads_are_told_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match="has no published weights; train it"):
@@ -237,10 +198,7 @@ def test_impossible_downloads_are_told_in_one_sentence(tmp_path, monkeypatch):
             load_teacher(name)
 
 
-EMBEDDED = sorted(path.stem for path in ASSETS.glob("*.safetensors"))
-
-
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", sorted(path.stem for path in ASSETS.glob("*.safetensors")))
 def test_embedded_teacher_is_as_good_as_its_card_says(name):
     teacher = load_teacher(name, download=False)
     assert teacher.card["sha256"] == sha256(ASSETS / f"{name}.safetensors")

@@ -33,13 +33,9 @@ def test_curves_differ_in_colour_marker_and_dash_and_the_first_four_in_greyscale
     shades = [lightness(colour) for colour in plotting.COLOURS[:4]]
     assert all(later - earlier > 0.1 for earlier, later in itertools.pairwise(shades))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list("abcdef")
-
-
-def test_a_long_curve_is_not_a_row_of_markers():
     axes = plt.figure().subplots()
     plotting.plot_curves(axes, {"loss": list(range(500))})
-    assert axes.lines[0].get_markevery() == 50
-    assert axes.get_legend() is None
+    assert axes.lines[0].get_markevery() == 50 and axes.get_legend() is None
 
 
 @pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 0, 2, 16), (5, 0, 1, 5), (7, 3, 3, 3)])
@@ -53,11 +49,6 @@ def test_images_stand_in_rows_with_their_labels(count, columns, rows, per_row):
         row, column = divmod(index, per_row)
         tile = sheet[row * heights : (row + 1) * heights, column * widths : (column + 1) * widths]
         assert (tile == index).sum() == images[index].numel()
-
-
-def test_images_need_no_labels():
-    (axes,) = plotting.show_images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).axes
-    assert not axes.texts and not axes.axison
 
 
 def test_short_names_keep_what_tells_layers_apart():

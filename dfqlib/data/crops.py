@@ -1,27 +1,24 @@
-"""Random resized crops with flips, on whole batches of tensors."""
-
-from __future__ import annotations
+"""Random resized crops with flips of batches of images."""
 
 import torch
 from torch import Tensor
 
 
 class RandomCrops:
-    """Each image (of B, 3, H, W) cropped to a random part of its area, resized back, and half of the time mirrored.
+    """Crops each image of (B, 3, H, W) to a random part of its area, resizes it to ``size`` and flips half of them.
 
-    ``scale`` is the least and the largest part; the crop's sides are to each other as 3:4 to 4:3. Gradients pass. The
-    random numbers are the object's own, drawn on the CPU and seeded with ``seed``: a run does not depend on who else
-    draws.
+    ``scale`` is the range of the part; the aspect ratio is 3:4 to 4:3. Gradients pass. The random numbers are the
+    object's own, drawn on the CPU and seeded with ``seed``, so they do not depend on other draws.
     """
 
     def __init__(self, size: int, scale: tuple[float, float] = (0.5, 1.0), seed: int = 0) -> None:
-        from torchvision.transforms import v2  # here: it takes seconds, which those without crops need not wait for
+        from torchvision.transforms import v2  # here, as it takes seconds to import
 
         self.transform = v2.Compose([v2.RandomResizedCrop(size, scale, antialias=True), v2.RandomHorizontalFlip()])
         self.state = torch.Generator().manual_seed(seed).get_state()
 
     def __call__(self, images: Tensor) -> Tensor:
-        # torchvision draws from torch's global numbers, and one crop for a whole batch if it is given one.
+        # torchvision draws from torch's global generator, and would crop a whole batch alike.
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.state)
             cropped = torch.stack([self.transform(image) for image in images])
@@ -29,9 +26,9 @@ class RandomCrops:
         return cropped
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The random numbers to come."""
+        """The state of the random numbers."""
         return {"random": self.state}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with the random numbers that :meth:`state_dict` gave."""
+        """Continue with the random numbers of :meth:`state_dict`."""
         self.state = state["random"]

@@ -1,21 +1,17 @@
 """Data sets as one uint8 tensor each, and where they are found.
 
-Normalisation belongs to the teacher (:mod:`dfqlib.models`), not to the data set: images here are pixels, 0 to 255.
-Every :class:`ImageSet` says by its name which images it holds: ``cifar10`` is the full test set, ``cifar10-2k`` the
-balanced subset that comes with the package, ``cifar10-10shot`` ten real training images per class.
+Images are ``pixels`` here, uint8 from 0 to 255; a teacher normalises them (:mod:`dfqlib.models.teacher`). The name of
+an :class:`ImageSet` says which images it holds: ``cifar10`` is the full test set, ``cifar10-2k`` the balanced subset
+in the package, ``cifar10-10shot`` ten real training images per class.
 """
 
-from __future__ import annotations
-
-import difflib
 import hashlib
 import importlib
 import math
-import os
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,28 +19,30 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from dfqlib import places
 from dfqlib.errors import UserError, check_choice, check_range
-from dfqlib.places import ASSETS
 
 EMBEDDED_PER_CLASS = {"cifar10": 200, "cifar100": 20}  # 2,000 test images of each
 FEW_SHOT = 10  # embedded training images per class
 CROP = 0.875  # centre crop over resized shorter side: 224 of 256, 299 of 342
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-SPLIT_FOLDERS = {"test": ("test", "val", "validation"), "train": ("train",)}
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: ``images`` uint8 (N, 3, H, W), ``labels`` int64 (N,), ``classes`` the N_classes names."""
+    """Labelled images: ``pixels`` uint8 (N, 3, H, W), ``labels`` int64 (N,), ``classes`` the names of the classes."""
 
     name: str
-    images: Tensor
+    pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     source: str
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def select(self, index: Tensor | slice) -> "ImageSet":
+        """The images that ``index`` (numbers, or a mask) selects, under the same name."""
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -56,19 +54,22 @@ class Dataset:
     class_count: int
     counts: dict[str, int]  # images of each full split
     classes: tuple[str, ...] = ()
-    torchvision_class: str = ""
-    torchvision_folder: str = ""
+
+    @property
+    def torchvision_folder(self) -> str:
+        """The folder of torchvision's layout of CIFAR; "" for other data sets."""
+        return places.TORCHVISION_FOLDERS.get(self.name, "")
 
 
-def _class_names(dataset: str) -> tuple[str, ...]:
-    """The official names in the official label order, which is also the alphabetical one."""
-    return tuple((ASSETS / f"{dataset}-classes.txt").read_text(encoding="utf-8").split())
+def _cifar(name: str) -> Dataset:
+    """CIFAR-10 or CIFAR-100, with the official class names in the official label order."""
+    names = tuple((places.ASSETS / f"{name}-classes.txt").read_text(encoding="utf-8").split())
+    return Dataset(name, 32, len(names), {"train": 50_000, "test": 10_000}, names)
 
 
-CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 DATASETS: dict[str, Dataset] = {
-    "cifar10": Dataset("cifar10", 32, 10, CIFAR_COUNTS, _class_names("cifar10"), "CIFAR10", "cifar-10-batches-py"),
-    "cifar100": Dataset("cifar100", 32, 100, CIFAR_COUNTS, _class_names("cifar100"), "CIFAR100", "cifar-100-python"),
+    "cifar10": _cifar("cifar10"),
+    "cifar100": _cifar("cifar100"),
     "imagenet": Dataset("imagenet", 224, 1000, {"train": 1_281_167, "test": 50_000}),
 }
 
@@ -110,28 +111,52 @@ def few_shot(dataset: str = "cifar10", per_class: int = FEW_SHOT) -> ImageSet:
     check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
     check_range("per_class", per_class, 1, FEW_SHOT)
     shots = _read_sheet(dataset, f"{dataset}-{FEW_SHOT}shot", "training")
-    count = per_class * len(shots.classes)
     source = f"the package's {per_class} real {dataset} training images per class"
-    return ImageSet(f"{dataset}-{per_class}shot", shots.images[:count], shots.labels[:count], shots.classes, source)
+    shots = replace(shots, name=f"{dataset}-{per_class}shot", source=source)
+    return shots.select(slice(per_class * len(shots.classes)))
+
+
+def real_images(dataset: str, test: ImageSet) -> ImageSet:
+    """Real images to compare made ones with: the package's training images, else ``test``, then named test images."""
+    return few_shot(dataset) if dataset in EMBEDDED_PER_CLASS else replace(test, name=f"{test.name}, test images")
 
 
 def balanced_subset(image_set: ImageSet, per_class: int, name: str, seed: int = 0) -> ImageSet:
     """``per_class`` images of each of the C classes in turn, so that any multiple of C from the front is balanced.
 
-    They are chosen by the smallest SHA-256 of seed and pixels, so that the choice depends neither on the order of the
-    images nor on a random generator's version.
+    Which ones, ``seed`` and the images' pixels decide (:func:`_drawn`).
     """
-    chosen = []
-    for label in range(len(image_set.classes)):
-        members = (image_set.labels == label).nonzero().flatten().tolist()
+    drawn = _drawn(image_set, seed)
+    for label, members in zip(image_set.classes, drawn, strict=True):
         if len(members) < per_class:
-            held = f"{len(members)} images of {image_set.classes[label]!r}"
+            held = f"{len(members)} images of {label!r}"
             raise UserError(f"per_class={per_class} is more than the {held}; allowed: at most that number.")
-        digests = [hashlib.sha256(b"%d" % seed + image_set.images[i].numpy().tobytes()).digest() for i in members]
-        chosen.append([i for _, i in sorted(zip(digests, members, strict=True))[:per_class]])
-    index = torch.tensor(chosen).T.flatten()
+    index = torch.tensor([[i for _, i in members[:per_class]] for members in drawn]).T.flatten()
     source = f"{per_class} images per class of {image_set.source}"
-    return ImageSet(name, image_set.images[index], image_set.labels[index], image_set.classes, source)
+    return replace(image_set.select(index), name=name, source=source)
+
+
+def some(image_set: ImageSet, count: int, seed: int = 0) -> ImageSet:
+    """``count`` images, or all if there are fewer, as evenly from all classes as possible, drawn by ``seed``.
+
+    The first ``count`` if they are balanced already, as in the package's sets, whose classes take turns.
+    """
+    of_class = image_set.labels[:count].bincount(minlength=len(image_set.classes))
+    if count >= len(image_set) or of_class.max() - of_class.min() <= 1:
+        return image_set.select(slice(count))
+    turns = sorted((turn, *one) for members in _drawn(image_set, seed) for turn, one in enumerate(members))
+    return image_set.select(torch.tensor([i for *_, i in turns[:count]]))
+
+
+def _drawn(image_set: ImageSet, seed: int) -> list[list[tuple[bytes, int]]]:
+    """For each class (digest, index) of its images, in the order of the SHA-256 of seed and pixels.
+
+    So a choice depends neither on the order of the images nor on the version of a random generator.
+    """
+    drawn: list[list[tuple[bytes, int]]] = [[] for _ in image_set.classes]
+    for i, (label, pixels) in enumerate(zip(image_set.labels.tolist(), image_set.pixels, strict=True)):
+        drawn[label].append((hashlib.sha256(b"%d" % seed + pixels.numpy().tobytes()).digest(), i))
+    return [sorted(members) for members in drawn]
 
 
 def require_network(url: str, wanted: str) -> None:
@@ -149,30 +174,23 @@ def require_network(url: str, wanted: str) -> None:
 
 def _load(dataset: str, split: str, folder: str | Path | None, download: bool, size: int | None) -> ImageSet:
     known = DATASETS.get(dataset)
-    if known and known.torchvision_class and size not in (None, known.size):
+    if known and known.torchvision_folder and size not in (None, known.size):
         raise UserError(f"size={size!r} does not fit {dataset}, whose images have {known.size} pixels; leave it out.")
     if size is not None:
         check_range("size", size, 1, 4096)
     if folder:
-        return _read_folder(dataset, split, Path(folder).expanduser(), f"folder={str(folder)!r}", size)
-    root = os.environ.get("DFQ_DATA", "")
-    if root and not Path(root).expanduser().is_dir():
-        raise UserError(f"$DFQ_DATA={root!r} is not a folder; correct it or unset it.")
-    if root and (Path(root).expanduser() / dataset).is_dir():
-        place = Path(root).expanduser() / dataset
+        return _read_folder(dataset, split, places.expand(folder), f"folder={str(folder)!r}", size)
+    root = places.data_root()
+    place = (root or places.cache_folder()) / dataset
+    if root and place.is_dir():
         return _read_folder(dataset, split, place, f"$DFQ_DATA/{dataset}={str(place)!r}", size)
     if known is None:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(
-            f"dataset={dataset!r} is unknown{hint}; allowed: {', '.join(DATASETS)}, or any name with folder= an "
-            "ImageFolder tree."
-        )
-    if download and known.torchvision_class:
-        return _download(known, split, Path(root or "~/.cache/dfqlib").expanduser() / dataset)
+        check_choice("dataset", dataset, [*DATASETS, "or any name with folder= an ImageFolder tree"])
+    if download and known.torchvision_folder:
+        return _download(known, split, place)
     if split == "test" and dataset in EMBEDDED_PER_CLASS:
         return embedded_test(dataset)
-    ways = "download=True, " if known.torchvision_class else ""
+    ways = "download=True, " if known.torchvision_folder else ""
     raise UserError(
         f"dataset={dataset!r}: its {split} images are neither on this machine nor in the package; allowed: {ways}"
         f"folder= their folder, or the environment variable DFQ_DATA= a folder that holds {dataset}/."
@@ -182,19 +200,18 @@ def _load(dataset: str, split: str, folder: str | Path | None, download: bool, s
 def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
     """An embedded set: a lossless sheet of tiles, read row by row; tile i shows class i mod C."""
     known = DATASETS[dataset]
-    sheet = np.array(Image.open(ASSETS / f"{name}.webp").convert("RGB"))
+    sheet = np.array(Image.open(places.ASSETS / f"{name}.webp").convert("RGB"))
     rows, columns = sheet.shape[0] // known.size, sheet.shape[1] // known.size
     tiles = sheet.reshape(rows, known.size, columns, known.size, 3).transpose(0, 2, 4, 1, 3)
-    images = torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, known.size, known.size))
-    labels = torch.arange(len(images)) % known.class_count
-    source = f"the package's balanced subset of {len(images):,} {dataset} {split} images"
-    return ImageSet(name, images, labels, known.classes, source)
+    pixels = torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, known.size, known.size))
+    source = f"the package's balanced subset of {len(pixels):,} {dataset} {split} images"
+    return ImageSet(name, pixels, torch.arange(len(pixels)) % known.class_count, known.classes, source)
 
 
 def check_folder(dataset: str, folder: str | Path) -> None:
     """Raise the :class:`UserError` that :func:`load_test` would for ``folder``, having read one of its images only."""
     told = f"folder={str(folder)!r}"
-    known, place = DATASETS.get(dataset), _find_split(dataset, "test", Path(folder).expanduser(), told)
+    known, place = DATASETS.get(dataset), _find_split(dataset, "test", places.expand(folder), told)
     if not _is_torchvision(known, place):
         _, files, _ = _list_tree(known, place, told)
         _read_image(files[0], None)
@@ -219,20 +236,17 @@ def _find_split(dataset: str, split: str, folder: Path, told: str) -> Path:
     known = DATASETS.get(dataset)
     if known and (folder / dataset).is_dir():
         folder = folder / dataset
-    if known and known.torchvision_folder:
-        if folder.name == known.torchvision_folder:
-            folder = folder.parent
-        if _is_torchvision(known, folder):
-            return folder
-    inside = {entry.name for entry in folder.iterdir()}
+    if known and folder.name == known.torchvision_folder:
+        folder = folder.parent
+    if _is_torchvision(known, folder):
+        return folder
+    inside = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not inside:
         raise UserError(f"{told} is empty.")
-    splits = [name for names in SPLIT_FOLDERS.values() for name in names if name in inside]
-    here = [name for name in SPLIT_FOLDERS[split] if name in inside]
-    if splits and set(inside) <= set(sum(SPLIT_FOLDERS.values(), ())) and not here:
-        raise UserError(
-            f"{told} has no {' or '.join(f'{name}/' for name in SPLIT_FOLDERS[split])} beside {splits[0]}/."
-        )
+    wanted, splits = places.SPLIT_FOLDERS[split], set().union(*places.SPLIT_FOLDERS.values())
+    here = [name for name in wanted if name in inside]
+    if not here and inside <= splits:
+        raise UserError(f"{told} has no {' or '.join(f'{name}/' for name in wanted)} beside {min(inside)}/.")
     return folder / here[0] if here else folder
 
 
@@ -241,23 +255,22 @@ def _read_torchvision(known: Dataset, split: str, folder: Path, told: str) -> Im
     try:
         read = _torchvision_class(known)(folder, train=split == "train")
     except RuntimeError:
-        raise UserError(
-            f"{told} holds an incomplete or damaged {known.torchvision_folder}; download it again."
-        ) from None
-    images = torch.from_numpy(np.ascontiguousarray(read.data.transpose(0, 3, 1, 2)))
-    source = f"all {len(images):,} {known.name} {split} images in {folder / known.torchvision_folder}"
-    return ImageSet(known.name, images, torch.tensor(read.targets), known.classes, source)
+        damaged = f"{told} holds an incomplete or damaged {known.torchvision_folder}"
+        raise UserError(f"{damaged}; download it again.") from None
+    pixels = torch.from_numpy(np.ascontiguousarray(read.data.transpose(0, 3, 1, 2)))
+    source = f"all {len(pixels):,} {known.name} {split} images in {folder / known.torchvision_folder}"
+    return ImageSet(known.name, pixels, torch.tensor(read.targets), known.classes, source)
 
 
 def _torchvision_class(known: Dataset) -> type:
     """Imported when it is needed, since torchvision takes seconds."""
-    return getattr(importlib.import_module("torchvision.datasets"), known.torchvision_class)
+    return getattr(importlib.import_module("torchvision.datasets"), known.name.upper())
 
 
 def _download(known: Dataset, split: str, folder: Path) -> ImageSet:
     """The full data set through torchvision, into ``folder`` unless it is there already."""
     dataset_class = _torchvision_class(known)
-    if not (folder / known.torchvision_folder).is_dir():
+    if not _is_torchvision(known, folder):
         require_network(dataset_class.url, f"dataset={known.name!r}")
         try:
             dataset_class(folder, download=True)
@@ -270,64 +283,68 @@ def _read_tree(dataset: str, split: str, folder: Path, told: str, size: int | No
     """The images of an ImageFolder tree, in the order of :func:`_list_tree`."""
     known = DATASETS.get(dataset)
     names, files, labels = _list_tree(known, folder, told)
-    cropped = known is None or not known.torchvision_class
-    pixels = (size or (known.size if known else None)) if cropped else None
+    cropped = known is None or not known.torchvision_folder
+    crop = (size or (known.size if known else None)) if cropped else None
     with ThreadPoolExecutor() as pool:
-        first = _read_image(files[0], pixels)
-        images = torch.empty(len(files), *first.shape, dtype=torch.uint8)
-        expected = (3, known.size, known.size) if known and not cropped else tuple(first.shape)
-        for i, image in enumerate(pool.map(lambda path: _read_image(path, pixels), files)):
-            if tuple(image.shape) != expected:
-                found = f"{image.shape[2]} x {image.shape[1]}"
-                allowed = f"{expected[2]} x {expected[1]}" + (" like the others, or size= a crop" if cropped else "")
-                raise UserError(f"{told}: image {files[i]} has {found} pixels; allowed: {allowed}.")
-            images[i] = image
-    full = known is not None and len(files) == known.counts[split]
-    name = dataset if full or known is None else f"{dataset}-{len(files)}"
-    return ImageSet(name, images, torch.tensor(labels), tuple(names), f"{len(files):,} {split} images in {folder}")
+        first = _read_image(files[0], crop)
+        pixels = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+        height, width = first.shape[1:] if cropped else (known.size, known.size)
+        for i, image in enumerate(pool.map(lambda path: _read_image(path, crop), files)):
+            if image.shape != (3, height, width):
+                allowed = f"{width} x {height}" + (" like the others, or size= a crop" if cropped else "")
+                found = f"{image.shape[2]} x {image.shape[1]} pixels"
+                raise UserError(f"{told}: image {files[i]} has {found}; allowed: {allowed}.")
+            pixels[i] = image
+    full = known is None or len(files) == known.counts[split]
+    name = dataset if full else f"{dataset}-{len(files)}"
+    return ImageSet(name, pixels, torch.tensor(labels), tuple(names), f"{len(files):,} {split} images in {folder}")
 
 
 def _list_tree(known: Dataset | None, folder: Path, told: str) -> tuple[list[str], list[Path], list[int]]:
-    """Class names (class folders in alphabetical order), and the image files of all of them with their labels."""
+    """Class names (class folders in alphabetical order), and the image files of all of them with their labels.
+
+    Not torchvision's ImageFolder: what is hidden is no class and no image, and a run's identity lists the same files.
+    """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     _check_classes(known, names, folder, told)
-    files, labels = [], []
-    for label, name in enumerate(names):
-        members = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not members:
-            raise UserError(f"{told}: class folder {name!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        files += members
-        labels += [label] * len(members)
-    return names, files, labels
+    members = [places.image_files(folder / name) for name in names]
+    if empty := [name for name, found in zip(names, members, strict=True) if not found]:
+        suffixes = ", ".join(sorted(places.IMAGE_SUFFIXES))
+        raise UserError(f"{told}: class folder {empty[0]!r} holds no images ({suffixes}).")
+    labels = [label for label, found in enumerate(members) for _ in found]
+    return names, [file for found in members for file in found], labels
 
 
 def _check_classes(known: Dataset | None, names: Sequence[str], folder: Path, told: str) -> None:
     if not names:
-        loose = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        loose = len(places.image_files(folder))
         held = f"{loose} images without class folders" if loose else "no class folders"
         raise UserError(f"{told} holds {held}; allowed: one folder of images per class.")
-    if known is None:
-        return
-    if known.classes and tuple(names) != known.classes:
+    if known and known.classes and tuple(names) != known.classes:
         missing = [name for name in known.classes if name not in names]
         extra = [name for name in names if name not in known.classes]
         parts = [
-            f"{word} {', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}"
-            for word, some in (("missing", missing), ("unexpected", extra))
-            if some
+            f"{word} {', '.join(which[:3])}{f' and {len(which) - 3} more' if len(which) > 3 else ''}"
+            for word, which in (("missing", missing), ("unexpected", extra))
+            if which
         ]
         raise UserError(f"{told} does not hold the {known.class_count} classes of {known.name}: {'; '.join(parts)}.")
-    if len(names) != known.class_count:
-        raise UserError(
-            f"{told} holds {len(names)} class folders ({', '.join(names[:3])}, ..) but {known.name} has "
-            f"{known.class_count}."
-        )
+    if known and len(names) != known.class_count:
+        held = f"{len(names)} class folders ({', '.join(names[:3])}, ..)"
+        raise UserError(f"{told} holds {held} but {known.name} has {known.class_count}.")
 
 
 def _read_image(path: Path, size: int | None) -> Tensor:
-    """One image as uint8 (3, H, W); with ``size``, shorter side resized to size / 0.875, then the centre crop."""
+    """One image as uint8 (3, H, W); with ``size``, shorter side resized to size / 0.875, then the centre crop.
+
+    Of 16 bits the upper 8 are kept, which is what Pillow does in colour; in grey it would clip them.
+    """
     try:
         with Image.open(path) as file:
+            if file.mode in ("I", "F"):
+                raise UserError(f"image {path} has 32 bits a pixel; allowed: 8 or 16 bits a channel.")
+            if file.mode.startswith("I;16"):
+                file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
             image = file.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"image {path} cannot be read: {error}.") from None

@@ -1,6 +1,4 @@
-"""Images by spatial frequency: how much power they hold where, and the low-pass filter of SynQ."""
-
-from __future__ import annotations
+"""Images by spatial frequency: radial power spectrum, and the low-pass filter of SynQ."""
 
 import torch
 from torch import Tensor

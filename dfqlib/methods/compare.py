@@ -111,7 +111,7 @@ def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> tuple[
     """As many as fit of ``per_class`` of the package's training images of each class, drawn by ``seed``."""
     few = image_sets.balanced_subset(image_sets.few_shot(teacher.entry.dataset), per_class, "few-shot", seed)
     drawn = torch.randperm(len(few.labels), generator=torch.Generator().manual_seed(seed))[: budget.images]
-    images = teacher.normalise(few.images[drawn])
+    images = teacher.normalise(few.pixels[drawn])
     return images, few.labels[drawn].to(images.device)
 
 

@@ -1,10 +1,9 @@
-"""Channel statistics of tensors, and the tensors that enter a network's batch norms."""
+"""Channel statistics of tensors, and the inputs of a network's batch norms."""
 
-from __future__ import annotations
-
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,10 @@ EPSILON = 1e-6  # under the root of every standard deviation of ZeroQ's loss
 
 
 class BatchNormInput(NamedTuple):
-    """What a batch norm of some name is given, (B, C, ...), and the module that keeps the training data's statistics.
+    """The input (B, C, ...) of the batch norm ``name``, and the module that keeps the training data's statistics.
 
-    Where the batch norm is folded into the convolution before it, ``tensor`` is what would leave it; the methods tell
-    the statistics of what enters it all the same.
+    Where the batch norm is folded into the convolution before it, ``tensor`` is its output; the methods still give the
+    statistics of its input.
     """
 
     name: str
@@ -30,11 +29,11 @@ class BatchNormInput(NamedTuple):
     norm: nn.Module
 
     def mean_var(self) -> tuple[Tensor, Tensor]:
-        """:func:`batch_mean_var` of what enters: (C,) each."""
+        """:func:`batch_mean_var` of the input: (C,) each."""
         return undo_affine_statistics(*batch_mean_var(self.tensor), *self.affine)
 
     def sample_mean_std(self) -> tuple[Tensor, Tensor]:
-        """:func:`sample_mean_std` of what enters: (B, C) each."""
+        """:func:`sample_mean_std` of the input: (B, C) each."""
         mean, variance = undo_affine_statistics(*sample_mean_var(self.tensor), *self.affine)
         return mean, (variance + EPSILON).sqrt()
 
@@ -44,25 +43,23 @@ class BatchNormInput(NamedTuple):
 
     @property
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Gain and shift (C,) of the affine map that lies between what enters and ``tensor``."""
+        """Gain and shift (C,) of the affine map from the batch norm's input to ``tensor``."""
         if isinstance(self.norm, FoldedNorm):
             return self.norm.gain, self.norm.shift
         return torch.ones_like(self.norm.running_mean), torch.zeros_like(self.norm.running_mean)
 
 
 class BatchNormInputs:
-    """Collects what enters each batch norm of ``network``, while open as a context manager.
+    """Collects the input of each batch norm of ``network``, while open as a context manager.
 
-    ``layers`` holds a :class:`Layer` for each in the latest forward pass, in the order the batch norms ran, so it does
-    not depend on the order in which a network registers its layers. Their tensors are not detached: a loss on them
-    reaches the images. On exit the hooks are gone and ``layers`` is empty. :class:`UserError` if the network has no
-    batch norm with running statistics, for then there is nothing to compare with.
+    ``layers`` holds a :class:`BatchNormInput` for each call in the latest forward pass, in execution order. Their
+    tensors are not detached: a loss on them reaches the images. On exit the hooks are removed and ``layers`` is empty.
+    :class:`UserError` if the network has no batch norm with running statistics: there is nothing to compare with.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.layers: list[BatchNormInput] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._norms = {
             name: module
             for name, module in network.named_modules()
@@ -74,33 +71,30 @@ class BatchNormInputs:
                 "data-free methods read the training data's statistics there."
             )
 
-    def __enter__(self) -> BatchNormInputs:
-        self._handles.append(self.network.register_forward_pre_hook(self._start))
+    def __enter__(self) -> Self:
+        self._handles = [self.network.register_forward_pre_hook(self._start)]
         for name, norm in self._norms.items():
-            self._handles.append(norm.register_forward_pre_hook(self._collector(name), with_kwargs=True))
+            collect = functools.partial(self._collect, name)
+            self._handles.append(norm.register_forward_pre_hook(collect, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
         self.layers = []
 
     def _start(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.layers = []  # a new list: one taken from the pass before keeps its tensors
 
-    def _collector(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
-        def collect(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            self.layers.append(BatchNormInput(name, inputs[0] if inputs else named["input"], norm))
-
-        return collect
+    def _collect(self, name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        self.layers.append(BatchNormInput(name, inputs[0] if inputs else named["input"], norm))
 
 
 class _MeanVariance(torch.autograd.Function):
     """Mean and variance over ``dims``, kept as size 1, with the gradient in one pass over the tensor.
 
-    torch.var_mean on a CPU takes seven times as long (Welford's update is not vectorised over strided dimensions), and
-    its gradient is put together from five elementwise passes.
+    On a CPU torch.var_mean takes seven times as long (Welford's update is not vectorised over strided dimensions), and
+    its gradient takes five elementwise passes.
     """
 
     @staticmethod
@@ -181,10 +175,10 @@ def sample_mean_square(x: Tensor) -> Tensor:
 
 
 def pooled_mean_var(mean: Tensor, variance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of N groups together, from their own (N, C) each and their weights (N,)."""
+    """Mean and biased variance (C,) of N groups pooled, from each group's own (N, C) and the groups' weights (N,)."""
     shares = (weights / weights.sum()).unsqueeze(1)
-    together = (shares * mean).sum(0)
-    return together, (shares * (variance + (mean - together).square())).sum(0)
+    pooled = (shares * mean).sum(0)
+    return pooled, (shares * (variance + (mean - pooled).square())).sum(0)
 
 
 def weighted_mean_var(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,51 +189,51 @@ def weighted_mean_var(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_gaps(layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
-    """How far each sample's channel means and standard deviations are off: (B, sum of C) each.
+    """Differences of each sample's channel means and standard deviations from the running ones: (B, sum of C) each.
 
-    The channels of all ``layers`` stand side by side, so that a loss takes its steps once, not once for every layer.
+    The channels of all ``layers`` are concatenated, so that a loss computes once for all layers.
     """
-    mean, variance = _entering([sample_mean_var(layer.tensor) for layer in layers], layers)
+    mean, variance = _of_inputs([sample_mean_var(layer.tensor) for layer in layers], layers)
     running_mean, running_variance = _running_statistics(layers)
     return mean - running_mean, (variance + EPSILON).sqrt() - (running_variance + EPSILON).sqrt()
 
 
 def batch_gaps(layers: Sequence[BatchNormInput], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How far the batch's means and biased variances are off, all channels side by side: (sum of C,) each.
+    """Differences of the batch's means and biased variances from the running ones, concatenated: (sum of C,) each.
 
-    With ``weights`` (L, B), a sample counts so often in each layer.
+    With ``weights`` (L, B), sample b counts ``weights[l, b]`` times in layer l.
     """
     if weights is None:
         statistics = [batch_mean_var(layer.tensor) for layer in layers]
     else:
         statistics = [weighted_mean_var(layer.tensor, weight) for layer, weight in zip(layers, weights, strict=True)]
-    mean, variance = _entering(statistics, layers)
+    mean, variance = _of_inputs(statistics, layers)
     running_mean, running_variance = _running_statistics(layers)
     return mean - running_mean, variance - running_variance
 
 
-def _entering(statistics: Sequence[tuple[Tensor, Tensor]], layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
-    """Means and variances (..., sum of C) each of what enters, from those (..., C) of each layer's tensor."""
-    return undo_affine_statistics(*_side_by_side(statistics), *_side_by_side(layer.affine for layer in layers))
+def _of_inputs(statistics: Iterable[tuple[Tensor, Tensor]], layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
+    """Means and variances (..., sum of C) of the batch norms' inputs, from those (..., C) of each layer's tensor."""
+    return undo_affine_statistics(*_concatenated(statistics), *_concatenated(layer.affine for layer in layers))
 
 
 def _running_statistics(layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
     """Running means and variances, (sum of C,) each."""
-    return _side_by_side((layer.norm.running_mean, layer.norm.running_var) for layer in layers)
+    return _concatenated((layer.norm.running_mean, layer.norm.running_var) for layer in layers)
 
 
-def _side_by_side(statistics: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _concatenated(statistics: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Two statistics (..., C) of each layer as (..., sum of C) each."""
     first, second = zip(*statistics, strict=True)
     return torch.cat(first, -1), torch.cat(second, -1)
 
 
 def over_channels(values: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
-    """``values`` (..., L), one of each layer, for each of its channels: (..., sum of C)."""
+    """``values`` (..., L), one per layer, repeated for each of its channels: (..., sum of C)."""
     each = zip(values.unbind(-1), layers, strict=True)
     return torch.cat([value.unsqueeze(-1).expand(*value.shape, layer.channels) for value, layer in each], -1)
 
 
 def by_layer(values: Tensor, layers: Sequence[BatchNormInput]) -> Sequence[Tensor]:
-    """``values`` (..., sum of C) of channels side by side, apart again: (..., C) for each layer."""
+    """``values`` (..., sum of C) of concatenated channels, split by layer: (..., C) each."""
     return values.split([layer.channels for layer in layers], -1)

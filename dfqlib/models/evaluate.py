@@ -1,7 +1,5 @@
 """Predictions and top-1 accuracy of a network on an image set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -17,33 +15,31 @@ from dfqlib.speed.scale_weights import scale_weights
 def top1(
     network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
 ) -> float:
-    """Percentage of ``image_set`` that ``network`` classifies right; parameters are those of :func:`predict`."""
+    """Percentage of ``image_set`` that ``network`` classifies correctly; parameters are those of :func:`predict`."""
     logits = predict(network, image_set, normalise, batch)
     if logits.shape[1] != len(image_set.classes):
-        raise UserError(
-            f"the network has {logits.shape[1]} classes but the images of {image_set.name} have "
-            f"{len(image_set.classes)}."
-        )
+        held = f"the images of {image_set.name} have {len(image_set.classes)}"
+        raise UserError(f"the network has {logits.shape[1]} classes but {held}.")
     return 100 * (logits.argmax(1) == image_set.labels).sum().item() / len(image_set)
 
 
 def predict(
     network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
 ) -> Tensor:
-    """Logits (N, classes) on the CPU, computed in eval mode; the network's mode is put back afterwards.
+    """Logits (N, classes) on the CPU, computed in eval mode; the network's mode is restored afterwards.
 
-    ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` is
-    :func:`images_per_pass` unless given.
+    ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` defaults to
+    :func:`images_per_pass`.
     """
     prepare = normalise.normalise if isinstance(normalise, Teacher) else normalise
     device = next(network.parameters()).device
-    batch = batch or images_per_pass(image_set.images.shape[-1])
+    batch = batch or images_per_pass(image_set.pixels.shape[-1])
     training = network.training
     network.eval()
-    quick = scale_weights(network)
+    scaled = scale_weights(network)
     try:
         with torch.inference_mode():
-            logits = [quick(channels_last(prepare(x).to(device))) for x in image_set.images.split(batch)]
+            logits = [scaled(channels_last(prepare(x).to(device))) for x in image_set.pixels.split(batch)]
             return torch.cat(logits).cpu()
     finally:
         if training:
@@ -51,8 +47,8 @@ def predict(
 
 
 def images_per_pass(size: int) -> int:
-    """How many images of ``size`` pixels to give to a network at once where no gradient is asked for.
+    """Batch size for images ``size`` pixels wide where no gradient is needed.
 
-    On a CPU twice as many small ones take a sixth longer: they no longer fit its caches.
+    On a CPU, twice as many small images take a sixth longer each: they no longer fit its caches.
     """
     return 125 if size <= 64 else 50

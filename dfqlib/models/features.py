@@ -1,6 +1,4 @@
-"""What a network's last layer sees: penultimate features, margins, and distances to class boundaries."""
-
-from __future__ import annotations
+"""Penultimate features of a network, margins, and distances to class boundaries."""
 
 from collections.abc import Callable
 
@@ -12,7 +10,7 @@ from dfqlib.models.evaluate import images_per_pass
 
 
 def classifier(network: nn.Module) -> nn.Module:
-    """The layer that makes the logits: the last Linear or 1x1 Conv2d of ``network``; UserError if it has none."""
+    """The layer that computes the logits: the last Linear or 1x1 Conv2d of ``network``; UserError if it has none."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     if not layers or (isinstance(layers[-1], nn.Conv2d) and layers[-1].kernel_size != (1, 1)):
         raise UserError(f"network={type(network).__name__} does not end in a linear layer or a 1x1 convolution.")
@@ -21,18 +19,15 @@ def classifier(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def penultimate(network: nn.Module, images: Tensor, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """What enters the classifier, (N, features), and the logits (N, classes), of normalised ``images``.
-
-    ``batch`` is :func:`dfqlib.models.images_per_pass` unless given.
-    """
+    """The classifier's input (N, features) and the logits (N, classes) of ``images``, ``batch`` at a time."""
     batch = batch or images_per_pass(images.shape[-1])
     features: list[Tensor] = []
     hook = classifier(network).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1)))
     try:
-        logits = torch.cat([network(part) for part in images.split(batch)])
+        logits = [network(part) for part in images.split(batch)]
     finally:
         hook.remove()
-    return torch.cat(features), logits
+    return torch.cat(features), torch.cat(logits)
 
 
 def top_two_margin(logits: Tensor) -> Tensor:
@@ -42,7 +37,7 @@ def top_two_margin(logits: Tensor) -> Tensor:
 
 
 def boundary_distance(network: nn.Module, features: Tensor) -> Tensor:
-    """How far (N,) penultimate ``features`` (N, features) must move, at least, until the predicted class changes.
+    """Smallest distance (N,) that penultimate ``features`` (N, features) must move to change the predicted class.
 
     Classes meet on hyperplanes there, so with i the predicted class the Euclidean distance is exactly
     min over j of ((w_i - w_j) f + b_i - b_j) / |w_i - w_j|.
@@ -57,12 +52,11 @@ def boundary_distance(network: nn.Module, features: Tensor) -> Tensor:
 
 
 def principal_plane(features: Tensor) -> Callable[[Tensor], Tensor]:
-    """PCA: the projection (N, D) -> (N, 2) on the two directions in which ``features`` (M, D) spread most.
+    """PCA: the projection (N, D) -> (N, 2) on the two directions of largest variance of ``features`` (M, D).
 
-    Their signs are set so that the largest entry of each direction is positive.
+    The largest entry of each direction is positive.
     """
     mean = features.mean(0)
     directions = torch.linalg.svd(features - mean, full_matrices=False).Vh[:2]
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    directions = directions * largest.sign()
+    directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
     return lambda points: (points - mean) @ directions.T

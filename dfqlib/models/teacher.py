@@ -1,7 +1,5 @@
 """A teacher: a frozen full-precision network with its normalisation, and where its weights come from."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib
@@ -10,8 +8,9 @@ import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pytorchcv.models.common import model_store
@@ -19,33 +18,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dfqlib import places
+from dfqlib import files, places
 from dfqlib.data.image_sets import require_network
 from dfqlib.device import channels_last, pick_device
 from dfqlib.errors import UserError, check_choice
-from dfqlib.files import atomic_path, sha256, write_json
 from dfqlib.models.zoo import MODELS, ModelEntry, build
 from dfqlib.speed.fold_batch_norms import fold_batch_norms
 from dfqlib.speed.switches import uses
 
 
+@dataclass(eq=False, repr=False)
 class Teacher:
     """A frozen network in eval mode, with its normalisation, and a record of where its weights came from.
 
     ``source`` is one sentence, ``sha256`` the digest of the weights file, ``card`` the training record beside it
-    (recipe, epochs, seed, hardware, commit, accuracy) or None. Any network becomes a teacher with
-    :meth:`from_module`.
+    (recipe, epochs, seed, hardware, commit, accuracy) or None. Any network becomes a teacher with :meth:`from_module`.
+
+    Which network to pass: ``network`` wherever a network is looked into or copied (to quantize, to describe, to probe
+    with a :class:`~dfqlib.finetuning.network_views.NetworkProbe`) and to measure it; ``folded`` to the loops that only
+    ask for its logits, its batch-norm inputs and the gradient of the images (synthesis, generators, fine-tuning
+    batches). A student is passed as :func:`~dfqlib.quantizers.convert.quantize_model` made it: the loops that run it
+    scale its weights themselves (:func:`~dfqlib.speed.scale_weights.scale_weights`), and hand out no scaled network.
     """
 
-    def __init__(
-        self, network: nn.Module, entry: ModelEntry, source: str, sha256: str, card: dict[str, Any] | None = None
-    ) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.entry = entry
-        self.name = entry.name
-        self.source = source
-        self.sha256 = sha256
-        self.card = card
+    network: nn.Module
+    entry: ModelEntry
+    source: str
+    sha256: str
+    card: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
 
     @classmethod
     def from_module(
@@ -58,19 +61,25 @@ class Teacher:
         dataset: str = "own",
         input_size: int = 32,
         device: str | torch.device = "cpu",
-    ) -> Teacher:
+    ) -> Self:
         """A teacher from any network that maps normalised images (N, len(mean), H, W) to logits (N, ``classes``).
 
         ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]. The network is copied, so the one given
         keeps its mode and its gradients.
         """
         if not len(mean) == len(std) > 0 or not all(value > 0 for value in std):
-            raise UserError(
-                f"mean={mean!r}, std={std!r} do not fit; allowed: one number per channel each, std above 0."
-            )
-        entry = ModelEntry(name, dataset, "own", input_size, input_size, classes, tuple(mean), tuple(std))
-        network = _place(copy.deepcopy(network), device)
-        return cls(network, entry, f"a network given as {type(network).__name__}", _state_digest(network))
+            allowed = "one number per channel each, std above 0"
+            raise UserError(f"mean={mean!r}, std={std!r} do not fit; allowed: {allowed}.")
+        entry = ModelEntry(name, dataset, "own", input_size, classes, tuple(mean), tuple(std))
+        digest = hashlib.sha256()
+        for key, value in network.state_dict().items():
+            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        source = f"a network given as {type(network).__name__}"
+        return cls(_to_device(copy.deepcopy(network), device), entry, source, digest.hexdigest())
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +87,7 @@ class Teacher:
 
     @property
     def folded(self) -> nn.Module:
-        """The same function for a synthesis to look at: :func:`dfqlib.folding.fold_batch_norms` of the network."""
+        """The same function with its batch norms folded into its convolutions; see the class for where to pass it."""
         return self._folded if uses("folded_batch_norms") else self.network
 
     @functools.cached_property
@@ -106,19 +115,17 @@ def load_teacher(
     """
     entry = MODELS[check_choice("model", name, MODELS)]
     network = build(name)
-    path = places.weights_file(name, weights or "")
-    if path is not None:
-        state = read_weights(path)
-        _load_state(network, state, f"weights={str(path)!r}", name)
-        card = _read_card(path)
-        where = "the package" if path.parent == places.ASSETS else f"the file {path}"
+    given = places.weights_file(name, weights or "")
+    path = given or _download_weights(entry, download)
+    state = read_weights(path)
+    if given is None:  # a library's file may hold more than the network, such as auxiliary classifiers
+        state = {key: value for key, value in state.items() if key in network.state_dict()}
+        origin = f"{entry.library}'s pretrained weights ({path.name})"
     else:
-        path = _download_weights(entry, download)
-        state = {key: value for key, value in read_weights(path).items() if key in network.state_dict()}
-        _load_state(network, state, f"download {path.name}", name)
-        card = None
-        where = f"{entry.factory.partition('.')[0]}'s pretrained weights ({path.name})"
-    return Teacher(_place(network, device), entry, f"{name} with weights from {where}", sha256(path), card)
+        origin = "the package" if path.parent == places.ASSETS else f"the file {path}"
+    _load_state(network, state, f"weights={str(path)!r}", name)
+    source = f"{name} with weights from {origin}"
+    return Teacher(_to_device(network, device), entry, source, files.sha256(path), _read_card(path))
 
 
 def save_teacher(network: nn.Module, path: str | Path, card: Mapping[str, Any]) -> None:
@@ -127,9 +134,9 @@ def save_teacher(network: nn.Module, path: str | Path, card: Mapping[str, Any]) 
     The card is what :attr:`Teacher.card` gives when :func:`load_teacher` reads the file again.
     """
     path = Path(path)
-    with atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in network.state_dict().items()}, temporary)
-    write_json(path.with_suffix(".json"), {**card, "sha256": sha256(path)})
+    files.write_json(path.with_suffix(".json"), {**card, "sha256": files.sha256(path)})
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -155,50 +162,46 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _download_weights(entry: ModelEntry, download: bool) -> Path:
     """The library's pretrained weights file, fetched unless an earlier call left it in the library's own folder."""
-    library, architecture = entry.factory.partition(".")[0], entry.factory.partition(":")[2]
-    if library == "dfqlib":
-        raise UserError(
-            f"model={entry.name!r} has no published weights; train it with notebooks/00_teachers.ipynb, "
-            "or give weights=."
-        )
-    if library == "torchvision":
-        weights = importlib.import_module("torchvision.models").get_model_weights(architecture).IMAGENET1K_V1
-        url, path = weights.url, Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    told, architecture = f"model={entry.name!r}", entry.factory.partition(":")[2]
+    if entry.library == "dfqlib":
+        ways = "train it with notebooks/00_teachers.ipynb, or give weights="
+        raise UserError(f"{told} has no published weights; {ways}.")
+    if entry.library == "torchvision":
+        url = importlib.import_module("torchvision.models").get_model_weights(architecture).IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     else:
         error, digest, release = model_store.get_model_name_suffix_data(architecture)
-        file = f"{architecture}-{error}-{digest[:8]}.pth"
-        url = f"{model_store.imgclsmob_repo_url}/releases/download/{release}/{file}.zip"
-        path = Path("~/.torch/models").expanduser() / file
+        path = places.expand("~/.torch/models") / f"{architecture}-{error}-{digest[:8]}.pth"
+        url = f"{model_store.imgclsmob_repo_url}/releases/download/{release}/{path.name}.zip"
     if path.is_file():
         return path
     if not download:
-        raise UserError(
-            f"model={entry.name!r}: its weights are not on this machine; allowed: download=True or weights=."
-        )
-    require_network(url, f"model={entry.name!r}: its weights")
+        raise UserError(f"{told}: its weights are not on this machine; allowed: download=True or weights=.")
+    require_network(url, f"{told}: its weights")
     try:
-        if library == "torchvision":
+        if entry.library == "torchvision":
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, os.fspath(path), hash_prefix=path.stem.rpartition("-")[2])
         else:
             model_store.get_model_file(architecture, os.fspath(path.parent))
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"model={entry.name!r}: {url} could not be downloaded ({_first_line(error)}).") from None
+        raise UserError(f"{told}: {url} could not be downloaded ({_first_line(error)}).") from None
     return path
 
 
 def _load_state(network: nn.Module, state: Mapping[str, Tensor], told: str, name: str) -> None:
-    expected = network.state_dict()
-    # Batch norm's step counter is not used in eval mode, and files of other tools leave it out.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    extra = [key for key in state if key not in expected]
-    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    if missing or extra or shapes:
-        key = (shapes or missing or extra)[0]
-        found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
-        wanted = f"{tuple(expected[key].shape)}" if key in expected else "no such tensor"
-        raise UserError(f"{told} is of another architecture than {name}: {key} {found}, expected {wanted}.")
+    expected, found = _shapes(network.state_dict()), _shapes(state)
+    for key in expected | found:
+        if found.get(key) != expected.get(key):
+            has = f"has shape {found[key]}" if key in found else "is missing"
+            wanted = expected.get(key, "no such tensor")
+            raise UserError(f"{told} is of another architecture than {name}: {key} {has}, expected {wanted}.")
     network.load_state_dict(state, strict=False)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Without batch norm's step counter, which eval mode does not use and files of other tools leave out."""
+    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def _read_card(path: Path) -> dict[str, Any] | None:
@@ -207,20 +210,14 @@ def _read_card(path: Path) -> dict[str, Any] | None:
     if not card_path.is_file():
         return None
     card = json.loads(card_path.read_text(encoding="utf-8"))
-    if card.get("sha256", sha256(path)) != sha256(path):
+    digest = files.sha256(path)
+    if card.get("sha256", digest) != digest:
         raise UserError(f"weights={str(path)!r} is not the file that its card {card_path.name} describes (sha256).")
     return card
 
 
-def _place(network: nn.Module, device: str | torch.device) -> nn.Module:
+def _to_device(network: nn.Module, device: str | torch.device) -> nn.Module:
     return channels_last(network.to(pick_device(device) if isinstance(device, str) else device))
-
-
-def _state_digest(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, value in network.state_dict().items():
-        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

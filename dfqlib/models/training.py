@@ -1,10 +1,4 @@
-"""Train a full-precision teacher from the full data set, resumable after any epoch.
-
-The notebook ``00_teachers.ipynb`` tells the story; this module holds its steps: augmentation on whole-batch tensors,
-the optimizer, the schedule, and the epoch loop with its checkpoint.
-"""
-
-from __future__ import annotations
+"""Train a full-precision teacher, resumable after any epoch: recipe, augmentation, optimizers and the epoch loop."""
 
 import math
 from collections.abc import Callable
@@ -25,14 +19,14 @@ from dfqlib.progress import track
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a teacher's training, as its card records it.
+    """All settings of a teacher's training, as its card records them.
 
     The rate rises over ``warmup`` epochs to its peak and falls along ``knots``: (fraction of the epochs, fraction of
-    the peak), linear in between. It falls fast when the images grow for the first time: the peak is for coarse
-    features, and at it the loss soon stands still. The images' ``sizes`` follow each other in equal parts of the
-    epochs: most of what a network of this kind learns costs a fraction of the full resolution. Until ``full`` of the
-    epochs are over, images of less than the mean loss are left out with probability ``prune``. The result is the mean
-    of the weights after each epoch of the last ``average`` of the epochs; 0 takes the last epoch's.
+    the peak), linear in between. It falls fast when the images first grow: the peak suits coarse features, and there
+    the loss soon stops falling. The images' ``sizes`` take equal parts of the epochs: most of what such a network
+    learns costs a fraction of the full resolution. For the fraction ``full`` of the epochs, images of less than the
+    mean loss are left out with probability ``prune``. The result is the mean of the weights after each of the last
+    ``average`` of the epochs; 0 takes the last epoch's.
     """
 
     epochs: int = 60
@@ -50,50 +44,39 @@ class Recipe:
     seed: int = 0
 
     def rate(self, epoch: float) -> float:
-        """The rate at a moment in training, in (fractional) epochs, as a fraction of its peak."""
+        """Learning rate at ``epoch``, which may be fractional, as a fraction of the peak."""
         rising = (epoch + 0.01) / self.warmup if self.warmup else 1.0
         return float(min(rising, np.interp(epoch / self.epochs, *zip(*self.knots, strict=True))))
 
     def size(self, epoch: int) -> int:
-        """Height and width of the training images in an epoch, in pixels."""
+        """Height and width in pixels of the training images in ``epoch``."""
         return self.sizes[epoch * len(self.sizes) // self.epochs]
 
     def pruned(self, epoch: int) -> float:
-        """Probability with which an epoch leaves out an image of less than the mean loss."""
+        """Probability that ``epoch`` leaves out an image of less than the mean loss."""
         return self.prune if epoch < self.full * self.epochs else 0.0
 
     def averaged(self, epoch: int) -> bool:
-        """Whether the weights at the end of an epoch count in the mean that is the result."""
+        """Whether the weights after ``epoch`` count in the mean that is the result."""
         return epoch >= (1 - self.average) * self.epochs
 
 
 def next_cycle(epochs: int, batch: int, seed: int) -> Recipe:
-    """Recipe that takes trained weights further: the rate starts again where they can still move, and falls to zero.
+    """Recipe to train trained weights further: from a lower peak the rate falls linearly to zero.
 
-    Most images are known by then and teach nothing, so two in three of them are left out of an epoch. The mean over the
-    last epochs stands nearer to the middle of the minimum than any one of them.
+    Most images are learnt by then, so each epoch leaves out two thirds of the easy ones. The mean over the last epochs
+    is nearer to the centre of the minimum than any single epoch.
     """
-    return Recipe(
-        epochs,
-        batch,
-        filter_lr=0.015,
-        lr=0.03,
-        knots=((0.0, 1.0), (1.0, 0.0)),
-        sizes=(24, 32, 32),
-        prune=2 / 3,
-        full=0.95,
-        average=0.3,
-        seed=seed,
-    )
+    rates = {"filter_lr": 0.015, "lr": 0.03, "knots": ((0.0, 1.0), (1.0, 0.0))}
+    return Recipe(epochs, batch, **rates, sizes=(24, 32, 32), prune=2 / 3, full=0.95, average=0.3, seed=seed)
 
 
 def choose_images(losses: Tensor, prune: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The images of an epoch in random order, and the weight of each of their losses: two (M,) tensors, M <= N.
+    """An epoch's images in random order and the weights of their losses: two (M,) tensors, M <= N.
 
-    losses: (N,) the loss of every image when it was last seen. Those under the mean are left out with probability
-    ``prune``; the ones that stay count 1 / (1 - prune) times, which keeps the expected gradient that of all images.
-
-    Qin et al., "InfoBatch: lossless training speed up by unbiased dynamic data pruning", ICLR 2024, section 3.
+    ``losses`` (N,) are the images' latest. Those below the mean are left out with probability ``prune``; the ones kept
+    count 1 / (1 - prune) times, which leaves the expected gradient unchanged. Source: Qin et al., "InfoBatch: lossless
+    training speed up by unbiased dynamic data pruning", ICLR 2024, section 3.
     """
     easy = losses < losses.mean()
     kept = ~easy | (torch.rand(len(losses), generator=generator) >= prune)
@@ -105,7 +88,7 @@ def choose_images(losses: Tensor, prune: float, generator: torch.Generator) -> t
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix, (rows, columns) -> same, by the quintic Newton-Schulz iteration of Muon.
 
-    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -118,9 +101,9 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class FilterMuon(torch.optim.Optimizer):
-    """Muon for convolution filters that a batch norm follows: the loss does not see their scale, so it is held.
+    """Muon for convolution filters before a batch norm: the loss does not depend on their scale, so it is kept.
 
-    Each step turns the filter bank, flattened to (out, in * kh * kw), by ``lr`` radians towards the orthogonalised
+    Each step rotates the filter bank, flattened to (out, in * kh * kw), by ``lr`` radians towards the orthogonalised
     Nesterov momentum and restores its norm. ``torch.optim.Muon`` takes matrices only, and decays the norm instead.
     """
 
@@ -157,34 +140,29 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the filter banks, SGD with Nesterov momentum for everything else (decay on matrices only)."""
-    parameters = list(network.parameters())
-    matrices = [p for p in parameters if p.ndim == 2]
-    vectors = [p for p in parameters if p.ndim == 1]
+    vectors, matrices, filters = ([p for p in network.parameters() if p.ndim == ndim] for ndim in (1, 2, 4))
     rest = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [
-        FilterMuon([p for p in parameters if p.ndim == 4], recipe.filter_lr, recipe.momentum),
-        torch.optim.SGD(rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=True),
-    ]
+    sgd = torch.optim.SGD(rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+    return [FilterMuon(filters, recipe.filter_lr, recipe.momentum), sgd]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
-    """Set every group's learning rate to a fraction of its peak, which is the one it was made with."""
+    """Set every group's learning rate to ``fraction`` of the one it was created with."""
     for group in optimizer.param_groups:
         group["lr"] = fraction * group.setdefault("peak_lr", group["lr"])
 
 
 def accept_any_size(network: nn.Module) -> nn.Module:
-    """Replace average pooling over a fixed final map by pooling over the whole map (the same at the native size)."""
-    for parent in list(network.modules()):
-        for name, child in parent.named_children():
-            if name == "final_pool" and isinstance(child, nn.AvgPool2d):
-                setattr(parent, name, nn.AdaptiveAvgPool2d(1))
+    """Replace the final average pooling of fixed size by pooling over the whole map (the same at the native size)."""
+    for name, module in list(network.named_modules()):
+        if name.endswith("final_pool") and isinstance(module, nn.AvgPool2d):
+            network.set_submodule(name, nn.AdaptiveAvgPool2d(1))
     return network
 
 
 def train_teacher(
     network: nn.Module,
-    images: Tensor,
+    pixels: Tensor,
     labels: Tensor,
     normalise: Callable[[Tensor], Tensor],
     recipe: Recipe,
@@ -193,14 +171,14 @@ def train_teacher(
     compiled: bool = False,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``network`` in place, from ``checkpoint`` if there is one, and return the history, one entry an epoch.
+    """Train ``network`` in place on its device, from ``checkpoint`` if it exists; return the history by epoch.
 
-    ``images`` are uint8 (N, 3, H, W), ``labels`` int64 (N,); ``normalise`` turns a uint8 batch into the network's
-    input; ``evaluate`` gives its top-1 in per cent after each epoch (it chooses nothing). Averaged weights get
-    batch-norm statistics of their own, over all images once, augmented (Izmailov et al., "Averaging weights leads to
-    wider optima and better generalization", UAI 2018, section 3.1).
-    Training computes on the device the network is on and writes the checkpoint after every epoch. Diverged, naming
-    the epoch, if the loss is no longer finite: the checkpoint is then that of the epoch before.
+    ``pixels`` are uint8 (N, 3, H, W), ``labels`` int64 (N,); ``normalise`` turns a batch of pixels into the network's
+    input; ``evaluate`` gives the top-1 in per cent recorded after each epoch (nothing is selected by it). Averaged
+    weights get batch-norm statistics of their own, from one pass over all images, augmented (Izmailov et al.,
+    "Averaging weights leads to wider optima and better generalization", UAI 2018, section 3.1).
+    The checkpoint is written after every epoch. Raises Diverged, naming the epoch, if the loss is no longer finite:
+    the checkpoint is then that of the epoch before.
     """
     checkpoint = Path(checkpoint)
     device = next(network.parameters()).device
@@ -208,7 +186,7 @@ def train_teacher(
     mean = AveragedModel(network)
     steppers = optimizers(network, recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
-    losses = torch.zeros(len(images))
+    losses = torch.zeros(len(pixels))
     history: list[dict[str, float]] = []
     state = load_checkpoint(checkpoint, asdict(recipe))
     if state is not None:
@@ -219,7 +197,7 @@ def train_teacher(
         generator.set_state(state["generator"])
         losses, history = state["losses"], state["history"]
     forward = torch.compile(network, dynamic=False) if compiled else network
-    images, labels, losses = images.to(device), labels.to(device), losses.to(device)
+    pixels, labels, losses = pixels.to(device), labels.to(device), losses.to(device)
     for epoch in range(len(history), recipe.epochs):
         network.train()
         size = recipe.size(epoch)
@@ -229,7 +207,7 @@ def train_teacher(
             batch = slice(step * recipe.batch, (step + 1) * recipe.batch)
             chosen = order[batch]
             rate = recipe.rate(epoch + step / steps)
-            logits = forward(augment(normalise(images[chosen]), size, generator))
+            logits = forward(augment(normalise(pixels[chosen]), size, generator))
             loss = F.cross_entropy(logits, labels[chosen], reduction="none")
             for optimizer in steppers:
                 set_rate(optimizer, rate)
@@ -243,33 +221,17 @@ def train_teacher(
             mean.update_parameters(network)
         mean_loss = float(losses.mean())
         if not math.isfinite(mean_loss):
-            raise Diverged(
-                f"the teacher diverged: its cross-entropy is {mean_loss} in epoch {epoch + 1}; lower its lr."
-            )
-        entry = {
-            "epoch": epoch + 1,
-            "size": size,
-            "images": steps * recipe.batch,
-            "loss": mean_loss,
-            "top1": evaluate(network),
-        }
-        history.append(entry)
-        save_checkpoint(
-            checkpoint,
-            asdict(recipe),
-            {
-                "network": network.state_dict(),
-                "mean": mean.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in steppers],
-                "generator": generator.get_state(),
-                "losses": losses.cpu(),
-                "history": history,
-            },
-        )
+            raise Diverged(f"the teacher diverged: its loss is {mean_loss} in epoch {epoch + 1}; lower its lr.")
+        entry = {"epoch": epoch + 1, "size": size, "images": steps * recipe.batch, "loss": mean_loss}
+        history.append(entry | {"top1": evaluate(network)})
+        state = {"network": network.state_dict(), "mean": mean.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in steppers]
+        state |= {"generator": generator.get_state(), "losses": losses.cpu(), "history": history}
+        save_checkpoint(checkpoint, asdict(recipe), state)
         if on_epoch is not None:
-            on_epoch(entry)
+            on_epoch(history[-1])
     if recipe.average:
-        views = (augment(normalise(part), recipe.sizes[-1], generator) for part in images.split(recipe.batch))
+        views = (augment(normalise(part), recipe.sizes[-1], generator) for part in pixels.split(recipe.batch))
         update_bn(views, mean)
         network.load_state_dict(mean.module.state_dict())
         network.eval()

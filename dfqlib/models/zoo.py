@@ -1,7 +1,5 @@
 """Every model of the published results: its architecture and the input that its weights expect."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 from dataclasses import dataclass
@@ -20,18 +18,22 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ModelEntry:
     """A model's architecture (``factory``) and the input its weights expect.
 
-    ``factory`` is ``module:function``. ``resize`` is the shorter side before the centre crop to ``input_size``, both in
-    pixels; ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1].
+    ``factory`` is ``module:function``. ``input_size`` is the height and width in pixels; ``mean`` and ``std`` are per
+    channel, for pixels scaled to [0, 1].
     """
 
     name: str
     dataset: str
     factory: str
     input_size: int
-    resize: int
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def library(self) -> str:
+        """The package that defines the architecture, and has its pretrained weights: pytorchcv, torchvision, dfqlib."""
+        return self.factory.partition(".")[0]
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, per channel: uint8 (N, C, H, W) -> float32, on the same device."""
@@ -46,16 +48,16 @@ class ModelEntry:
 
 @functools.cache
 def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """Both as one tensor (2, 1, C, 1, 1), brought to a device once: in every step a copy would make it wait."""
+    """Both as one tensor (2, 1, C, 1, 1), copied to a device once: a copy in every step would make it wait."""
     return torch.tensor([mean, std], device=device).view(2, 1, -1, 1, 1)
 
 
 def _cifar(name: str, dataset: str, factory: str) -> ModelEntry:
-    return ModelEntry(name, dataset, factory, 32, 32, 100 if dataset == "cifar100" else 10, CIFAR_MEAN, CIFAR_STD)
+    return ModelEntry(name, dataset, factory, 32, 100 if dataset == "cifar100" else 10, CIFAR_MEAN, CIFAR_STD)
 
 
-def _imagenet(name: str, factory: str, input_size: int = 224, resize: int = 256) -> ModelEntry:
-    return ModelEntry(name, "imagenet", factory, input_size, resize, 1000, IMAGENET_MEAN, IMAGENET_STD)
+def _imagenet(name: str, factory: str, input_size: int = 224) -> ModelEntry:
+    return ModelEntry(name, "imagenet", factory, input_size, 1000, IMAGENET_MEAN, IMAGENET_STD)
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -66,7 +68,7 @@ MODELS: dict[str, ModelEntry] = {
         _cifar("resnet34_cifar100", "cifar100", "dfqlib.models.zoo:resnet34_cifar100"),
         _imagenet("resnet18", "pytorchcv.models.resnet:resnet18"),
         _imagenet("resnet50", "pytorchcv.models.resnet:resnet50"),
-        _imagenet("inceptionv3", "pytorchcv.models.inceptionv3:inceptionv3", 299, 342),
+        _imagenet("inceptionv3", "pytorchcv.models.inceptionv3:inceptionv3", 299),
         _imagenet("mobilenetv2_w1", "pytorchcv.models.mobilenetv2:mobilenetv2_w1"),
         _imagenet("shufflenet_g1_w1", "pytorchcv.models.shufflenet:shufflenet_g1_w1"),
         _imagenet("sqnxt23_w2", "pytorchcv.models.squeezenext:sqnxt23_w2"),
@@ -90,5 +92,5 @@ def resnet34_cifar100() -> nn.Module:
 def build(name: str) -> nn.Module:
     """The untrained network of a ``MODELS`` entry, in training mode, with its library's random initialisation."""
     module, _, function = MODELS[check_choice("model", name, MODELS)].factory.partition(":")
-    # Imported when it is needed: torchvision, and with it the whole of pytorchcv, takes seconds.
+    # Imported when needed: torchvision, and with it the whole of pytorchcv, takes seconds.
     return getattr(importlib.import_module(module), function)()

@@ -1,10 +1,8 @@
-"""A frozen network with its batch norms folded into its convolutions: the same function, and still the statistics.
+"""Batch norms of a frozen network folded into its convolutions, with their input statistics still available.
 
-Methods that synthesise images compare what enters each batch norm with the statistics that it keeps. In a folded
-network only what leaves it is computed; as that is an affine map of what enters, so are its mean and variance.
+Methods that synthesise images compare the input of each batch norm with its running statistics. A folded network
+computes only the output; that is an affine map of the input, so the input's mean and variance follow from it.
 """
-
-from __future__ import annotations
 
 import operator
 from collections import Counter
@@ -16,14 +14,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from dfqlib.errors import UserError
 from dfqlib.quantizers.trace import trace
 
-# Below this share of its shift a gain leaves too few digits of what entered the batch norm.
+# Below this fraction of its shift, a gain leaves too few digits to recover the batch norm's input.
 SMALLEST_GAIN = 1e-3
 
 
 class FoldedNorm(nn.Module):
-    """In the place of a batch norm that was folded into the convolution before it: hands on what it is given.
+    """The identity in place of a batch norm that was folded into the convolution before it.
 
-    Holds the statistics (C,) that the batch norm keeps, and the affine map ``gain`` x + ``shift`` (C,) that it was.
+    Holds its running statistics (C,) and the affine map ``gain`` x + ``shift`` (C,) that it computed.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
@@ -40,18 +38,17 @@ class FoldedNorm(nn.Module):
 
 
 def undo_affine_statistics(mean: Tensor, variance: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (..., C) of what enters the map ``gain`` x + ``shift`` (C,), from those of what leaves it."""
+    """Mean and variance (..., C) of the input of ``gain`` x + ``shift`` (C,), from those of its output."""
     return (mean - shift) / gain, variance / gain.square()
 
 
 @torch.no_grad()
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """A copy of ``network`` in eval mode in which each batch norm right behind a convolution is folded into it.
+    """A frozen copy of ``network`` in eval mode in which each batch norm right after a convolution is folded into it.
 
-    Logits and batch-norm statistics are the same up to rounding; the copy's weights are frozen. A batch norm stays as
-    it is where the convolution's output is used elsewhere too, or where a gain is 0 or so small that what entered could
-    not be told from what left. A network that torch.fx cannot trace, or that writes over its own tensors in a way not
-    known here, is returned as it is.
+    Logits and batch-norm statistics are the same up to rounding. A batch norm is kept where the convolution's output is
+    used elsewhere too, or where a gain is so small that the input cannot be recovered from the output. A network that
+    torch.fx cannot trace, or that overwrites its tensors in a way not known here, is returned unchanged.
     """
     try:
         folded = trace(network)
@@ -72,7 +69,10 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def _keep_tensors(network: fx.GraphModule) -> bool:
-    """Let no part of ``network`` write over what left a batch norm; False if a part cannot be kept from it."""
+    """Make in-place operations of ``network`` out-of-place, so that no batch norm's output is overwritten.
+
+    False if an operation has no known out-of-place form.
+    """
     for module in network.modules():
         if hasattr(module, "inplace"):
             module.inplace = False
@@ -89,7 +89,7 @@ def _keep_tensors(network: fx.GraphModule) -> bool:
 
 
 def _overwrite_sums(network: fx.GraphModule, calls: Counter[object]) -> None:
-    """Let a ReLU write over the sum of a residual unit that nothing else reads: the same numbers in less memory."""
+    """Let a ReLU overwrite the sum of a residual unit that nothing else reads: the same numbers in less memory."""
     for node in network.graph.nodes:
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, nn.ReLU) and calls[node.target] == 1:
@@ -98,15 +98,13 @@ def _overwrite_sums(network: fx.GraphModule, calls: Counter[object]) -> None:
 
 
 def _may_fold(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> bool:
-    """Whether ``node`` is a batch norm behind a convolution of its own, with gains that leave enough digits."""
-    if not follows_alone(network, node, calls):
-        return False
-    norm = network.get_submodule(node.target)
-    return bool((norm.weight.abs() > SMALLEST_GAIN * norm.bias.abs()).all())
+    """Whether ``node`` is a batch norm after a convolution of its own, with gains that leave enough digits."""
+    norm = network.get_submodule(node.target) if follows_alone(network, node, calls) else None
+    return norm is not None and bool((norm.weight.abs() > SMALLEST_GAIN * norm.bias.abs()).all())
 
 
 def follows_alone(network: fx.GraphModule, node: fx.Node, calls: Counter[object]) -> bool:
-    """Whether ``node`` is a batch norm, called once, behind a convolution that is called once and for it alone.
+    """Whether ``node`` is a batch norm, called once, after a convolution that is called once and only for it.
 
     ``calls`` counts the targets of the graph's nodes.
     """
@@ -114,8 +112,6 @@ def follows_alone(network: fx.GraphModule, node: fx.Node, calls: Counter[object]
     if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.running_mean is None:
         return False
     (source,) = node.all_input_nodes
-    return (
-        source.op == "call_module"
-        and isinstance(network.get_submodule(source.target), nn.Conv2d)
-        and len(source.users) == calls[source.target] == calls[node.target] == 1
-    )
+    convolution = network.get_submodule(source.target) if source.op == "call_module" else None
+    alone = len(source.users) == calls[source.target] == calls[node.target] == 1
+    return alone and isinstance(convolution, nn.Conv2d)

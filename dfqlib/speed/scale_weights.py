@@ -1,10 +1,8 @@
-"""A network to train or to test, whose frozen batch norms work on its weights instead of its activations.
+"""Frozen batch norms that scale a student's weights instead of its activations.
 
-Quantized weights have to be computed at every forward anyway; a batch norm in eval mode only scales them, channel by
-channel, and adds a bias. So a pass over every activation is saved, forward and backward, and nothing else changes.
+Quantized weights are computed at every forward anyway; a batch norm in eval mode only scales them by channel and adds
+a bias. This saves a pass over every activation, forward and backward.
 """
-
-from __future__ import annotations
 
 import copy
 import operator
@@ -18,7 +16,7 @@ from dfqlib.speed.switches import uses
 
 
 class ScaledConv2d(nn.Module):
-    """A convolution, quantized or not, and the batch norm behind it; both remain the network's own and learn.
+    """A convolution, quantized or not, and the batch norm after it, both the network's own and trainable.
 
     In eval mode ``gain`` (W * x + b) + ``shift`` is computed as (``gain`` W) * x + (``gain`` b + ``shift``).
     """
@@ -30,7 +28,7 @@ class ScaledConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) to (B, O, h, w)."""
         convolution, norm = self.convolution, self.norm
-        if norm.training:  # its statistics are the batch's, which only the activations tell
+        if norm.training:  # it normalises by the batch's statistics, which need the activations
             return norm(convolution(x))
         gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - gain * norm.running_mean
@@ -40,11 +38,11 @@ class ScaledConv2d(nn.Module):
 
 
 def scale_weights(network: nn.Module) -> nn.Module:
-    """``network`` by a graph in which each batch norm that follows a convolution alone is part of it.
+    """A faster graph of ``network``, for a loop that runs it: batch norms scale the weights of the layer before them.
 
-    A torch.fx network only, such as a student; any other is returned as it is. Layers, parameters and buffers are the
-    network's own: what trains one trains the other, and the network is described and saved as it was. Hooks on a
-    convolution or batch norm that became one are not called here.
+    For a torch.fx network such as a student; any other is returned unchanged. Layers, parameters and buffers are the
+    network's own: training one trains the other, and ``network`` itself is described and saved. Hooks on a merged
+    convolution or batch norm are not called.
     """
     if not uses("scaled_weights") or not isinstance(network, fx.GraphModule):
         return network

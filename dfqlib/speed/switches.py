@@ -1,10 +1,8 @@
-"""What is computed another way than it is written, for speed: each by a name, by which it can be turned off.
+"""Accelerations, each of which can be turned off by name.
 
-``$DFQ_WITHOUT`` turns some off for a whole process, names with commas between them; :func:`without` for a few lines.
-The plain way stands beside each use. Nothing here imports torch, so that a batch can ask what is off.
+``$DFQ_WITHOUT``, a comma-separated list, turns some off for a whole process; :func:`without` for a few lines. The plain
+computation stands beside each use. Nothing here imports torch, so that planning can ask what is off.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -15,8 +13,8 @@ from dfqlib.errors import check_choice
 
 OFF_VARIABLE = "DFQ_WITHOUT"
 ACCELERATIONS = {
-    "channels_last": "images and weights lie in memory with the channels of a pixel side by side",
-    "folded_batch_norms": "the network that synthesis looks at has its batch norms folded into its convolutions",
+    "channels_last": "images and weights are stored with the channels of a pixel next to each other",
+    "folded_batch_norms": "synthesis runs a teacher whose batch norms are folded into its convolutions",
     "folded_upsampling": "nearest x2 with the 3x3 convolution after it is one transposed convolution",
     "fused_optimizers": "Adam and SGD take a step over all weights in one kernel",
     "fused_rounding": "fake quantization makes one new tensor, and its gradient none",

@@ -1,10 +1,8 @@
-"""Make the embedded image sets from the full CIFAR data sets: ``python dfqlib/assets/make_subsets.py FOLDER``.
+"""Make the embedded image sets from the full CIFAR data sets: ``python -m dfqlib.data.assets.make_subsets FOLDER``.
 
 FOLDER holds ``cifar10`` and ``cifar100``, each as torchvision layout or as ImageFolder tree. The choice depends on the
-pixels alone (:func:`dfqlib.data.balanced_subset`), so every copy of CIFAR gives the same sheets.
+pixels alone (:func:`dfqlib.data.image_sets.balanced_subset`), so every copy of CIFAR gives the same sheets.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -21,12 +19,12 @@ COLUMNS = 100  # tiles per row; 2,000 tiles make 20 rows of 3,200 pixels
 
 def write_sheet(image_set: ImageSet) -> dict[str, str | int]:
     """Save ``image_set`` as one lossless sheet and return its description for ``images.json``."""
-    n, channels, height, width = image_set.images.shape
-    tiles = image_set.images.view(n // COLUMNS, COLUMNS, channels, height, width)
+    n, channels, height, width = image_set.pixels.shape
+    tiles = image_set.pixels.view(n // COLUMNS, COLUMNS, channels, height, width)
     sheet = tiles.permute(0, 3, 1, 4, 2).reshape(n // COLUMNS * height, COLUMNS * width, channels)
     with atomic_path(ASSETS / f"{image_set.name}.webp") as path:
         Image.fromarray(sheet.numpy()).save(path, lossless=True, quality=100, method=6)
-    pixels = hashlib.sha256(image_set.images.numpy().tobytes()).hexdigest()
+    pixels = hashlib.sha256(image_set.pixels.numpy().tobytes()).hexdigest()
     return {"images": n, "per_class": n // len(image_set.classes), "pixels_sha256": pixels}
 
 
