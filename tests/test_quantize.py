@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
+from dfqlib.quantizers import calibrate
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.describe import describe, model_bytes
 from dfqlib.quantizers.fake_quantize import fake_quantize_per_channel
@@ -48,19 +49,7 @@ def quantized(model, weight=4, activation=4):
 
 
 def calibrated(model, x, weight=4, activation=4, observer="moving_average"):
-    student = quantize_model(model, BitWidths(weight, activation), observer)
-    with torch.no_grad(), observing(student):
-        student(x)
-    return student
-
-
-def test_every_layer_and_every_relu_call_is_found():
-    torch.manual_seed(0)
-    model, x = Block().eval(), torch.randn(2, 3, 6, 6)
-    student = calibrated(model, x, 4, 5)
-    assert [type(student.get_submodule(n)) for n in ("conv1", "depthwise", "grouped")] == [QuantConv2d] * 3
-    assert type(student.linear) is QuantLinear
-    assert list(fake_quantizers(student)) == ["relu", "relu:2", "relu:3", "relu6", "relu:4"]
+    return calibrate.calibrated(model, BitWidths(weight, activation), x, observer)
 
 
 def test_student_computes_what_quantization_by_hand_computes():
