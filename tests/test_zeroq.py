@@ -47,8 +47,8 @@ def quadratic(images):
     return (images - 1).square().sum()
 
 
-def settings(**changes):
-    return {"learning_rate": 0.1, "iterations": 20, "patience": 100, "min_learning_rate": 1e-4} | changes
+def schedule(**changes):
+    return ImageSchedule(**{"synthesis_iterations": 20, "synthesis_lr": 0.1} | changes)
 
 
 def test_distillation_minimises_the_official_loss(resnet, official):
@@ -84,8 +84,7 @@ def test_distilled_statistics_come_closer_and_the_teacher_stays_as_it_was():
 
 def test_a_seed_gives_the_same_images_again_and_another_seed_others():
     teacher = small_teacher()
-    schedule = ImageSchedule(images=2, synthesis_iterations=5)
-    runs = [distil_images(teacher, schedule, seed).images for seed in (3, 3, 4)]
+    runs = [distil_images(teacher, schedule(images=2), seed).images for seed in (3, 3, 4)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2])
 
@@ -129,13 +128,14 @@ def test_outlier_channels_change_the_ranges_but_not_the_function(resnet, officia
 def test_a_teacher_without_batch_norm_is_refused():
     teacher = Teacher.from_module(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UserError, match="no batch norm with running statistics"):
-        distil_images(teacher, ImageSchedule(images=2, synthesis_iterations=1))
+        distil_images(teacher, schedule(images=2))
 
 
 def test_synthesis_finds_the_minimum_and_leaves_the_given_images():
     given = torch.zeros(2, 3, 4, 4)
-    images, history = synthesise(given, quadratic, **settings(iterations=200))
-    torch.testing.assert_close(images, torch.ones_like(images), rtol=0, atol=1e-2)
+    made = synthesise(given, quadratic, schedule(synthesis_iterations=200))
+    [history] = made.losses
+    torch.testing.assert_close(made.images, torch.ones_like(given), rtol=0, atol=1e-2)
     assert history[0] == 96 and len(history) == 200
     assert not given.any()
 
@@ -149,7 +149,7 @@ def test_learning_rate_falls_exactly_as_pytorchs_plateau_says():
         def prescribed(images, steps=steps):
             return images.sum() * 0.5 + (next(steps) - (images.sum() * 0.5).detach())
 
-        found, history = synthesise(torch.zeros(1, 1, 1, 1), prescribed, **settings(patience=patience))
+        found = synthesise(torch.zeros(1, 1, 1, 1), prescribed, schedule(synthesis_patience=patience))
         expected = torch.zeros(1, 1, 1, 1, requires_grad=True)
         adam = torch.optim.Adam([expected], lr=0.1)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=patience, min_lr=1e-4)
@@ -157,8 +157,8 @@ def test_learning_rate_falls_exactly_as_pytorchs_plateau_says():
             expected.grad = torch.full_like(expected, 0.5)
             adam.step()
             plateau.step(loss)
-        assert history == pytest.approx(losses)
-        torch.testing.assert_close(found, expected.detach())
+        assert found.losses == [pytest.approx(losses)]
+        torch.testing.assert_close(found.images, expected.detach())
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_iteration():
@@ -167,5 +167,5 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_iteration():
     def breaks(images):
         return quadratic(images) * (float("nan") if next(count) == 7 else 1.0)
 
-    with pytest.raises(RuntimeError, match=r"toy: the loss is nan at iteration 7; learning_rate=0\.1 may be too high"):
-        synthesise(torch.zeros(1, 3, 2, 2), breaks, **settings(), label="toy")
+    with pytest.raises(RuntimeError, match=r"toy: the loss is nan at iteration 7; synthesis_lr=0\.1 may be too high"):
+        synthesise(torch.zeros(1, 3, 2, 2), breaks, schedule(), label="toy")

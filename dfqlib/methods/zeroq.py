@@ -53,16 +53,7 @@ def distil_images(teacher: Teacher, schedule: ImageSchedule, seed: int = 0) -> S
             teacher.folded(images)
             return add_up({"statistics": zeroq_statistics_loss(images, taps.layers)})
 
-        images, losses = synthesise(
-            start,
-            loss,
-            schedule.synthesis_lr,
-            schedule.synthesis_iterations,
-            schedule.synthesis_patience,
-            schedule.synthesis_min_lr,
-            f"distilling {schedule.images} images",
-        )
-    return SyntheticImages(images, losses=[losses])
+        return synthesise(start, loss, schedule, f"distilling {schedule.images} images")
 
 
 @torch.no_grad()
