@@ -37,7 +37,8 @@ def sensitivity(teacher: nn.Module, images: Tensor, bits: Sequence[int] = (2, 4,
     teacher_logits = network(images)
     for layer in track(table.index, "sensitivity of each layer"):
         module, divergences = network.get_submodule(layer), []
-        for module.weight_bits in bits:
+        for width in bits:
+            module.weight_bits = width
             divergences.append(mean_kl(teacher_logits, network(images)))
         module.weight_bits = None
         table.loc[layer] = torch.stack(divergences).tolist()
@@ -101,8 +102,8 @@ def pareto_frontier(sensitivity: pd.DataFrame, sizes: pd.DataFrame) -> ParetoFro
     for layer in sizes.index:
         # Every state with every width of this layer, by size; kept are those with a new least sensitivity.
         states = len(size)
-        size = np.concatenate([size + bytes_ for bytes_ in sizes.loc[layer]])
-        total = np.concatenate([total + divergence for divergence in sensitivity.loc[layer]])
+        size = np.concatenate([size + more for more in sizes.loc[layer]])
+        total = np.concatenate([total + more for more in sensitivity.loc[layer]])
         order = np.lexsort((total, size))
         best_before = np.minimum.accumulate(np.concatenate([[np.inf], total[order][:-1]]))
         kept = order[total[order] < best_before]

@@ -60,7 +60,7 @@ class MeanSquaredError(RunningMinMax):
         low, high = x.amin(), x.amax()
         shrink = 1 - 0.01 * torch.arange(80, device=x.device)
         errors = torch.stack([F.mse_loss(fake_quantize(x, low * s, high * s, bits), x) for s in shrink])
-        best = shrink.gather(0, errors.argmin(0, keepdim=True)).squeeze()  # an index would be read from the device
+        best = shrink.gather(0, errors.argmin(0, keepdim=True)).squeeze()  # indexing would wait for the device
         return low * best, high * best
 
 
