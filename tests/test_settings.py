@@ -77,7 +77,6 @@ def test_a_notebook_refuses_what_it_cannot_run_with(name, value, sentence):
         ({"settings": {"device": "gpu"}}, "device='gpu' is unknown"),
         ({"settings": {"evaluations": "0"}}, "evaluations=0 is out of range"),
         ({"settings": {"student_lr": "nan"}}, "student_lr='nan' is not a number"),
-        ({"settings": {"data_folder": "/does/not/exist"}}, "data_folder='/does/not/exist' is not a folder"),
     ],
 )
 def test_a_plan_refuses_the_same(asked, sentence):

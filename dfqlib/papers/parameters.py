@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, make_dataclass
-from pathlib import Path
 from typing import Any
 
 from dfqlib.bits import BitWidths
@@ -48,8 +47,6 @@ class Common(Settings):
         super().__post_init__()
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"device={self.device!r} is unknown; allowed: auto, cpu, cuda, cuda:<number>, mps.")
-        if self.data_folder and not Path(self.data_folder).expanduser().is_dir():
-            raise UserError(f"data_folder={self.data_folder!r} is not a folder; allowed: a folder of images, or ''.")
 
 
 @dataclass(frozen=True, kw_only=True)
