@@ -1,11 +1,10 @@
 """Bit widths of weights and activations."""
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from dfqlib.errors import UserError
 
@@ -18,8 +17,7 @@ class BitWidths:
     """Bits of a network's weights and of its activations, 2 to 8 each; None leaves them in float.
 
     A mapping gives every layer its own width, by the names that :func:`dfqlib.quantizers.describe.describe` uses.
-    Printed as the papers write it, ``W4A4``. Raises UserError for other widths; whole numbers of NumPy are whole
-    numbers.
+    Printed as in the papers, ``W4A4``. Raises UserError for other widths; NumPy's integers are accepted.
     """
 
     weight: Width | Mapping[str, Width]
@@ -30,7 +28,7 @@ class BitWidths:
             object.__setattr__(self, name, _checked(f"{name} bits", getattr(self, name)))
 
     @classmethod
-    def parse(cls, text: str | BitWidths, parameter: str = "bits") -> BitWidths:
+    def parse(cls, text: str | Self, parameter: str = "bits") -> Self:
         """The widths that ``text`` names, such as ``"W4A8"`` or ``"w4a8"``."""
         if isinstance(text, BitWidths):
             return text

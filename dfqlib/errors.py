@@ -1,6 +1,4 @@
-"""Wrong input, told in one sentence before any work starts."""
-
-from __future__ import annotations
+"""Wrong input, reported in one sentence before any work starts."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,19 +10,25 @@ T = TypeVar("T")
 class UserError(ValueError):
     """Input a user can correct; the message names the parameter, its value and what is allowed."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback: where the library noticed the mistake helps nobody correct it."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class Diverged(RuntimeError):
-    """A loss that is no longer finite; the message names whose, which of its terms and the iteration."""
+    """A loss that is no longer finite; the message names the loss, the term that broke and the iteration."""
 
 
 def check_choice(parameter: str, value: T, allowed: Iterable[T]) -> T:
-    """``value`` if it is among ``allowed``; otherwise a :class:`UserError` that lists them, nearest first."""
+    """``value`` if it is among ``allowed``; otherwise a :class:`UserError` that lists them and suggests the nearest."""
     allowed = list(allowed)
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+    typed, names = str(value), [str(each) for each in allowed]
+    begun = [name for name in names if typed and name.startswith(typed)]
+    near = begun or difflib.get_close_matches(typed, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise UserError(f"{parameter}={value!r} is unknown{hint}; allowed: {', '.join(str(a) for a in allowed)}.")
+    raise UserError(f"{parameter}={value!r} is unknown{hint}; allowed: {', '.join(names)}.")
 
 
 def check_range(parameter: str, value: float, low: float, high: float) -> float:

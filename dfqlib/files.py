@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: The file in a run's folder with its rows, parameters and provenance.
-METRICS = "metrics.json"
+METRICS = "metrics.json"  # in a run's folder: its rows, parameters and provenance
 # Environment variables of a notebook in a batch: the folder of its checkpoints, and the seconds between two of them.
 CHECKPOINTS = "DFQ_CHECKPOINTS"
 CHECKPOINT_SECONDS = "DFQ_CHECKPOINT_SECONDS"

@@ -8,6 +8,7 @@ from dfqlib.finetuning.loop import finetune
 from dfqlib.methods import hast, zeroq
 from dfqlib.methods.gdfq import Schedule, make_stream, make_student
 from dfqlib.models.teacher import load_teacher
+from dfqlib.schedules import ImageSchedule
 from dfqlib.speed.switches import ACCELERATIONS, OFF_VARIABLE, off_from_start, uses, without
 
 SCHEDULE = Schedule(iterations=3, observe_iterations=1, train_from=1, generator_iterations=3, batch=8, student_lr=1e-3)
@@ -22,8 +23,8 @@ def gdfq_run() -> list[torch.Tensor]:
 
 
 def zeroq_run() -> list[torch.Tensor]:
-    images, losses = zeroq.distil_images(load_teacher("resnet20_cifar10"), batch=4, iterations=3)
-    return [images, torch.tensor(losses)]
+    made = zeroq.distil_images(load_teacher("resnet20_cifar10"), ImageSchedule(images=4, synthesis_iterations=3))
+    return [made.images, torch.tensor(made.losses)]
 
 
 def hast_run() -> list[torch.Tensor]:

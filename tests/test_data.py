@@ -174,7 +174,7 @@ def test_splits_are_kept_apart_also_in_a_folder_of_several_data_sets(tmp_path):
     assert (len(load_test("cifar10", tmp_path)), len(load_train("cifar10", tmp_path))) == (10, 30)
     tree(tmp_path / "half" / "cifar10" / "test")
     assert len(load_test("cifar10", tmp_path / "half")) == 20
-    refuse("has no train/ beside test/", load_train, dataset="cifar10", folder=tmp_path / "half")
+    refuse("has no train/ beside test/", load_train, dataset="cifar10", data_folder=tmp_path / "half")
 
 
 def test_hidden_files_and_folders_are_no_data(tmp_path):
@@ -186,7 +186,7 @@ def test_hidden_files_and_folders_are_no_data(tmp_path):
     (tmp_path / ".DS_Store").write_bytes(b"")
     found = load_test("pets", tmp_path)
     assert (found.classes, len(found)) == (("cat", "dog"), 4)
-    refuse("has no train/ beside test/", load_train, dataset="pets", folder=tmp_path)
+    refuse("has no train/ beside test/", load_train, dataset="pets", data_folder=tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -196,7 +196,7 @@ def test_16_bits_become_8_and_32_are_refused(tmp_path, suffix):
     Image.fromarray(ramp).save(tmp_path / "a" / f"0.{suffix}")
     assert load_test("own", tmp_path).pixels[0, 1].flatten().tolist() == list(range(256))
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "a" / "1.tif")
-    refuse("a/1.tif has 32 bits a pixel; allowed: 8 or 16", dataset="own", folder=tmp_path)
+    refuse("a/1.tif has 32 bits a pixel; allowed: 8 or 16", dataset="own", data_folder=tmp_path)
 
 
 def test_torchvision_layout(tmp_path, monkeypatch):
@@ -246,22 +246,22 @@ def test_imagenet_is_a_validation_folder_of_1000_classes(tmp_path, monkeypatch):
 
 def test_folder_missing_empty_or_without_class_folders(tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse("is empty", folder=tmp_path / "empty")
+    refuse("is empty", data_folder=tmp_path / "empty")
     (tmp_path / "flat").mkdir()
     grey(0).save(tmp_path / "flat" / "image.png")
-    refuse("holds 1 images without class folders", folder=tmp_path / "flat")
+    refuse("holds 1 images without class folders", data_folder=tmp_path / "flat")
     tree(tmp_path / "hollow")
     for image in (tmp_path / "hollow" / "deer").iterdir():
         image.unlink()
-    refuse("class folder 'deer' holds no images", folder=tmp_path / "hollow")
+    refuse("class folder 'deer' holds no images", data_folder=tmp_path / "hollow")
 
 
 def test_wrong_images(tmp_path):
     tree(tmp_path / "large", size=(64, 64))
-    refuse("has 64 x 64 pixels; allowed: 32 x 32", folder=tmp_path / "large")
+    refuse("has 64 x 64 pixels; allowed: 32 x 32", data_folder=tmp_path / "large")
     tree(tmp_path / "mixed" / "pets", ("cat",))
     tree(tmp_path / "mixed" / "pets" / "new", ("dog",), size=(40, 40))
-    refuse("has 40 x 40 pixels; allowed: 32 x 32 like the others", dataset="pets", folder=tmp_path / "mixed" / "pets")
+    refuse("has 40 x 40 pixels; allowed: 32 x 32 like the others", dataset="pets", data_folder=tmp_path / "mixed/pets")
     refuse("size=64 does not fit cifar10", size=64)
 
 
@@ -272,15 +272,15 @@ def test_a_folder_is_checked_by_its_layout_classes_and_one_image(tmp_path, monke
     (tmp_path / "pets" / "cat" / "0.png").write_bytes(b"not an image")
     tree(tmp_path / "other", (*CIFAR10[1:], "zebra"))
     for function in (check_folder, load_test):
-        refuse("cat/0.png cannot be read", function, dataset="pets", folder=tmp_path / "pets")
-        refuse("missing airplane; unexpected zebra", function, dataset="cifar10", folder=tmp_path / "other")
-        refuse("is not a folder", function, dataset="cifar10", folder=tmp_path / "none")
+        refuse("cat/0.png cannot be read", function, dataset="pets", data_folder=tmp_path / "pets")
+        refuse("missing airplane; unexpected zebra", function, dataset="cifar10", data_folder=tmp_path / "other")
+        refuse("is not a folder", function, dataset="cifar10", data_folder=tmp_path / "none")
     torchvision_layout(tmp_path / "cifar10", monkeypatch)
     check_folder("cifar10", tmp_path / "cifar10")
 
 
 def test_data_that_is_nowhere(tmp_path, monkeypatch):
-    refuse(r"dataset='cifar1O' is unknown \(did you mean 'cifar10'\?\).* any name with folder=", dataset="cifar1O")
+    refuse(r"dataset='cifar1O' is unknown \(did you mean 'cifar10'\?\).* any name with data_folder=", dataset="cifar1O")
     refuse("dataset='imagenet': its test images are neither on this machine", dataset="imagenet")
     refuse("its train images are neither .* download=True", function=load_train)
     monkeypatch.setenv("DFQ_DATA", str(tmp_path / "none"))

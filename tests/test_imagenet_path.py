@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 
+from dfqlib.bits import BitWidths
 from dfqlib.checkpoint import load_checkpoint
 from dfqlib.finetuning.loop import Checkpoint, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
@@ -21,6 +22,7 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.models.zoo import MODELS, build
 from dfqlib.papers import published
 from dfqlib.quantizers import calibrate
+from dfqlib.schedules import ImageSchedule
 
 IMAGENET = published.models_of("imagenet")
 SCHEDULE = gdfq.Schedule(iterations=2, observe_iterations=1, train_from=1, generator_iterations=1, batch=2)
@@ -40,10 +42,11 @@ def test_the_tables_have_the_models_they_should():
 
 def test_post_training_quantization_runs(teacher):
     size = teacher.entry.input_size
-    images, losses = zeroq.distil_images(teacher, batch=2, iterations=1)
-    assert images.shape == (2, 3, size, size) and all(map(math.isfinite, losses))
+    made = zeroq.distil_images(teacher, ImageSchedule(images=2, synthesis_iterations=1))
+    images = made.images
+    assert images.shape == (2, 3, size, size) and all(map(math.isfinite, made.losses[0]))
     with torch.no_grad():
-        assert calibrate.calibrated(teacher.network, 8, 8, images)(images).shape == (2, 1000)
+        assert calibrate.calibrated(teacher.network, BitWidths(8, 8), images)(images).shape == (2, 1000)
     diverse, labels, losses = dsg.synthesise_diverse(teacher, dsg.noise_gaps(teacher, 2), batch=2, iterations=1)
     assert diverse.shape == images.shape and labels.max() < 1000 and all(map(math.isfinite, losses))
 

@@ -9,11 +9,13 @@ from pytorchcv.model_provider import get_model
 from torch import nn
 from torch.nn import functional as F
 
+from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
+from dfqlib.quantizers import calibrate
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.describe import describe, model_bytes
 from dfqlib.quantizers.fake_quantize import fake_quantize_per_channel
-from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear, observing, set_observing
+from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear, observing
 from dfqlib.quantizers.observers import MovingAverage
 
 
@@ -42,20 +44,12 @@ def fake_quantizers(student):
     return {m.name: m for m in student.modules() if isinstance(m, FakeQuantize)}
 
 
-def calibrated(model, x, *args, **kwargs):
-    student = quantize_model(model, *args, **kwargs)
-    with torch.no_grad(), observing(student):
-        student(x)
-    return student
+def quantized(model, weight=4, activation=4):
+    return quantize_model(model, BitWidths(weight, activation))
 
 
-def test_every_layer_and_every_relu_call_is_found():
-    torch.manual_seed(0)
-    model, x = Block().eval(), torch.randn(2, 3, 6, 6)
-    student = calibrated(model, x, 4, 5)
-    assert [type(student.get_submodule(n)) for n in ("conv1", "depthwise", "grouped")] == [QuantConv2d] * 3
-    assert type(student.linear) is QuantLinear
-    assert list(fake_quantizers(student)) == ["relu", "relu:2", "relu:3", "relu6", "relu:4"]
+def calibrated(model, x, weight=4, activation=4, observer="moving_average"):
+    return calibrate.calibrated(model, BitWidths(weight, activation), x, observer)
 
 
 def test_student_computes_what_quantization_by_hand_computes():
@@ -92,6 +86,7 @@ def test_student_computes_what_quantization_by_hand_computes():
         lambda x: x.relu_(),
         lambda x: F.relu(x, inplace=True),
         lambda x: F.relu6(x, True),
+        lambda x: (F.relu(x, inplace=True), x)[1],  # whose result is not taken
     ],
 )
 def test_every_way_to_write_a_relu(relu):
@@ -108,33 +103,18 @@ def test_every_way_to_write_a_relu(relu):
     assert output.unique().tolist() == pytest.approx([0, 1, 2, 3])
 
 
-def test_in_place_relu_whose_result_is_not_taken():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.relu = nn.ReLU(inplace=True)
-
-        def forward(self, x):
-            x = x + 0
-            self.relu(x)
-            return x
-
-    x = torch.linspace(-3, 3, 64).view(1, 64)
-    assert len(calibrated(Net(), x, 4, 2)(x).unique()) == 4
-
-
 def test_relus_with_similar_names_keep_their_own_ranges():
     model = nn.Sequential()
     model.add_module("a_b", nn.Sequential())
     model.a_b.add_module("c", nn.ReLU())
     model.add_module("a", nn.Sequential())
     model.a.add_module("b_c", nn.ReLU())
-    assert list(fake_quantizers(quantize_model(model, 4, 4))) == ["a_b.c", "a.b_c"]
+    assert list(fake_quantizers(quantized(model))) == ["a_b.c", "a.b_c"]
 
 
 def test_nothing_but_relus_is_quantized():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.LeakyReLU(), nn.Sigmoid(), nn.Linear(16, 2))
-    assert not fake_quantizers(quantize_model(model, 4, 4))
+    assert not fake_quantizers(quantized(model))
 
 
 @pytest.mark.parametrize(
@@ -157,12 +137,12 @@ def test_known_architectures(name, size, layers, relus):
     torch.manual_seed(0)
     factory = torchvision.models.get_model if name.startswith("torchvision/") else get_model
     model = factory(name.removeprefix("torchvision/")).eval()
-    student = quantize_model(model, 4, 4)
+    student = quantized(model)
     assert len(fake_quantizers(student)) == relus
     assert sum(isinstance(m, (QuantConv2d, QuantLinear)) for m in student.modules()) == layers
     x = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        assert torch.equal(quantize_model(model, None, 32)(x), model(x))
+        assert torch.equal(quantized(model, None, None)(x), model(x))
         with observing(student):
             observed = student(x)
         assert observed.isfinite().all() and torch.equal(student(x), observed)
@@ -175,7 +155,7 @@ def test_given_model_stays_as_it_was():
     calls = []
     model.conv1.register_forward_hook(lambda *_: calls.append(1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    student = calibrated(model, x, 4, 4)
+    student = calibrated(model, x)
     assert not calls
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     student(x).square().sum().backward()
@@ -197,67 +177,49 @@ def test_every_parameter_gets_a_gradient_and_batch_norm_statistics_stand_still()
     assert student.bn.running_mean.abs().sum() == 0
 
 
-def test_ranges_move_only_while_observing():
-    x = torch.randn(2, 3, 6, 6)
-    student = calibrated(Block(), x, 4, 4)
-    before = [q.observer.high.clone() for q in fake_quantizers(student).values()]
-    student(100 * x)
-    assert [q.observer.high for q in fake_quantizers(student).values()] == before
-    set_observing(student, True)
-    student(100 * x)
-    assert all(q.observer.high > b for q, b in zip(fake_quantizers(student).values(), before, strict=True))
-
-
-def test_uncalibrated_student_is_told_of():
-    with pytest.raises(UserError, match="activation 'relu' has no range yet"):
-        quantize_model(Block(), 4, 4)(torch.randn(1, 3, 6, 6))
-
-
 def test_channels_last_and_dtype_are_kept():
     model = Block().to(memory_format=torch.channels_last)
-    student = quantize_model(model, 4, 4)
+    student = quantized(model)
     assert student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert quantize_model(Block().double(), 4, 4).conv1.weight.dtype == torch.float64
+    assert quantized(Block().double()).conv1.weight.dtype == torch.float64
 
 
 def test_student_is_loaded_from_its_state():
     x = torch.randn(2, 3, 6, 6)
-    student, other = calibrated(Block(), x, 4, 4), quantize_model(Block(), 4, 4)
+    student, other = calibrated(Block(), x), quantized(Block())
     other.load_state_dict(student.state_dict())
     assert torch.equal(other(x), student(x))
 
 
 def test_bit_widths_by_layer():
     x = torch.randn(2, 3, 6, 6)
-    weight_bits = {"conv1": 8, "depthwise": None, "grouped": 2, "linear": 32}
+    weight_bits = {"conv1": 8, "depthwise": None, "grouped": 2, "linear": None}
     activation_bits = {"relu": 8, "relu:2": 4, "relu:3": None, "relu6": 3, "relu:4": 2}
     student = calibrated(Block(), x, weight_bits, activation_bits)
-    widths = {n: student.get_submodule(n).weight_bits for n in weight_bits}
-    assert widths == {"conv1": 8, "depthwise": None, "grouped": 2, "linear": None}
+    assert {n: student.get_submodule(n).weight_bits for n in weight_bits} == weight_bits
     assert {n: q.bits for n, q in fake_quantizers(student).items()} == {"relu": 8, "relu:2": 4, "relu6": 3, "relu:4": 2}
 
 
 def test_observer_by_name_or_factory():
     published = functools.partial(MovingAverage, compounding_correction=True)
-    student = calibrated(Block(), torch.randn(2, 3, 6, 6), 4, 4, observer=published)
+    student = calibrated(Block(), torch.randn(2, 3, 6, 6), observer=published)
     assert all(q.observer.compounding_correction for q in fake_quantizers(student).values())
 
 
 @pytest.mark.parametrize(
-    "weight_bits, activation_bits, observer, message",
+    "weight, activation, observer, message",
     [
-        (1, 4, "minmax", "weight_bits=1 is not a supported bit width"),
-        (0, 4, "minmax", "weight_bits=0 is not a supported bit width"),
-        (4, 9, "minmax", "activation_bits=9 is not a supported bit width"),
+        (1, 4, "minmax", "weight bits=1 is not a supported bit width; allowed: whole numbers from 2 to 8"),
+        (4, 9, "minmax", "activation bits=9 is not a supported bit width"),
         (4, 4, "minmix", "observer='minmix' is unknown \\(did you mean 'minmax'\\?\\)"),
-        ({"conv1": 4}, 4, "minmax", "weight_bits gives no bit width for layer 'depthwise' \\(3 missing\\)"),
-        ({"conv_1": 4}, 4, "minmax", "layer in weight_bits='conv_1' is unknown \\(did you mean 'conv1'\\?\\)"),
-        (dict.fromkeys(["conv1", "depthwise", "grouped", "linear"], 12), 4, "minmax", "weight_bits\\['conv1'\\]=12"),
+        ({"conv1": 4}, 4, "minmax", "weight bits give no width for layer 'depthwise' \\(3 missing\\)"),
+        ({"conv_1": 4}, 4, "minmax", "layer in weight bits='conv_1' is unknown \\(did you mean 'conv1'\\?\\)"),
+        ({"conv1": 12}, 4, "minmax", "weight bits\\['conv1'\\]=12"),
     ],
 )
-def test_bad_arguments_are_refused(weight_bits, activation_bits, observer, message):
+def test_bad_arguments_are_refused(weight, activation, observer, message):
     with pytest.raises(UserError, match=message):
-        quantize_model(Block(), weight_bits, activation_bits, observer)
+        quantize_model(Block(), BitWidths(weight, activation), observer)
 
 
 # Models that cannot be quantized whole are refused by name.
@@ -301,19 +263,12 @@ class OwnConv(nn.Conv2d):
         (nn.Sequential(OwnConv(3, 2, 1)), "calls conv2d|reads '0.weight'"),
         (nn.Sequential(nn.TransformerEncoderLayer(4, 2)), "hides '.*' inside module '0' \\(TransformerEncoderLayer\\)"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 1)), "ParametrizedConv2d"),
+        (quantized(Block()), "is already quantized \\(at 'conv1'\\)"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_by_name(model, message):
     with pytest.raises(UserError, match=message):
-        quantize_model(model, 4, 4)
-
-
-def test_student_is_not_quantized_twice():
-    with pytest.raises(UserError, match="quantized already \\(at 'conv1'\\)"):
-        quantize_model(quantize_model(Block(), 4, 4), 4, 4)
-
-
-# The table
+        quantized(model)
 
 
 def test_description_by_hand():
@@ -338,10 +293,3 @@ def test_description_by_hand():
     assert rows.low["conv1"] == pytest.approx(model.conv1.weight.min().item())
     quantizer = fake_quantizers(student)["relu:2"]
     assert (rows.activation_bits["relu:2"], rows.high["relu:2"]) == (6, pytest.approx(quantizer.observer.high.item()))
-
-
-def test_eight_bit_resnet_takes_about_a_quarter():
-    model = get_model("resnet20_cifar10")
-    total = describe(quantize_model(model, 8, 8)).iloc[-1]
-    assert total.float_bytes == model_bytes(model)
-    assert total.bytes == 270_896 + total.float_bytes - 4 * 270_896

@@ -57,15 +57,10 @@ def test_gradient_equals_the_official_one():
 
 
 def test_two_bits_by_hand():
-    """Range 0 to 3 at 2 bits has the levels 0, 1, 2, 3; halves round to even after the shift by zero = 2."""
+    """Levels 0, 1, 2, 3, where halves round to even after the shift by zero = 2; and a range that lacks 0."""
     x = torch.tensor([-5.0, 0.4, 0.6, 1.4, 2.6, 9.0])
     assert fake_quantize(x, torch.tensor(0.0), torch.tensor(3.0), 2).tolist() == [0, 0, 1, 1, 3, 3]
-
-
-def test_range_without_zero_by_hand():
-    """Range 10 to 13 at 2 bits: the zero point is 12, far outside -2 ... 1."""
-    x = torch.tensor([0.0, 10.2, 11.7, 99.0])
-    assert fake_quantize(x, torch.tensor(10.0), torch.tensor(13.0), 2).tolist() == [10, 10, 12, 13]
+    assert fake_quantize(x + 9, torch.tensor(10.0), torch.tensor(13.0), 2).tolist() == [10, 10, 10, 10, 12, 13]
 
 
 def test_constant_stays_constant():
@@ -75,7 +70,7 @@ def test_constant_stays_constant():
 
 def test_levels_are_at_most_two_to_the_bits_and_errors_at_most_half_a_step():
     x = torch.rand(1000)
-    for bits in range(2, 9):
+    for bits in BITS:
         quantized = fake_quantize(x, x.min(), x.max(), bits)
         assert len(quantized.unique()) <= 2**bits
         assert (quantized - x).abs().max() <= 0.5001 * (x.max() - x.min()) / (2**bits - 1) + 1e-6
@@ -96,12 +91,6 @@ def test_input_is_left_as_it_was_and_memory_format_is_kept():
     assert torch.equal(x, before)
     assert quantized.is_contiguous(memory_format=torch.channels_last)
     assert fake_quantize_per_channel(x, 4).is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("bits", [1, 9, 0, 4.0, "4", True, None])
-def test_unsupported_bits_are_refused(bits):
-    with pytest.raises(UserError, match="allowed: whole numbers from 2 to 8"):
-        fake_quantize(torch.zeros(2), torch.tensor(0.0), torch.tensor(1.0), bits)
 
 
 # Observers
@@ -177,14 +166,6 @@ def test_every_observer_serves_a_fake_quantizer(name):
     assert torch.equal(quantizer.observer.low, low) and torch.equal(quantizer.observer.high, high)
 
 
-def test_a_loaded_range_is_a_range():
-    trained, fresh = FakeQuantize(4, MovingAverage()), FakeQuantize(4, MovingAverage())
-    trained.observer.observe(torch.rand(10))
-    fresh.load_state_dict(trained.state_dict())
-    x = torch.rand(10)
-    assert torch.equal(fresh(x), trained(x))
-
-
 def test_bad_observer_parameters_are_refused():
     with pytest.raises(UserError, match="percentile=101"):
         Percentile(101)
@@ -217,10 +198,3 @@ def test_quantized_layer_is_the_layer_with_a_quantized_weight(layer, shape):
     with torch.no_grad():
         layer.weight.copy_(fake_quantize_per_channel(layer.weight, 3))
     torch.testing.assert_close(output, layer(x))
-
-
-def test_weight_range_follows_the_weight():
-    layer = QuantLinear(nn.Linear(4, 2), 2)
-    with torch.no_grad():
-        layer.weight.mul_(100)
-    torch.testing.assert_close(layer(torch.eye(4)) - layer.bias, fake_quantize_per_channel(layer.weight, 2).T)

@@ -6,6 +6,7 @@ from test_folding import with_statistics
 from torch import nn
 from torch.nn import functional as F
 
+from dfqlib.bits import BitWidths
 from dfqlib.models.zoo import MODELS, build
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.layers import observing
@@ -16,7 +17,7 @@ from dfqlib.speed.switches import without
 def student_of(network: nn.Module, size: int, bits: int | None = 4) -> tuple[nn.Module, torch.Tensor]:
     """A student in double precision with ranges, and two images for it."""
     torch.manual_seed(0)
-    student = quantize_model(with_statistics(network), bits, bits).double()
+    student = quantize_model(with_statistics(network), BitWidths(bits, bits)).double()
     images = torch.randn(2, 3, size, size, dtype=torch.double)
     with torch.no_grad(), observing(student):
         student(images)

@@ -6,6 +6,7 @@ import torch
 from pytorchcv.model_provider import get_model
 from torch import nn
 
+from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
 from dfqlib.generators.optimise_images import synthesise
 from dfqlib.methods.zeroq import distil_images, start_images, statistics_gaps, with_outliers, zeroq_statistics_loss
@@ -13,7 +14,9 @@ from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.calibrate import calibrated
 from dfqlib.quantizers.describe import describe
+from dfqlib.schedules import ImageSchedule
 
+W8A8 = BitWidths(8, 8)
 OFFICIAL = Path(__file__).parent / "data" / "losses.npz"
 
 
@@ -44,8 +47,8 @@ def quadratic(images):
     return (images - 1).square().sum()
 
 
-def settings(**changes):
-    return {"learning_rate": 0.1, "iterations": 20, "patience": 100, "min_learning_rate": 1e-4} | changes
+def schedule(**changes):
+    return ImageSchedule(**{"synthesis_iterations": 20, "synthesis_lr": 0.1} | changes)
 
 
 def test_distillation_minimises_the_official_loss(resnet, official):
@@ -67,8 +70,9 @@ def test_start_images_are_the_official_ones_levels():
 def test_distilled_statistics_come_closer_and_the_teacher_stays_as_it_was():
     teacher = small_teacher()
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
-    images, history = distil_images(teacher, batch=4, iterations=60)
-    assert images.shape == (4, 3, 8, 8) and not images.requires_grad
+    made = distil_images(teacher, ImageSchedule(images=4, synthesis_iterations=60))
+    images, [history] = made.images, made.losses
+    assert images.shape == (4, 3, 8, 8) and not images.requires_grad and made.labels is None
     assert len(history) == 60 and history[-1] < history[0] / 3
     first, last = statistics_gaps(teacher.network, start_images(4, 8)), statistics_gaps(teacher.network, images)
     assert list(last.index) == ["0.1", "0.4"]
@@ -80,7 +84,7 @@ def test_distilled_statistics_come_closer_and_the_teacher_stays_as_it_was():
 
 def test_a_seed_gives_the_same_images_again_and_another_seed_others():
     teacher = small_teacher()
-    runs = [distil_images(teacher, batch=2, iterations=5, seed=seed)[0] for seed in (3, 3, 4)]
+    runs = [distil_images(teacher, schedule(images=2), seed).images for seed in (3, 3, 4)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2])
 
@@ -88,12 +92,12 @@ def test_a_seed_gives_the_same_images_again_and_another_seed_others():
 def test_ranges_come_from_the_calibration_images():
     teacher = small_teacher()
     images = torch.randn(4, 3, 8, 8)
-    student = calibrated(teacher.network, 8, 8, images)
+    student = calibrated(teacher.network, W8A8, images)
     table = describe(student).set_index("layer")
     expected = teacher.network[0][:3](images).max().item()
     assert table.loc["0.2", "high"] == pytest.approx(expected, rel=1e-2)
     assert (student(images) - teacher.network(images)).abs().max() < 0.1 * teacher.network(images).std()
-    wider = calibrated(teacher.network, 8, 8, 10 * images)
+    wider = calibrated(teacher.network, W8A8, 10 * images)
     assert describe(wider).set_index("layer").loc["0.2", "high"] > 5 * expected
 
 
@@ -111,7 +115,7 @@ def test_outlier_channels_change_the_ranges_but_not_the_function(resnet, officia
     images = official["images"]
     network = with_outliers(resnet.network, factor=8)
     torch.testing.assert_close(network(images), resnet.network(images), rtol=1e-3, atol=1e-3)
-    ranges = [describe(calibrated(n, 8, 8, images)).set_index("layer")["high"] for n in (resnet.network, network)]
+    ranges = [describe(calibrated(n, W8A8, images)).set_index("layer")["high"] for n in (resnet.network, network)]
     inner = [name for name in ranges[0].index if name.endswith("conv1.activ")]
     assert len(inner) == 9
     assert (ranges[1][inner] > 2 * ranges[0][inner]).all()
@@ -124,22 +128,14 @@ def test_outlier_channels_change_the_ranges_but_not_the_function(resnet, officia
 def test_a_teacher_without_batch_norm_is_refused():
     teacher = Teacher.from_module(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UserError, match="no batch norm with running statistics"):
-        distil_images(teacher, batch=2, iterations=1)
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [("batch", 0), ("iterations", 0), ("learning_rate", -0.1), ("patience", -1), ("min_learning_rate", 2.0)],
-)
-def test_a_setting_out_of_range_is_refused(setting, value):
-    with pytest.raises(UserError, match=f"^{setting}={value}"):
-        distil_images(small_teacher(), **{setting: value})
+        distil_images(teacher, schedule(images=2))
 
 
 def test_synthesis_finds_the_minimum_and_leaves_the_given_images():
     given = torch.zeros(2, 3, 4, 4)
-    images, history = synthesise(given, quadratic, **settings(iterations=200))
-    torch.testing.assert_close(images, torch.ones_like(images), rtol=0, atol=1e-2)
+    made = synthesise(given, quadratic, schedule(synthesis_iterations=200))
+    [history] = made.losses
+    torch.testing.assert_close(made.images, torch.ones_like(given), rtol=0, atol=1e-2)
     assert history[0] == 96 and len(history) == 200
     assert not given.any()
 
@@ -153,7 +149,7 @@ def test_learning_rate_falls_exactly_as_pytorchs_plateau_says():
         def prescribed(images, steps=steps):
             return images.sum() * 0.5 + (next(steps) - (images.sum() * 0.5).detach())
 
-        found, history = synthesise(torch.zeros(1, 1, 1, 1), prescribed, **settings(patience=patience))
+        found = synthesise(torch.zeros(1, 1, 1, 1), prescribed, schedule(synthesis_patience=patience))
         expected = torch.zeros(1, 1, 1, 1, requires_grad=True)
         adam = torch.optim.Adam([expected], lr=0.1)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=patience, min_lr=1e-4)
@@ -161,8 +157,8 @@ def test_learning_rate_falls_exactly_as_pytorchs_plateau_says():
             expected.grad = torch.full_like(expected, 0.5)
             adam.step()
             plateau.step(loss)
-        assert history == pytest.approx(losses)
-        torch.testing.assert_close(found, expected.detach())
+        assert found.losses == [pytest.approx(losses)]
+        torch.testing.assert_close(found.images, expected.detach())
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_iteration():
@@ -171,5 +167,5 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_iteration():
     def breaks(images):
         return quadratic(images) * (float("nan") if next(count) == 7 else 1.0)
 
-    with pytest.raises(RuntimeError, match=r"toy: the loss is nan at iteration 7; learning_rate=0\.1 may be too high"):
-        synthesise(torch.zeros(1, 3, 2, 2), breaks, **settings(), label="toy")
+    with pytest.raises(RuntimeError, match=r"toy: the loss is nan at iteration 7; synthesis_lr=0\.1 may be too high"):
+        synthesise(torch.zeros(1, 3, 2, 2), breaks, schedule(), label="toy")

@@ -75,11 +75,11 @@ DATASETS: dict[str, Dataset] = {
 
 
 def load_test(
-    dataset: str = "cifar10", folder: str | Path | None = None, download: bool = False, size: int | None = None
+    dataset: str = "cifar10", data_folder: str | Path | None = None, download: bool = False, size: int | None = None
 ) -> ImageSet:
-    """Test (validation) images, from the first of: ``folder``, ``$DFQ_DATA/<dataset>``, the package, a download.
+    """Test (validation) images, from the first of: ``data_folder``, ``$DFQ_DATA/<dataset>``, the package, a download.
 
-    ``folder`` is a torchvision layout (holding ``cifar-10-batches-py`` or ``cifar-100-python``) or an ImageFolder tree
+    ``data_folder`` is a torchvision layout (``cifar-10-batches-py`` or ``cifar-100-python``) or an ImageFolder tree
     (class folders, or ``test/`` or ``val/`` with class folders inside), or holds one in a folder named ``dataset``;
     ``$DFQ_DATA/<dataset>`` likewise. The package carries 2,000 test images of CIFAR-10 and of CIFAR-100;
     ``download=True`` asks for all 10,000 instead, through torchvision. A name beside those of ``DATASETS`` stands for
@@ -90,14 +90,14 @@ def load_test(
     validation images at 224 pixels take 7.5 GB. Raises :class:`UserError` for what cannot be found or has the wrong
     classes.
     """
-    return _load(dataset, "test", folder, download, size)
+    return _load(dataset, "test", data_folder, download, size)
 
 
 def load_train(
-    dataset: str = "cifar10", folder: str | Path | None = None, download: bool = False, size: int | None = None
+    dataset: str = "cifar10", data_folder: str | Path | None = None, download: bool = False, size: int | None = None
 ) -> ImageSet:
     """All training images, found as :func:`load_test` finds test images; the package has only :func:`few_shot`."""
-    return _load(dataset, "train", folder, download, size)
+    return _load(dataset, "train", data_folder, download, size)
 
 
 def embedded_test(dataset: str = "cifar10") -> ImageSet:
@@ -179,13 +179,13 @@ def _load(dataset: str, split: str, folder: str | Path | None, download: bool, s
     if size is not None:
         check_range("size", size, 1, 4096)
     if folder:
-        return _read_folder(dataset, split, places.expand(folder), f"folder={str(folder)!r}", size)
+        return _read_folder(dataset, split, places.expand(folder), f"data_folder={str(folder)!r}", size)
     root = places.data_root()
     place = (root or places.cache_folder()) / dataset
     if root and place.is_dir():
         return _read_folder(dataset, split, place, f"$DFQ_DATA/{dataset}={str(place)!r}", size)
     if known is None:
-        check_choice("dataset", dataset, [*DATASETS, "or any name with folder= an ImageFolder tree"])
+        check_choice("dataset", dataset, [*DATASETS, "or any name with data_folder= an ImageFolder tree"])
     if download and known.torchvision_folder:
         return _download(known, split, place)
     if split == "test" and dataset in EMBEDDED_PER_CLASS:
@@ -193,7 +193,7 @@ def _load(dataset: str, split: str, folder: str | Path | None, download: bool, s
     ways = "download=True, " if known.torchvision_folder else ""
     raise UserError(
         f"dataset={dataset!r}: its {split} images are neither on this machine nor in the package; allowed: {ways}"
-        f"folder= their folder, or the environment variable DFQ_DATA= a folder that holds {dataset}/."
+        f"data_folder= their folder, or the environment variable DFQ_DATA= a folder that holds {dataset}/."
     )
 
 
@@ -208,10 +208,10 @@ def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
     return ImageSet(name, pixels, torch.arange(len(pixels)) % known.class_count, known.classes, source)
 
 
-def check_folder(dataset: str, folder: str | Path) -> None:
-    """Raise the :class:`UserError` that :func:`load_test` would for ``folder``, having read one of its images only."""
-    told = f"folder={str(folder)!r}"
-    known, place = DATASETS.get(dataset), _find_split(dataset, "test", places.expand(folder), told)
+def check_folder(dataset: str, data_folder: str | Path) -> None:
+    """Raise the :class:`UserError` that :func:`load_test` would for ``data_folder``, but read one image only."""
+    told = f"data_folder={str(data_folder)!r}"
+    known, place = DATASETS.get(dataset), _find_split(dataset, "test", places.expand(data_folder), told)
     if not _is_torchvision(known, place):
         _, files, _ = _list_tree(known, place, told)
         _read_image(files[0], None)
@@ -276,7 +276,7 @@ def _download(known: Dataset, split: str, folder: Path) -> ImageSet:
             dataset_class(folder, download=True)
         except (RuntimeError, OSError) as error:
             raise UserError(f"dataset={known.name!r} could not be downloaded to {folder}: {error}") from None
-    return _read_torchvision(known, split, folder, f"folder={str(folder)!r}")
+    return _read_torchvision(known, split, folder, f"data_folder={str(folder)!r}")
 
 
 def _read_tree(dataset: str, split: str, folder: Path, told: str, size: int | None) -> ImageSet:

@@ -1,6 +1,4 @@
-"""What every maker of images hands over."""
-
-from __future__ import annotations
+"""What every maker of images returns."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SyntheticImages:
-    """Images (N, 3, H, W), normalised; labels (N,), or (N, classes) where classes are mixed; None if nobody asked.
+    """Images (N, 3, H, W), normalised; labels (N,), or (N, classes) where classes are mixed; None without labels.
 
-    ``losses`` holds the loss before each iteration, for each batch of images that was optimised on its own.
+    ``losses`` holds one list for each batch of images optimised on its own: the loss before each iteration.
     """
 
     images: Tensor

@@ -1,6 +1,4 @@
-"""What a notebook lets its reader explore: one layer before and after fake quantization, and controls for a figure."""
-
-from __future__ import annotations
+"""Let a notebook's reader explore: one layer before and after fake quantization, and controls for a figure."""
 
 import inspect
 import io
@@ -13,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, fx
 
+from dfqlib.bits import check_width
 from dfqlib.errors import check_choice
 from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
 from dfqlib.quantizers.layers import FakeQuantize
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
 def before_and_after(student: fx.GraphModule, layer: str, bits: int, images: Tensor) -> tuple[Tensor, Tensor]:
     """The weight of ``layer`` (O, ...) or, for a ReLU, its activations (B, ...): in float, and fake-quantized.
 
-    student: calibrated, so that a ReLU has the range its activations are quantized over; the layers before it compute
-    as they do in ``student``. layer: as :func:`dfqlib.quantize.describe` names it. images (B, 3, H, W), normalised,
-    matter to activations only. Raises UserError for an unknown layer and for bits outside 2 to 8.
+    student: calibrated; the layers before ``layer`` compute as they do in it. layer: as named by
+    :func:`dfqlib.quantizers.describe.describe`. images (B, 3, H, W), normalised, matter to activations only.
+    Raises UserError for an unknown layer and for bits outside 2 to 8.
     """
+    check_width("bits", bits)
     relus = {module.name: module for module in student.modules() if isinstance(module, FakeQuantize)}
     if check_choice("layer", layer, [*weight_layers(student), *relus]) not in relus:
         weight = student.get_submodule(layer).weight.detach()
@@ -44,34 +44,33 @@ def before_and_after(student: fx.GraphModule, layer: str, bits: int, images: Ten
 
 
 def rounding_error(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Mean squared difference of two tensors of one shape, and how far it lies below the variance of ``before``, in dB.
+    """Mean squared difference of two tensors of one shape, and how far below the variance of ``before`` it is, in dB.
 
-    The second is infinite where nothing differs; each bit is worth about 6 dB.
+    The second is infinite if the tensors are equal; each bit is worth about 6 dB.
     """
     error = (after - before).square().mean().item()
     return error, 10 * math.log10(before.var(correction=0).item() / error) if error else math.inf
 
 
-def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str, Any]) -> VBox:
+def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str, Any]) -> "VBox":
     """A control for each argument of ``draw`` above the figure that it returns, drawn anew at every change.
 
-    choices: what an argument may be; whole numbers get a slider, all else, and a mapping from label to value, a list
-    to choose from. Every control starts at the default of ``draw``. Needs a kernel that somebody looks on at: where
-    there is none, show the figure itself. Raises UserError for a default that is not among the choices.
+    choices: allowed values of an argument, or a mapping from label to value. Integers get a slider, all else a list;
+    both start at the argument's default. Needs an interactive kernel; elsewhere, show the figure itself.
     """
     import ipywidgets
 
     made = {}
     for name, allowed in choices.items():
-        values = list(allowed.values() if isinstance(allowed, Mapping) else allowed)
-        start = check_choice(name, inspect.signature(draw).parameters[name].default, values)
-        options = list(allowed.items()) if isinstance(allowed, Mapping) else values
-        settings = {"options": options, "value": start, "description": name.replace("_", " ")}
-        settings |= {"style": {"description_width": "initial"}}  # ipywidgets' own width cuts names off
+        options = list(allowed.items()) if isinstance(allowed, Mapping) else list(allowed)
         if all(isinstance(option, int) for option in options):
-            made[name] = ipywidgets.SelectionSlider(continuous_update=False, **settings)
+            control = ipywidgets.SelectionSlider(options=options, continuous_update=False)
         else:
-            made[name] = ipywidgets.Dropdown(layout={"width": "max-content"}, **settings)
+            control = ipywidgets.Dropdown(options=options, layout={"width": "max-content"})
+        control.value = inspect.signature(draw).parameters[name].default
+        control.description = name.replace("_", " ")
+        control.style.description_width = "initial"  # ipywidgets' own width cuts names off
+        made[name] = control
     # A picture, not an Output widget: nbclient waits for ever for a cell that fills one of these.
     picture = ipywidgets.Image(format="png")
 

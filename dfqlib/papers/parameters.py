@@ -36,7 +36,6 @@ class Common(Settings):
     profile: str = "quick"
     dataset: str = "cifar10"
     model: str = "resnet20_cifar10"
-    bits: list[BitWidths] = setting(["W4A4"], least=1)
     seed: int = setting(0, 0, 10**9)
     device: str = "auto"
     out: str = ""
@@ -50,8 +49,15 @@ class Common(Settings):
             raise UserError(f"device={self.device!r} is unknown; allowed: auto, cpu, cuda, cuda:<number>, mps.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quantizing(Common):
+    """Parameters of every notebook that quantizes."""
+
+    bits: list[BitWidths] = setting(["W4A4"], least=1)
+
+
 #: Parameters that say what is run and where; all others are a method's schedule, which is compared with the published.
-PLACES = tuple(name for name in Common.kinds() if name != "per_class")
+PLACES = tuple(name for name in Quantizing.kinds() if name != "per_class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,7 @@ class Teachers(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroQ(Common, ImageSchedule):
+class ZeroQ(Quantizing, ImageSchedule):
     """01."""
 
     layer_bits: list[int] = setting([2, 4, 8], 2, 8, least=2)
@@ -78,7 +84,7 @@ class ZeroQ(Common, ImageSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GDFQ(Common, GeneratorSchedule):
+class GDFQ(Quantizing, GeneratorSchedule):
     """02."""
 
     evaluations: int = setting(396, 1, 10**6)
@@ -88,7 +94,7 @@ class GDFQ(Common, GeneratorSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qimera(Common, GeneratorSchedule):
+class Qimera(Quantizing, GeneratorSchedule):
     """03."""
 
     published_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])
@@ -101,7 +107,7 @@ class Qimera(Common, GeneratorSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSG(Common, DiverseImageSchedule, GeneratorSchedule):
+class DSG(Quantizing, DiverseImageSchedule, GeneratorSchedule):
     """04."""
 
     schemes: list[str] = setting(["ptq", "qat"], choices=("ptq", "qat", "control"), least=1)
@@ -115,7 +121,7 @@ class DSG(Common, DiverseImageSchedule, GeneratorSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaFT(Common, HardImageSchedule, TuningSchedule, AlignmentWeights):
+class SaFT(Quantizing, HardImageSchedule, TuningSchedule, AlignmentWeights):
     """05."""
 
     centres: int = setting(0, 0, FOREVER)
@@ -129,7 +135,7 @@ class SaFT(Common, HardImageSchedule, TuningSchedule, AlignmentWeights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Common, Budget):
+class Compare(Quantizing, Budget):
     """06."""
 
     sources: list[str] = setting(list(SOURCES), choices=SOURCES, least=1)
@@ -148,13 +154,11 @@ NOTEBOOKS: dict[str, type[Settings]] = {
 }
 
 
-def declared(key: str, defaults: dict[str, Any]) -> type[Settings]:
-    """The parameters of the notebook ``key``; of a notebook that is not the kit's, by the ``defaults`` of its cell."""
-    if key in NOTEBOOKS:
-        return NOTEBOOKS[key]
-    kinds, common = Common.kinds(), Common.__dataclass_fields__
+def declared_by(defaults: dict[str, Any]) -> type[Settings]:
+    """The parameters of a notebook that is not the kit's, by the ``defaults`` of its parameters cell."""
+    kinds, common = Quantizing.kinds(), Quantizing.__dataclass_fields__
     own = []
     for name, value in defaults.items():
         limits = common[name].metadata if name in common else {}
         own.append((name, kinds.get(name, type(value)), setting(value, **limits)))
-    return make_dataclass(key, own, bases=(Settings,), frozen=True, kw_only=True)
+    return make_dataclass("Parameters", own, bases=(Settings,), frozen=True, kw_only=True)

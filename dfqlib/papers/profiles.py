@@ -14,7 +14,7 @@ from typing import Any
 
 from dfqlib.errors import UserError, check_choice
 from dfqlib.papers.notebook_source import notebook_parameters
-from dfqlib.papers.parameters import PLACES, declared
+from dfqlib.papers.parameters import NOTEBOOKS, PLACES, declared_by
 from dfqlib.settings import Settings
 
 
@@ -40,6 +40,7 @@ class Paper:
     methods: list[str]  # rows of published.csv that it runs
     scheme: str  # "ptq" or "qat", "" where the notebook quantizes nothing
     tables: dict[str, dict[str, Any]]  # per profile, as in the file
+    declared: type[Settings] | None = None  # its parameters, where it is a notebook of the kit
     datasets: list[str] = field(default_factory=list)  # the only ones that it can run; empty for any
     minutes: float = 1.0  # roughly, under quick on 2 cores: a batch begins with the longest
 
@@ -51,7 +52,7 @@ class Paper:
     @property
     def parameters(self) -> type[Settings]:
         """Types, limits and published values of all parameters."""
-        return declared(self.key, self.defaults)
+        return self.declared or declared_by(self.defaults)
 
     def values(self, profile: str, dataset: str = "", model: str = "") -> dict[str, Any]:
         """All parameters under ``profile``; those for the data set, then those for the model, are laid over it."""
@@ -79,7 +80,8 @@ def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
     papers = {}
     for key, values in content.items():
         tables = {name: values.pop(name) for name in profiles if name in values}
-        papers[key] = Paper(key, notebooks / values.pop("notebook"), **values, tables=tables)
+        declared = None if table else NOTEBOOKS[key]
+        papers[key] = Paper(key, notebooks / values.pop("notebook"), **values, tables=tables, declared=declared)
     return profiles, papers
 
 

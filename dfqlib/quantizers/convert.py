@@ -1,7 +1,5 @@
 """Turn a trained network into its quantized student."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -11,36 +9,33 @@ from torch.nn import functional as F
 
 from dfqlib.bits import BitWidths, Width
 from dfqlib.errors import UserError, check_choice
-from dfqlib.quantizers.layers import FakeQuantize
+from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
 from dfqlib.quantizers.observers import OBSERVERS, RunningMinMax
-from dfqlib.quantizers.trace import _QUANTIZED_KIND, trace, weight_layers
+from dfqlib.quantizers.trace import trace, weight_layers
 
-_RELU_FUNCTIONS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_}
-_RELU_METHODS = {"relu", "relu_"}
+_RELUS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, "relu", "relu_"}  # functions, and methods of a tensor
 _ALWAYS_INPLACE = {F.relu_, torch.relu_, "relu_"}
 
 
 def quantize_model(
-    model: nn.Module,
-    bits: BitWidths,
-    observer: str | Callable[[], RunningMinMax] = "moving_average",
+    model: nn.Module, bits: BitWidths, observer: str | Callable[[], RunningMinMax] = "moving_average"
 ) -> fx.GraphModule:
-    """A quantized copy of ``model`` to calibrate or fine-tune; ``model`` itself and its hooks are left as they are.
+    """A quantized copy of ``model`` to calibrate or fine-tune; ``model`` and its hooks are left as they are.
 
-    Every Conv2d and Linear, first and last included, becomes a layer that fake-quantizes its weight per output channel;
-    after every ReLU and ReLU6, and nowhere else, stands a :class:`FakeQuantize` with an observer of its own, also where
-    one ReLU module is called at several places or a function does the work. So the input, linear bottlenecks and pooled
-    features stay in float, as in the papers' code. The copy is in eval mode (batch-norm statistics frozen) and all its
-    parameters train. Its activation ranges must be learned before use: ``with observing(student): student(images)``.
+    Every Conv2d and Linear, first and last included, becomes a layer that fake-quantizes its weight per output channel.
+    A :class:`FakeQuantize` with an observer of its own follows each call of a ReLU or ReLU6, whether module or
+    function, and nothing else: the input, linear bottlenecks and pooled features stay in float, as in the papers' code.
+    The copy is in eval mode (batch-norm statistics frozen) and all its parameters require gradients. Activation ranges
+    must be learned before use: ``with observing(student): student(images)``.
 
     bits: for all layers, or by layer. observer: a name in ``OBSERVERS`` or a function that makes one.
-    Raises UserError for missing or unknown layers, and a model that torch.fx cannot trace, naming the part.
+    Raises UserError for missing or unknown layers, and for a model that torch.fx cannot trace, naming the part.
     """
     make_observer = OBSERVERS[check_choice("observer", observer, OBSERVERS)] if isinstance(observer, str) else observer
     student = trace(model)
     for name, width in _by_name("weight", bits.weight, weight_layers(student)).items():
         layer = student.get_submodule(name)
-        student.add_submodule(name, _QUANTIZED_KIND[type(layer)](layer, width))
+        student.add_submodule(name, (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, width))
     sites = _relu_sites(student)
     for site, width in _by_name("activation", bits.activation, list(sites)).items():
         if width is not None:
@@ -56,13 +51,10 @@ def _relu_sites(model: fx.GraphModule) -> dict[str, fx.Node]:
     sites: dict[str, fx.Node] = {}
     seen: Counter[str] = Counter()
     for node in model.graph.nodes:
-        is_module = node.op == "call_module" and isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6))
-        is_function = node.op == "call_function" and node.target in _RELU_FUNCTIONS
-        if is_module:
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6)):
             name = node.target
-        elif is_function or (node.op == "call_method" and node.target in _RELU_METHODS):
-            inside = list(node.meta.get("nn_module_stack", ()))
-            name = f"{inside[-1]}.relu" if inside else "relu"
+        elif node.op in ("call_function", "call_method") and node.target in _RELUS:
+            name = ".".join([*list(node.meta.get("nn_module_stack", ()))[-1:], "relu"])
         else:
             continue
         seen[name] += 1
@@ -79,11 +71,10 @@ def _insert_after(model: fx.GraphModule, relu: fx.Node, quantizer: FakeQuantize)
         quantized = model.graph.call_module(target, (relu,))
     relu.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
     if _is_inplace(model, relu):
-        # Code that goes on with the tensor it gave to an in-place ReLU reads the ReLU's output under another name.
+        # Code that goes on to use the tensor it gave to an in-place ReLU reads the ReLU's output under another name.
         given = relu.all_input_nodes[0]
-        for user in list(given.users):
-            if order[user] > order[relu]:
-                user.replace_input_with(given, quantized)
+        for user in [user for user in given.users if order[user] > order[relu]]:
+            user.replace_input_with(given, quantized)
 
 
 def _is_inplace(model: fx.GraphModule, relu: fx.Node) -> bool:
@@ -92,13 +83,13 @@ def _is_inplace(model: fx.GraphModule, relu: fx.Node) -> bool:
     return relu.target in _ALWAYS_INPLACE or bool(relu.kwargs.get("inplace", relu.args[1:] == (True,)))
 
 
-def _by_name(parameter: str, bits: Width | Mapping[str, Width], names: list[str]) -> dict[str, Width]:
+def _by_name(parameter: str, widths: Width | Mapping[str, Width], names: list[str]) -> dict[str, Width]:
     """One bit width, or None for float, for each of ``names``."""
-    if not isinstance(bits, Mapping):
-        return dict.fromkeys(names, bits)
-    for name in bits:
+    if not isinstance(widths, Mapping):
+        return dict.fromkeys(names, widths)
+    for name in widths:
         check_choice(f"layer in {parameter} bits", name, names)
-    missing = [name for name in names if name not in bits]
+    missing = [name for name in names if name not in widths]
     if missing:
         raise UserError(f"{parameter} bits give no width for layer {missing[0]!r} ({len(missing)} missing).")
-    return {name: bits[name] for name in names}
+    return {name: widths[name] for name in names}

@@ -1,6 +1,4 @@
-"""The uniform quantizer that all papers share: tensors rounded to a k-bit grid, still in float."""
-
-from __future__ import annotations
+"""The uniform quantizer that all papers share: tensors rounded to a k-bit grid and kept in float."""
 
 from typing import Any
 
@@ -14,21 +12,14 @@ def scale_and_zero_point(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, 
     """Steps per unit of ``x``, and the whole number of steps from 0 to the middle of the range (low, high).
 
     ``scale = (2^k - 1) / max(high - low, 1e-8)``, ``zero = round(scale * low) + 2^(k-1)``; any shape. The zero point
-    may lie outside the k-bit integers: that is how a range without 0 is stored.
+    lies outside the k-bit integers if the range does not contain 0.
     """
     scale = (2**bits - 1) / (high - low).clamp(min=1e-8)
     return scale, torch.round(scale * low) + 2 ** (bits - 1)
 
 
-def round_to_grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """The nearest of the ``2^bits`` levels over (low, high) to each element of ``x``."""
-    scale, zero = scale_and_zero_point(low, high, bits)
-    half = 2 ** (bits - 1)
-    return (torch.round(scale * x - zero).clamp(-half, half - 1) + zero) / scale
-
-
 class _StraightThrough(torch.autograd.Function):
-    """:func:`round_to_grid` forward, identity backward: nothing is saved, the gradient is passed on as it is."""
+    """Rounds in the forward pass; the backward pass is the identity, so no tensor is saved for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -48,12 +39,15 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """``x`` rounded to the ``2^bits`` levels of a uniform asymmetric quantizer over (low, high), still in float.
 
     x: any shape; low, high: one value, or shapes that broadcast with x (one range per channel). The gradient is the
-    straight-through identity for every element, also for clipped ones; none flows to low and high.
+    straight-through identity for every element, clipped ones included; low and high get none.
     Source: the quantizer of ZeroQ, GDFQ, Qimera, DSG, HAST and SaFT alike.
     """
     if uses("fused_rounding"):
         return _StraightThrough.apply(x, low, high, bits)
-    return x + (round_to_grid(x, low, high, bits) - x).detach()
+    scale, zero = scale_and_zero_point(low, high, bits)
+    half = 2 ** (bits - 1)
+    rounded = (torch.round(scale * x - zero).clamp(-half, half - 1) + zero) / scale
+    return x + (rounded - x).detach()
 
 
 def fake_quantize_per_channel(weight: Tensor, bits: int) -> Tensor:

@@ -1,8 +1,7 @@
 """The layers of a quantized network, and the switch that lets their observers see a batch."""
 
-from __future__ import annotations
-
 import contextlib
+import copy
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from dfqlib.quantizers.observers import RunningMinMax
 
 
 class FakeQuantize(nn.Module):
-    """Fake quantization of activations over the range of its observer, which looks on only while ``observing``."""
+    """Fake quantization of activations over the range of its observer, which is updated only while ``observing``."""
 
     def __init__(self, bits: int, observer: RunningMinMax, name: str = "") -> None:
         super().__init__()
@@ -25,11 +24,11 @@ class FakeQuantize(nn.Module):
         self._has_range = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (any shape) quantized with the range as it stands after this batch. UserError without a range."""
+        """``x`` (any shape) quantized over the range as it is after this batch. UserError if there is no range."""
         if self.observing:
             self.observer.observe(x, self.bits)
         elif not self._has_range:
-            # Asked of the device once: afterwards a forward never waits for it.
+            # Read from the device once: later forward passes never wait for it.
             self._has_range = bool(self.observer.low.isfinite())
             if not self._has_range:
                 raise UserError(f"activation {self.name!r} has no range yet: run a batch through it while observing.")
@@ -39,67 +38,49 @@ class FakeQuantize(nn.Module):
         return f"bits={self.bits}"
 
 
-class QuantConv2d(nn.Conv2d):
-    """A Conv2d whose weight is fake-quantized per output channel at each forward; ``weight_bits`` None leaves it float.
+class QuantizedLayer(nn.Module):
+    """Takes over the attributes and parameters of a Conv2d or Linear, whose weight each forward pass fake-quantizes.
 
-    It takes over the given layer's parameters; the bias stays in float.
+    One range per output channel; ``weight_bits`` None leaves the weight in float. The bias stays in float.
     """
 
-    def __init__(self, layer: nn.Conv2d, weight_bits: int | None) -> None:
-        # On the meta device the weights about to be replaced cost neither memory nor random numbers.
-        super().__init__(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,
-            device="meta",
-        )
-        self.weight, self.bias, self.weight_bits = layer.weight, layer.bias, weight_bits
+    def __init__(self, layer: nn.Conv2d | nn.Linear, weight_bits: int | None) -> None:
+        nn.Module.__init__(self)  # a layer's own constructor would draw weights that are replaced at once
+        vars(self).update({name: copy.copy(value) for name, value in vars(layer).items()})
+        self.weight_bits = weight_bits
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """A Conv2d with a fake-quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, used_weight(self), self.bias)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
 
-
-class QuantLinear(nn.Linear):
-    """A Linear whose weight is fake-quantized per output row at each forward; else as :class:`QuantConv2d`."""
-
-    def __init__(self, layer: nn.Linear, weight_bits: int | None) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight, self.bias, self.weight_bits = layer.weight, layer.bias, weight_bits
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """A Linear with a fake-quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, used_weight(self), self.bias)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
-
 
 def used_weight(layer: nn.Module) -> Tensor:
-    """The weight as ``layer`` computes with it: fake-quantized if it is a quantized layer, else as it is."""
+    """The weight that ``layer`` computes with: fake-quantized in a quantized layer, else as it is."""
     bits = getattr(layer, "weight_bits", None)
     return layer.weight if bits is None else fake_quantize_per_channel(layer.weight, bits)
 
 
-def set_observing(student: nn.Module, on: bool) -> None:
-    """Let the observers of ``student`` update their ranges at each forward, or stand still."""
-    for module in student.modules():
-        if isinstance(module, FakeQuantize):
-            module.observing = on
-
-
 @contextlib.contextmanager
 def observing(student: nn.Module) -> Iterator[None]:
-    """Inside, each forward of ``student`` updates its activation ranges."""
-    set_observing(student, True)
+    """Within this context, each forward pass of ``student`` updates its activation ranges."""
+    quantizers = [module for module in student.modules() if isinstance(module, FakeQuantize)]
+    for quantizer in quantizers:
+        quantizer.observing = True
     try:
         yield
     finally:
-        set_observing(student, False)
+        for quantizer in quantizers:
+            quantizer.observing = False

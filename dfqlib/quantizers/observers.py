@@ -1,6 +1,4 @@
-"""Observers: each chooses the range of an activation from the batches it sees."""
-
-from __future__ import annotations
+"""Observers: each derives the range of an activation from the batches it sees."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from dfqlib.quantizers.fake_quantize import fake_quantize
 class RunningMinMax(nn.Module):
     """Running min of batch minima and running max of batch maxima, both from 0 (ZeroQ; DSG's "minmax").
 
-    The base of all observers: ``low`` and ``high`` are buffers with one value each, NaN until the first ``observe``.
+    Base class of all observers: ``low`` and ``high`` are scalar buffers, NaN until the first ``observe``.
     """
 
     def __init__(self) -> None:
@@ -23,15 +21,15 @@ class RunningMinMax(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor, bits: int = 8) -> None:
-        """Widen the range by the one of the batch ``x`` (N, ...); ``bits`` matters to MeanSquaredError only."""
+        """Widen the range to include that of the batch ``x`` (N, ...); only MeanSquaredError uses ``bits``."""
         low, high = self.batch_range(x, bits)
-        # fmin and fmax ignore the NaN of a range not seen yet.
+        # fmin and fmax ignore the initial NaN.
         self.low.copy_(torch.fmin(self.low, low.clamp(max=0)))
         self.high.copy_(torch.fmax(self.high, high.clamp(min=0)))
 
     def batch_range(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The range (low, high) of one batch."""
-        return x.amin(), x.amax()  # on a CPU in half the time of aminmax over all elements
+        return x.amin(), x.amax()  # on a CPU twice as fast as aminmax over all elements
 
 
 class SampleMeanMinMax(RunningMinMax):
@@ -62,16 +60,16 @@ class MeanSquaredError(RunningMinMax):
         low, high = x.amin(), x.amax()
         shrink = 1 - 0.01 * torch.arange(80, device=x.device)
         errors = torch.stack([F.mse_loss(fake_quantize(x, low * s, high * s, bits), x) for s in shrink])
-        best = shrink.gather(0, errors.argmin(0, keepdim=True)).squeeze()  # indexed by one number it would be read
+        best = shrink.gather(0, errors.argmin(0, keepdim=True)).squeeze()  # indexing would wait for the device
         return low * best, high * best
 
 
 class MovingAverage(RunningMinMax):
     """Exponential moving average of batch min and max, corrected for its start at 0 (GDFQ and all later papers).
 
-    After t batches the average is divided by ``1 - beta^t``. ``compounding_correction=True`` is the published code's
-    quirk: it stores the divided value back, so that the corrections multiply and a constant 1 reads 1, 5.3, 17.8, ...
-    before it decays towards 1 over some 100 batches.
+    After t batches the average is divided by ``1 - beta^t``. ``compounding_correction=True`` is a quirk of the released
+    code: it stores the divided value back, so the corrections compound, and a constant input of 1 reads 1, 5.3, 17.8,
+    ... before it decays towards 1 over some 100 batches.
     """
 
     def __init__(self, beta: float = 0.9, compounding_correction: bool = False) -> None:

@@ -1,7 +1,5 @@
 """A network as a torch.fx graph in which each convolution, linear layer and ReLU is one node."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +9,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from dfqlib.errors import UserError
-from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
+from dfqlib.quantizers.layers import FakeQuantize, QuantizedLayer
 
-_QUANTIZED_KIND = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-_WEIGHT_FUNCTIONS = {F.conv2d, torch.conv2d, F.linear}
+_WEIGHT_LAYERS = nn.Conv2d, nn.Linear
+_WEIGHT_FUNCTIONS = F.conv2d, torch.conv2d, F.linear
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -22,21 +20,26 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
     Raises UserError naming the module or function that cannot be traced, or that would hide such a layer.
     """
+    network = type(model).__name__
     for name, module in model.named_modules():
-        if isinstance(module, (QuantConv2d, QuantLinear, FakeQuantize)):
-            raise UserError(
-                f"{type(model).__name__} is quantized already (at {name!r}); give the full-precision model."
-            )
+        if isinstance(module, (QuantizedLayer, FakeQuantize)):
+            raise UserError(f"{network} is already quantized (at {name!r}); pass the full-precision model.")
     tracer = _Tracer()
     copied = _copy_without_hooks(model).eval()
     try:
         graph = tracer.trace(copied)
     except Exception as error:  # whatever the model's own code raises when it meets a torch.fx proxy
-        where = tracer.failed_in or f"forward of {type(model).__name__}"
-        raise UserError(f"{type(model).__name__} cannot be traced by torch.fx: {where}: {error}") from error
+        where = tracer.failed_in or f"forward of {network}"
+        raise UserError(f"{network} cannot be traced by torch.fx: {where}: {error}") from error
     for node in graph.nodes:
         _refuse_hidden_layers(copied, node)
-    return fx.GraphModule(copied, graph, class_name=type(model).__name__)
+    return fx.GraphModule(copied, graph, class_name=network)
+
+
+def weight_layers(model: fx.GraphModule) -> list[str]:
+    """Names of the Conv2d and Linear layers of a traced ``model``, each once, in the order they first run."""
+    called = (node.target for node in model.graph.nodes if node.op == "call_module")
+    return [name for name in dict.fromkeys(called) if isinstance(model.get_submodule(name), _WEIGHT_LAYERS)]
 
 
 class _Tracer(fx.Tracer):
@@ -53,7 +56,7 @@ class _Tracer(fx.Tracer):
 
 
 def _copy_without_hooks(model: nn.Module) -> nn.Module:
-    """Deep copy of ``model``; hooks stay behind, as they would run on torch.fx's proxies and may hold live tensors."""
+    """Deep copy of ``model`` without its hooks, which would run on torch.fx's proxies and may hold live tensors."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [getattr(module, kind) for module in model.modules() for kind in kinds]
     return copy.deepcopy(model, {id(held): type(held)() for held in hooks})
@@ -67,26 +70,13 @@ def _refuse_hidden_layers(model: nn.Module, node: fx.Node) -> None:
         raise UserError(f"{network} calls {node.target.__name__} on {weights}: only modules can be quantized.")
     if node.op == "get_attr":
         owner = node.target.rpartition(".")[0]
-        if isinstance(model.get_submodule(owner), (nn.Conv2d, nn.Linear)):
-            raise UserError(
-                f"{network} reads {node.target!r} without calling {owner!r}, which then cannot be quantized."
-            )
+        if isinstance(model.get_submodule(owner), _WEIGHT_LAYERS):
+            raise UserError(f"{network} reads {node.target!r} without calling {owner!r}: it cannot be quantized.")
     if node.op != "call_module":
         return
-    leaf = model.get_submodule(node.target)
-    if isinstance(leaf, (nn.Conv2d, nn.Linear)) and type(leaf) not in _QUANTIZED_KIND:
-        raise UserError(
-            f"layer {node.target!r} is a {type(leaf).__name__}: only plain Conv2d and Linear can be quantized."
-        )
+    leaf, kind = model.get_submodule(node.target), type(model.get_submodule(node.target)).__name__
+    if isinstance(leaf, _WEIGHT_LAYERS) and type(leaf) not in _WEIGHT_LAYERS:
+        raise UserError(f"layer {node.target!r} is a {kind}: only plain Conv2d and Linear can be quantized.")
     for name, inner in leaf.named_modules():
-        if name and isinstance(inner, (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)):
-            raise UserError(
-                f"{network} hides {name!r} inside module {node.target!r} ({type(leaf).__name__}), "
-                "which torch.fx does not look into."
-            )
-
-
-def weight_layers(model: fx.GraphModule) -> list[str]:
-    """Names of the Conv2d and Linear layers of a traced ``model``, each once, in the order they first run."""
-    called = (node.target for node in model.graph.nodes if node.op == "call_module")
-    return [n for n in dict.fromkeys(called) if isinstance(model.get_submodule(n), (nn.Conv2d, nn.Linear))]
+        if name and isinstance(inner, (*_WEIGHT_LAYERS, nn.ReLU, nn.ReLU6)):
+            raise UserError(f"{network} hides {name!r} inside module {node.target!r} ({kind}), which is not traced.")
