@@ -85,6 +85,9 @@ class LocalExecutor:
     forks: bool = False
     kernels: WeakSet = field(default_factory=WeakSet)  # processes
 
+    def __post_init__(self) -> None:
+        kernels.provide_home()
+
     @property
     def places(self) -> int:
         """All jobs compute; none waits in a queue."""

@@ -42,14 +42,26 @@ def environment(threads: int) -> dict[str, str]:
     """The variables of a kernel that computes with ``threads`` threads, unless the user's own say otherwise."""
     path = os.pathsep.join(filter(None, [os.fspath(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     chosen = {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    if not os.access(os.path.expanduser("~"), os.W_OK):  # containers may run as a user without a home
-        chosen["HOME"] = _spare_home().name
     return {"OMP_NUM_THREADS": str(threads)} | os.environ | chosen
+
+
+def provide_home() -> None:
+    """Give this process and its kernels temporary folders where the user has no writable home, as in some containers.
+
+    Kernels die without one. A home that can only be read is kept, for the weights in its caches.
+    """
+    home = os.path.expanduser("~")
+    if os.access(home, os.W_OK):
+        return
+    if not os.path.isdir(home):
+        os.environ["HOME"] = _spare_home().name
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, _spare_home().name)
 
 
 @functools.cache
 def _spare_home() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="dfqlib-home-")
+    return tempfile.TemporaryDirectory(prefix="dfqlib-home-")  # removed when the process ends
 
 
 def warm_up(modules: Iterable[str], threads: int) -> bool:
