@@ -258,10 +258,10 @@ def test_a_run_that_diverges_is_named_in_the_tables_and_the_others_go_on(kit, tm
 
 
 def test_braces_and_brackets_in_paths_and_a_console_in_ascii_are_no_matter(tmp_path, monkeypatch):
-    table = write_kit(tmp_path / "kit {v1} [/b]", gdfq="raise ValueError('\N{GREEK SMALL LETTER ALPHA}')")
+    table = write_kit(tmp_path / "kit {v1} [b]", gdfq="raise ValueError('\N{GREEK SMALL LETTER ALPHA}')")
     monkeypatch.setenv("DFQ_PROFILES", str(table))
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    results = tmp_path / "exp {model} {0} [/x]"
+    results = tmp_path / "exp {model} {0} [x]"
     process = start(results)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in errors
