@@ -15,8 +15,8 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-# nbconvert's page without its scripts, which load from the network and are not needed, and with the alternative texts of
-# figures, which it omits.
+# nbconvert's page without its scripts, which load from the network and are not needed, and with the alternative texts
+# of figures, which it omits.
 SCRIPTS = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 PICTURE = """
 {% block data_png scoped %}
