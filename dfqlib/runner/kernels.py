@@ -28,6 +28,8 @@ from zmq import IPC_PATH_MAX_LEN
 from dfqlib.places import PACKAGE
 
 FORKS = sys.platform == "linux"
+#: glibc keeps freed memory: every iteration needs the same blocks, and the system would clear their pages each time.
+HELD_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
 LAUNCHER = [sys.executable, "-m", "ipykernel_launcher"]
 
 
@@ -42,7 +44,7 @@ def environment(threads: int) -> dict[str, str]:
     """The variables of a kernel that computes with ``threads`` threads, unless the user's own say otherwise."""
     path = os.pathsep.join(filter(None, [os.fspath(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     chosen = {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    return {"OMP_NUM_THREADS": str(threads)} | os.environ | chosen
+    return {"OMP_NUM_THREADS": str(threads)} | HELD_MEMORY | os.environ | chosen
 
 
 def provide_home() -> None:
