@@ -1,10 +1,8 @@
-"""Progress of long loops: a bar where someone watches, a small file where ``run_all.py`` watches.
+"""Progress of long loops: a bar for an interactive user, a small file for ``run_all.py``.
 
 ``run_all.py`` starts every notebook's kernel with ``DFQ_PROGRESS_FILE`` set. Loops then write their state to that file
 instead of drawing, so that an executed notebook holds no bars and one screen can show all notebooks.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -76,7 +74,7 @@ def _write(file: Path) -> None:
 
 
 def _screen() -> TextIO | None:
-    """Where someone watches: a terminal, or a notebook, which paints what comes by stderr red, as if it had failed."""
+    """The stream for bars: a terminal's stderr, or a notebook's stdout, since notebooks show stderr in red."""
     if sys.stderr.isatty():
         return sys.stderr
     return sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else None

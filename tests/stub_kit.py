@@ -30,6 +30,8 @@ out = ""
 data_folder = ""
 weights = ""
 iterations = 10  # loop length
+observe_iterations = 1
+train_from = 1
 lr = 0.1
 cosine = True
 """
@@ -71,7 +73,7 @@ notebook = "{key}.ipynb"
 title = "{key}"
 methods = ["{key}"]
 scheme = "{scheme}"
-smoke = {{ iterations = 1 }}
+smoke = {{ iterations = 2 }}
 paper = {{ iterations = 100, imagenet = {{ iterations = 200 }}, resnet50 = {{ lr = 0.5 }} }}
 """
 

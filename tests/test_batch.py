@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import sys
-import threading
 
 import pytest
 from rich.console import Console
@@ -16,9 +14,8 @@ from dfqlib import progress
 from dfqlib.errors import UserError
 from dfqlib.papers import profiles, published
 from dfqlib.runner import execute, plan, preflight, run_folder
-from dfqlib.runner.execute import Turn
 from dfqlib.runner.plan import Selection
-from dfqlib.runner.screen import Line, Screen
+from dfqlib.runner.screen import Screen
 
 
 def names(selection: Selection) -> list[str]:
@@ -121,24 +118,6 @@ def test_run_id_is_a_folder_name(kit):
     assert run.id.startswith("imagenet-torchvision_resnet18-s0-") and "/" not in run.id
 
 
-def test_turns_begin_in_order_unless_one_is_left(tmp_path):
-    begun, turn, threads = [], None, []
-    for number in range(4):
-        turn = Turn(lambda *_, number=number: begun.append(number), print, before=turn)
-        threads.append(threading.Thread(target=turn.begin, args=(contextlib.nullcontext(), 1, tmp_path)))
-        if number == 1:
-            left = turn
-    for number in (3, 2, 0):  # those that come later are ready earlier
-        threads[number].start()
-    threads[0].join()
-    assert begun == [0]
-    with left:
-        pass
-    for thread in threads[2:]:
-        thread.join()
-    assert begun == [0, 2, 3]
-
-
 @pytest.mark.parametrize("older", [True, False])
 def test_a_finished_run_is_renamed_to_its_place(tmp_path, older):
     final, partial = tmp_path / "run", tmp_path / ".run.partial"
@@ -186,39 +165,52 @@ def test_track_draws_in_a_notebook_and_not_as_an_error(capsys, monkeypatch):
     assert "loop" in drawn.getvalue() and drawn.getvalue().endswith("\r") and capsys.readouterr().err == ""
 
 
-def test_fraction_counts_cells_and_their_loops(tmp_path):
+def test_a_line_shows_how_far_cells_and_their_loops_are(tmp_path):
     file = tmp_path / "progress.json"
-    line = Line("run", "runs", cell=1, cells=4, file=file)
-    assert line.fraction() == 0.25
     file.write_text(json.dumps([{"label": "a", "done": 1, "total": 2}, {"label": "b", "done": 5, "total": 10}]))
-    assert line.fraction() == (1 + 0.5 + 0.25) / 4
-    assert line.activity() == "cell 2/4, a 1/2, b 5/10"
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Screen(console, ["run"]) as screen:
+        screen.run_starts(0, 4, file)
+        assert "cell 1/4, a 1/2, b 5/10" in shown(screen)
+        assert screen.tasks[0].percentage == 100 * (0.5 + 0.25) / 4
+        screen.cell_ends(0)
+        assert "cell 2/4" in shown(screen) and screen.tasks[0].percentage == 25 and not file.exists()
+
+
+def shown(screen: Screen) -> str:
+    """The text of the screen now."""
+    with screen.console.capture() as drawn:
+        screen.console.print(screen.get_renderable())
+    return Text.from_ansi(drawn.get()).plain
 
 
 def test_a_small_terminal_shows_what_matters_first(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=12)
     screen = Screen(console, [f"run{index}." for index in range(50)])
     for index in (3, 40):
-        screen.start(index, 3, tmp_path / "progress.json")
-    screen.end(45, "failed", "why")
+        screen.run_starts(index, 3, tmp_path / "progress.json")
+    screen.run_ends(45, "failed", "why")
     for index in range(20, 30):
-        screen.end(index, "done", "there")
-    console.print(screen._picture())
-    *shown, summary = Text.from_ansi(console.file.getvalue()).plain.splitlines()
-    assert [line.split()[1] for line in shown] == [f"run{index}." for index in (*range(8), 40, 45)]
-    assert summary == "runs 2, failed 1, waits 37, done 10"
+        screen.run_ends(index, "done", "there")
+    *lines, summary = shown(screen).splitlines()
+    assert [line.split()[1] for line in lines] == [f"run{index}." for index in (*range(8), 40, 45)]
+    assert summary.strip() == "runs 2, failed 1, waits 37, done 10"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_screen_in_a_terminal_and_on_a_pipe(tmp_path, terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    with Screen(console, ["one", "two"]) as screen:
-        screen.start(0, 3, tmp_path / "progress.json")
-        screen.cell(0)
-        screen.end(0, "done", "there")
-        screen.end(1, "failed", "[why]")
-    text = console.file.getvalue()
+    """Brackets are no markup, and what an ASCII stream cannot write is replaced."""
+    written = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(written, "ascii"), force_terminal=terminal, width=120)
+    with Screen(console, ["one [/b]", "two"]) as screen:
+        screen.run_starts(0, 3, tmp_path / "progress.json")
+        screen.cell_ends(0)
+        screen.run_ends(0, "done", "there [x]")
+        screen.run_ends(1, "failed", "[why] \N{GREEK SMALL LETTER ALPHA}")
+    console.file.flush()
+    text = written.getvalue().decode("ascii")
     if terminal:
-        assert "done" in text and "[why]" in text
+        assert "done" in text and "one [/b]" in text and "[why] ?" in text
     else:
-        assert text.splitlines() == ["[1/2] one: starts", "[1/2] one: done 0:00 there", "[2/2] two: failed [why]"]
+        lines = ["[1/2] one [/b]: starts", "[1/2] one [/b]: done 0:00:00 there [x]", "[2/2] two: failed [why] ?"]
+        assert text.splitlines() == lines

@@ -221,7 +221,7 @@ def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):
     (tmp_path / "images" / "one.png").write_bytes(b"12345")
     (run,) = plan.plan(plan.Selection(papers=["zeroq"], settings={"data_folder": str(tmp_path / "images")}))
     assert cluster.inputs_of(run) == {"data_folder": tmp_path / "images"}
-    monkeypatch.setattr(cluster, "PARCEL", 4)
+    monkeypatch.setattr(cluster, "MAX_UPLOAD_BYTES", 4)
     with pytest.raises(UserError, match="too many to send"):
         cluster.inputs_of(run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -28,7 +29,7 @@ from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
 from dfqlib.methods.saft import WithTeacherView
 from dfqlib.papers.notebook_source import notebook_sources
 from dfqlib.runner.plan import Selection, plan
-from dfqlib.runner.run_folder import broken_files, read_metrics
+from dfqlib.runner.run_folder import broken_files, complete, read_metrics
 
 matplotlib.use("Agg")
 
@@ -145,13 +146,18 @@ import json, pathlib, sys, time
 sys.path.insert(0, {os.fspath(ROOT / "tests")!r})
 from test_finetune import make_stream, make_student, small_teacher
 from dfqlib.checkpoint import load_checkpoint
-from dfqlib.finetune import finetune
-from dfqlib.results import Run
+from dfqlib.finetuning.loop import finetune
+from dfqlib.notebook.run import Run
 
 kept = Run("zeroq", dict(seed=seed), out=out, fp32_top1=90.0).checkpoint("tuning")
 began_at = (load_checkpoint(kept.path, {{}}) or {{"drawn": 0}})["drawn"]
 student = make_student(small_teacher())
-slowly = lambda network: time.sleep(0.1) or 50.0
+scored = []
+def slowly(network):
+    # The call that is to be killed waits for that near its end.
+    scored.append(network)
+    time.sleep(600 if len(scored) > 25 and pathlib.Path(out).parts[-4] == "killed" and not began_at else 0.05)
+    return 50.0
 history = finetune(make_stream(small_teacher(), 30), {{"s": student}}, 30, 2, None, slowly, 1, checkpoint=kept)
 weights = {{name: value.tolist() for name, value in student.network.state_dict().items()}}
 numbers = dict(losses=history.students, generator=history.generator, scores=history.scores, weights=weights)
@@ -160,6 +166,7 @@ pathlib.Path(out, "numbers.json").write_text(json.dumps([began_at, numbers]))
 
 
 def test_a_run_killed_at_a_random_point_and_called_again_ends_with_the_same_numbers(kit, tmp_path):
+    """It is killed while it computes, however slow the machine is: it would not end by itself."""
     write_kit(kit, zeroq=TUNING)
     arguments = ["--papers", "zeroq", "--checkpoint-every", "0"]
     assert call(tmp_path / "whole", *arguments) == 0
@@ -250,6 +257,39 @@ def test_a_run_that_diverges_is_named_in_the_tables_and_the_others_go_on(kit, tm
     assert f"failed: Diverged: {sentence}" in (results / "README.md").read_text()
 
 
+def test_braces_and_brackets_in_paths_and_a_console_in_ascii_are_no_matter(tmp_path, monkeypatch):
+    table = write_kit(tmp_path / "kit {v1} [b]", gdfq="raise ValueError('\N{GREEK SMALL LETTER ALPHA}')")
+    monkeypatch.setenv("DFQ_PROFILES", str(table))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    results = tmp_path / "exp {model} {0} [x]"
+    process = start(results)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors
+    (done,) = results.glob("quick/zeroq/*")
+    assert complete(done) and ": done" in printed and str(done) in printed
+    assert "failed" in printed and "ValueError: ?" in printed
+
+
+def test_a_kernel_needs_no_home(kit, tmp_path, monkeypatch):
+    """As in a container whose user has none; here there is a file where it should be, and none can be made."""
+    (tmp_path / "file").touch()
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    process = start(tmp_path / "results", "--papers", "zeroq")
+    assert "done" in process.communicate(timeout=120)[0] and process.returncode == 0
+
+
+def test_a_file_system_without_locks_is_told_and_used(kit, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)  # no file system of this kind can be relied on to be here
+    assert call(tmp_path / "results") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("is on a file system without locks") == 1 and printed.count(": done") == 2
+
+
 def test_an_interrupt_writes_the_tables_of_what_is_finished(kit, tmp_path):
     results, flag = tmp_path / "results", tmp_path / "started"
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
@@ -258,6 +298,7 @@ def test_an_interrupt_writes_the_tables_of_what_is_finished(kit, tmp_path):
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "All tables" in printed
+    assert "Interrupted: finished runs kept: 1; runs with a checkpoint to resume from: 0." in printed
     table = pd.read_csv(results / "tables" / "zeroq.csv")
     assert list(table[table["status"] == "run"]["top1"]) == [60.0, 60.0]
     assert list(pd.read_csv(results / "results.csv")["paper"]) == ["zeroq", "zeroq"]

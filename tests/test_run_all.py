@@ -17,7 +17,7 @@ import psutil
 import pytest
 from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
-from dfqlib.runner import execute, notebook_page
+from dfqlib.runner import execute
 from dfqlib.runner.kernels import cores
 
 
@@ -254,65 +254,6 @@ while not (folder / "{other}").exists():
     write_kit(kit, body.format(mine="a", other="b", **own), body.format(mine="b", other="a", **own))
     assert call(tmp_path / "results", "--jobs", "2") == 0
     assert {int((tmp_path / name).read_text()) for name in "ab"} == {max(1, cores() // 2)}
-
-
-PREPARED = """
-import os, pathlib, time
-folder = pathlib.Path({folder!r})
-(folder / f"begun {{seed}}").touch()
-(folder / "at work").mkdir()  # fails if another notebook is at work
-deadline = time.monotonic() + 60
-while len(list(folder.glob("ready *"))) < 2:
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
-"""
-
-
-@pytest.fixture
-def ready(tmp_path, monkeypatch):
-    """Runs whose kernels are ready leave a file in the folder."""
-    begin = execute.Turn.begin
-
-    def leave_file(turn: execute.Turn, *arguments: object) -> None:
-        (tmp_path / f"ready {id(turn)}").touch()
-        begin(turn, *arguments)
-
-    monkeypatch.setattr(execute.Turn, "begin", leave_file)
-
-
-def test_a_run_is_prepared_while_another_computes_and_begins_when_that_is_put_away(kit, tmp_path, monkeypatch, ready):
-    """The first of two notebooks waits until the other is ready to begin, its page until the other has begun."""
-    write_kit(kit, zeroq=PREPARED.format(folder=str(tmp_path)) + "time.sleep(0.5)\n(folder / 'at work').rmdir()")
-    as_page = notebook_page.as_page
-
-    def late(notebook: Path) -> str:
-        wait_for(lambda: len(list(tmp_path.glob("begun *"))) == 2)
-        return as_page(notebook)
-
-    monkeypatch.setattr(notebook_page, "as_page", late)
-    assert call(tmp_path / "results", "--papers", "zeroq", "--seeds", "0", "1", "--jobs", "1") == 0
-    seconds = [
-        json.loads(path.read_text())["run"]["seconds"] for path in tmp_path.glob("results/quick/zeroq/*/metrics.json")
-    ]
-    assert len(seconds) == 2 and min(seconds) >= 0.5
-
-
-def test_a_prepared_run_is_skipped_after_a_failure_and_leaves_nothing(kit, tmp_path, capsys, ready):
-    body = """
-import psutil
-mine, kernels = psutil.Process(), psutil.Process().parent().children()
-others = [str(kernel.pid) for kernel in kernels if kernel != mine]
-(folder / "others").write_text(" ".join(others))
-1 / 0"""
-    write_kit(kit, zeroq=PREPARED.format(folder=str(tmp_path)) + body)
-    results = tmp_path / "results"
-    assert call(results, "--papers", "zeroq", "--seeds", "0", "1", "--jobs", "1") == 1
-    printed = capsys.readouterr().out
-    assert printed.count(": starts") == printed.count(": failed") == printed.count(": skipped after another run") == 1
-    assert len(run_folders(results)) == len(run_folders(results, ".unfinished")) == 1
-    assert not list(results.glob("quick/zeroq/.*.partial"))
-    (other,) = (tmp_path / "others").read_text().split()
-    assert not psutil.pid_exists(int(other))
 
 
 def test_a_batch_that_is_killed_leaves_no_kernel_and_nothing_behind_the_next_call(kit, tmp_path):

@@ -1,10 +1,8 @@
-"""Bring planned runs to their end: some at once, what is there already left alone, a failure kept to itself.
+"""Execute planned runs: several at once, finished ones skipped, a failure limited to its own notebook.
 
-Where a run is executed is an :class:`Executor`'s business: this machine's (``execution.Machine``) or a cluster's
+An :class:`Executor` decides where a run is executed: on this machine (``execute.LocalExecutor``) or on a cluster
 (``cluster.Cluster``).
 """
-
-from __future__ import annotations
 
 import functools
 import tempfile
@@ -13,15 +11,17 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
+from filelock import FileLock
+
 from dfqlib.errors import UserError
-from dfqlib.runner.execute import Outcome, Turn
+from dfqlib.runner.execute import Outcome, Watcher, checkpoints_of, lacks_locks
 from dfqlib.runner.plan import PlannedRun
 from dfqlib.runner.run_folder import complete
 from dfqlib.runner.screen import Screen
 
 
 class Executor(Protocol):
-    """Something that takes ``jobs`` runs at once and executes ``places`` of them at the same time."""
+    """Accepts ``jobs`` runs at once, of which it executes ``places`` at the same time and queues the others."""
 
     jobs: int
     places: int
@@ -29,28 +29,34 @@ class Executor(Protocol):
     def prepare(self, runs: list[PlannedRun]) -> None:
         """Called once, in the main thread, with the runs that will be executed."""
 
-    def execute(self, run: PlannedRun, results: Path, force: bool, turn: Turn) -> Outcome:
+    def execute(self, run: PlannedRun, results: Path, force: bool, watcher: Watcher) -> Outcome:
         """Execute a run into its folder in ``results``; may be called from several threads."""
 
     def stop(self) -> None:
-        """End what is running and begin nothing more; may be called again and again."""
+        """Stop the running notebooks and start no others; may be called repeatedly."""
 
 
-def check_folder(results: Path) -> None:
-    """Raise UserError unless files can be written into ``results``, which is made if it is not there."""
+def check_folder(results: Path) -> str:
+    """Create ``results`` if necessary; a warning if its file system has no locks, else "".
+
+    Raises UserError if the folder cannot be written.
+    """
     try:
         results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=results):
-            pass
-    except OSError as error:
-        raise UserError(f"results={str(results)!r} cannot be written ({error.strerror or error}).") from None
+        with tempfile.TemporaryDirectory(prefix=".", dir=results) as probe, FileLock(Path(probe, "lock")):
+            return ""
+    except (OSError, NotImplementedError) as error:
+        if lacks_locks(error):
+            return f"results={str(results)!r} is on a file system without locks: start no other call on it meanwhile."
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"results={str(results)!r} cannot be written ({reason}).") from None
 
 
 class Batch:
-    """Runs on their way into ``results``.
+    """The runs of one call of ``run_all.py``, with ``results`` as their destination.
 
-    After a failure the runs of the same notebook that have not begun are skipped, as they would fail likewise, unless
-    ``keep_going``; other notebooks go on. An interrupt (Ctrl-C) stops the running notebooks and skips the rest.
+    After a failure the waiting runs of the same notebook are skipped, since they would probably fail too, unless
+    ``keep_going``; other notebooks continue. An interrupt (Ctrl-C) stops the running notebooks and skips the rest.
     """
 
     def __init__(
@@ -64,30 +70,28 @@ class Batch:
     def execute(
         self, runs: list[PlannedRun], seconds: Callable[[PlannedRun], float], at_last: Callable[[], object]
     ) -> list[Outcome]:
-        """Run what is missing (with ``force``, everything) and say how each run ended.
+        """Execute the outstanding runs (with ``force``, all of them) and return the outcome of each.
 
-        Those of most ``seconds`` come first: otherwise they end alone, with cores that have nothing left to do.
-        ``at_last`` is called by a thread that finds no more runs, while the last of them go on.
+        Runs with the most expected ``seconds`` start first, so that no long run is left over for a single core.
+        ``at_last`` is called by a thread that finds no more runs, while the last runs are still computing.
         """
         if missing := [run for run in runs if not self.there(run)]:
             self.executor.prepare(missing)
         with ThreadPoolExecutor(self.executor.jobs) as pool:
             order = sorted(range(len(runs)), key=lambda index: -seconds(runs[index]))
-            futures: dict[int, Future] = {}
-            turn = None
-            for index in order:
-                report = functools.partial(self.screen.start, index), functools.partial(self.screen.cell, index)
-                turn = Turn(*report, functools.partial(self.obstacle, runs[index]), before=turn)
-                futures[index] = pool.submit(self.finish, index, runs[index], turn)
+            futures = {index: pool.submit(self.finish, index, runs[index]) for index in order}
             pool.submit(at_last)
             try:
                 wait(futures.values())
             except KeyboardInterrupt:
                 self.stop(futures.values())
-        return [futures[index].result() for index in range(len(runs))]
+        outcomes = [futures[index].result() for index in range(len(runs))]
+        if self.stopping:
+            self.screen.say(self.kept(outcomes))
+        return outcomes
 
     def there(self, run: PlannedRun) -> bool:
-        """Whether the run need not be made again."""
+        """Whether the run is finished and need not be repeated."""
         return not self.force and complete(run.folder(self.results))
 
     def stop(self, futures: Collection[Future]) -> None:
@@ -96,27 +100,33 @@ class Batch:
         while wait(futures, timeout=0.2).not_done:
             self.executor.stop()
 
-    def finish(self, index: int, run: PlannedRun, turn: Turn) -> Outcome:
-        """Take one run to its end, or say why not."""
-        with turn:
-            if self.there(run):
-                outcome = Outcome(run, "found", str(run.folder(self.results)))
-            elif why := self.obstacle(run):
-                outcome = Outcome(run, "skipped", why)
-            else:
-                try:
-                    outcome = self.executor.execute(run, self.results, self.force, turn)
-                except OSError as error:  # a full disk may have no room for the run's folder either
-                    outcome = Outcome(run, "failed", str(error))
-            if outcome.state == "failed":
-                self.broken.add(run.paper.key)  # before the run's place is free for another one of this notebook
-        self.screen.end(index, outcome.state, outcome.message)
-        return outcome
+    def kept(self, outcomes: list[Outcome]) -> str:
+        """A sentence on what an interrupted batch leaves behind."""
+        finished = sum(outcome.state in ("done", "found") for outcome in outcomes)
+        begun = sum(checkpoints_of(outcome.run.folder(self.results)).is_dir() for outcome in outcomes)
+        return (
+            f"Interrupted: finished runs kept: {finished}; runs with a checkpoint to resume from: {begun}. "
+            "The same command continues."
+        )
 
-    def obstacle(self, run: PlannedRun) -> str:
-        """Why a run should not begin any more, or nothing."""
-        if self.stopping:
-            return "after the interrupt"
-        if run.paper.key in self.broken and not self.keep_going:
-            return f"after another run of {run.paper.notebook.name} failed (--keep-going runs it)"
-        return ""
+    def finish(self, index: int, run: PlannedRun) -> Outcome:
+        """Execute one run, or return the reason why it was not executed."""
+        if self.there(run):
+            outcome = Outcome(run, "found", str(run.folder(self.results)))
+        elif self.stopping:
+            outcome = Outcome(run, "skipped", "after the interrupt")
+        elif run.paper.key in self.broken and not self.keep_going:
+            why = f"after another run of {run.paper.notebook.name} failed (--keep-going runs it)"
+            outcome = Outcome(run, "skipped", why)
+        else:
+            watcher = Watcher(
+                functools.partial(self.screen.run_starts, index), functools.partial(self.screen.cell_ends, index)
+            )
+            try:
+                outcome = self.executor.execute(run, self.results, self.force, watcher)
+            except OSError as error:  # a full disk may have no room for the run's folder either
+                outcome = Outcome(run, "failed", str(error))
+        if outcome.state == "failed":
+            self.broken.add(run.paper.key)
+        self.screen.run_ends(index, outcome.state, outcome.message)
+        return outcome

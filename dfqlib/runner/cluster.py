@@ -1,11 +1,9 @@
 """Runs on the workers of a Dask cluster, started here or found at an address.
 
-Dask keeps the queue and notices lost workers. Where workers see the results folder, a run is executed straight into it
-and goes on from its checkpoints on another worker; where they do not, its weights and images travel to the worker and
-its folder travels back. A scheduler that was started anew gets the runs again that it has forgotten.
+Dask keeps the queue and notices lost workers. Where workers see the results folder, a run is executed directly in it
+and resumes from its checkpoints on another worker; otherwise its weights and images are sent to the worker and its
+folder is sent back. A restarted scheduler receives the unfinished runs again.
 """
-
-from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -24,7 +22,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from distributed import Client, Event, Future, KilledWorker, LocalCluster, Worker, get_client, get_worker
 from distributed.client import FutureCancelledError
@@ -36,12 +34,12 @@ from dfqlib.errors import UserError
 from dfqlib.files import write_text
 from dfqlib.places import data_folder, weights_file
 from dfqlib.runner import kernels
-from dfqlib.runner.execute import LocalExecutor, Outcome, Turn, put_in_place
+from dfqlib.runner.execute import LocalExecutor, Outcome, Watcher, put_in_place
 from dfqlib.runner.identity import code_identity, torch_version
 from dfqlib.runner.plan import PlannedRun
 
-ANSWER = 10  # seconds in which a scheduler has to answer the first time
-PATIENCE = 600  # seconds to wait for one that is being started anew
+ANSWER = 10  # seconds in which a scheduler must answer the first time
+PATIENCE = 600  # seconds to wait for one that is being restarted
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them to 1
 MAX_UPLOAD_BYTES = 2**30  # bytes of inputs that may travel to a worker
 LOST = (FutureCancelledError, asyncio.CancelledError, CommClosedError, OSError, TimeoutError)
@@ -49,10 +47,10 @@ LOST = (FutureCancelledError, asyncio.CancelledError, CommClosedError, OSError, 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerTask:
-    """What a worker needs to know to execute a run."""
+    """What a worker needs to execute a run."""
 
     run: PlannedRun
-    notebook: str  # as it stands in its file: a worker may have no copy
+    notebook: str  # its file's text: a worker may have no copy
     results: Path
     shared: bool  # whether workers see the results folder
     force: bool
@@ -65,9 +63,9 @@ class WorkerTask:
 
 @dataclasses.dataclass
 class _Sent:
-    """A run on its way: whom to tell about it, and the task it is."""
+    """A run that was sent to the scheduler: its watcher and its task."""
 
-    turn: Turn
+    watcher: Watcher
     task: Future | None = None
     started: bool = False
 
@@ -76,7 +74,7 @@ class Cluster:
     """``workers`` processes started here, or those of the scheduler at ``address``; a context manager.
 
     A run takes one GPU where workers offer them as a Dask resource. ``jobs`` runs are in the queue at once; by default
-    two for each that can run, so that no worker waits for the next. ``empty`` says that no worker was there yet. Raises
+    twice as many as can execute, so that no worker is idle. ``empty`` says that no worker was connected yet. Raises
     UserError if the scheduler does not answer.
     """
 
@@ -97,42 +95,42 @@ class Cluster:
         self.places = max(1, room)
         self.jobs = jobs or max(8, 2 * self.places)
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # or a lost scheduler is told with traceback
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # or a lost scheduler prints a traceback
         with contextlib.suppress(Exception):
             self._client.close()
         if self._local:
             self._local.close()
 
     def prepare(self, runs: list[PlannedRun]) -> None:
-        """Nothing: workers start kernels by themselves."""
+        """Nothing to do: workers start their kernels."""
 
     def stop(self) -> None:
-        """Have the workers stop the runs of this batch, and give up those that have not begun."""
+        """Stop the runs of this batch on the workers, and cancel those that have not started."""
         self._stopping = True
-        if self._client.status == "connecting":  # there is nobody to tell, and calls wait for the scheduler
+        if self._client.status == "connecting":  # calls would wait for the scheduler
             return
         with contextlib.suppress(Exception):
             Event(self._topic, client=self._client).set()
             self._client.cancel([sent.task for sent in self._sent if sent.task and not sent.started])
 
-    def execute(self, run: PlannedRun, results: Path, force: bool, turn: Turn) -> Outcome:
+    def execute(self, run: PlannedRun, results: Path, force: bool, watcher: Watcher) -> Outcome:
         """Have a worker execute the run; again, if the scheduler loses it."""
-        sent = _Sent(turn)
+        sent = _Sent(watcher)
         with self._lock:
             number = len(self._sent)
             self._sent.append(sent)
         while not self._stopping:
-            if self._client.status == "connecting":  # to a new scheduler; calls would wait for it, interrupt or not
+            if self._client.status == "connecting":  # as above, and an interrupt must end this loop
                 time.sleep(0.5)
                 continue
             try:
                 outcome, archive = self._send(number, run, results, force).result()
             except KilledWorker as error:
-                line = f"{error.allowed_failures + 1} workers died while they ran it, perhaps for want of memory"
+                line = f"{error.allowed_failures + 1} workers died while executing it, perhaps because memory ran out"
                 return Outcome(run, "failed", line)
             except UserError as error:
                 return Outcome(run, "failed", str(error))
@@ -146,7 +144,7 @@ class Cluster:
             if archive:
                 fetch(outcome, archive, results)
             if outcome.state not in ("stopped", "skipped") or self._stopping:
-                return outcome  # otherwise its worker was told to end, and another one goes on
+                return outcome  # otherwise its worker was closed, and another one resumes
         return Outcome(run, "stopped", "interrupted")
 
     def _send(self, number: int, run: PlannedRun, results: Path, force: bool) -> Future:
@@ -157,23 +155,23 @@ class Cluster:
         data_root = os.fspath(places.data_root() or "")
         notebook = run.paper.notebook.read_text(encoding="utf-8")
         batch = self._topic, number, self._hosts(), data_root, self._checkpoint_every
-        order = WorkerTask(run, notebook, results, self._shared, force, *batch)
+        task = WorkerTask(run, notebook, results, self._shared, force, *batch)
         inputs = None if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
         key = f"{run.paper.key}-{run.id}-{secrets.token_hex(4)}"
         sent = self._sent[number]
         sent.started = False
-        sent.task = self._client.submit(work, order, inputs, key=key, pure=False, resources=resources)
+        sent.task = self._client.submit(work, task, inputs, key=key, pure=False, resources=resources)
         return sent.task
 
     def _report(self, event: tuple[float, dict[str, Any]]) -> None:
-        """Show what a worker tells of a run."""
+        """Pass a worker's event on to the watcher of its run."""
         sent = self._sent[event[1]["number"]]
         if "cells" in event[1]:
             sent.started = True
-            sent.turn.on_start(event[1]["cells"], Path(event[1]["file"]))
+            sent.watcher.on_start(event[1]["cells"], Path(event[1]["file"]))
         else:
-            sent.turn.on_cell()
+            sent.watcher.on_cell()
 
     def _workers(self) -> list[dict[str, Any]]:
         return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
@@ -206,52 +204,48 @@ def _shared(client: Client, results: Path) -> bool:
         return client.submit(os.path.isfile, probe.name, pure=False).result()
 
 
-def work(order: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
-    """Execute a run on this worker; its folder comes with the outcome where the results folder is not seen here.
+def work(task: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
+    """Execute a run on this worker; its folder comes with the outcome where the results folder is not shared.
 
-    Raises UserError for what keeps it from beginning.
+    Raises UserError for what keeps it from starting.
     """
     try:
-        return _work(order, inputs)
-    except OSError as error:  # of this worker's disk; an OSError over there would mean a lost connection
+        return _work(task, inputs)
+    except OSError as error:  # of this worker's disk; the client would take an OSError for a lost connection
         raise UserError(f"worker {get_worker().address}: {error}") from None
 
 
-def _work(order: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
+def _work(task: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
     worker = get_worker()
     own = Path(worker.local_directory)
-    run = at_home(order.run, order.notebook, own / "notebooks" / order.run.id)
-    results = order.results if order.shared else own / "results"
-    machine = LocalExecutor(sharers(worker, order.hosts), order.checkpoint_every)
-    machine.variables |= dict.fromkeys(THREADS, str(machine.threads))
-    if order.shared and order.data_root and Path(order.data_root).is_dir():
-        machine.variables["DFQ_DATA"] = order.data_root
+    run = at_home(task.run, task.notebook, own / "notebooks" / task.run.id)
+    results = task.results if task.shared else own / "results"
+    executor = LocalExecutor(sharers(worker, task.hosts), task.checkpoint_every)
+    executor.variables |= dict.fromkeys(THREADS, str(executor.threads))
+    if task.shared and task.data_root and Path(task.data_root).is_dir():
+        executor.variables["DFQ_DATA"] = task.data_root
     if inputs:
-        machine.locations = unpack_inputs(inputs, own / "inputs")
+        executor.locations = unpack_inputs(inputs, own / "inputs")
 
-    def on_start(cells: int, file: Path) -> None:
-        worker.log_event(order.topic, {"number": order.number, "cells": cells, "file": os.fspath(file)})
+    def report(**event: Any) -> None:
+        worker.log_event(task.topic, {"number": task.number} | event)
 
-    def on_cell() -> None:
-        worker.log_event(order.topic, {"number": order.number})
-
-    with _stopped_by(order.topic, machine):
-        outcome = machine.execute(run, results, order.force, Turn(on_start, on_cell))
-    if order.shared:
+    watcher = Watcher(lambda cells, file: report(cells=cells, file=os.fspath(file)), report)
+    with _stopped_by(task.topic, executor):
+        outcome = executor.execute(run, results, task.force, watcher)
+    if task.shared:
         return outcome, None
     final = run.folder(results)
-    outcome = dataclasses.replace(
-        outcome, message=outcome.message.replace(os.fspath(results), os.fspath(order.results))
-    )
+    message = outcome.message.replace(os.fspath(results), os.fspath(task.results))
     made = (final, final.with_name(f"{final.name}.unfinished"))
-    return outcome, pack({folder.name: folder for folder in made if folder.is_dir()})
+    archive = pack({folder.name: folder for folder in made if folder.is_dir()})
+    return dataclasses.replace(outcome, message=message), archive
 
 
 def sharers(worker: Worker, hosts: dict[str, int]) -> int:
     """How many runs at once share the cores that this worker may use.
 
-    Those of all workers on its host, for which ``hosts`` has numbers, or its own if it has cores of its own, as job
-    queues give them.
+    Those of all workers on its host (``hosts``), or only its own where a job queue reserved cores for it.
     """
     own = int(worker.state.total_resources.get("GPU", worker.state.nthreads))
     confined = kernels.cores() < (os.cpu_count() or 1)
@@ -259,16 +253,16 @@ def sharers(worker: Worker, hosts: dict[str, int]) -> int:
 
 
 @contextlib.contextmanager
-def _stopped_by(topic: str, machine: LocalExecutor) -> Iterator[None]:
-    """Stop the machine's kernels when the batch says so, or when Dask closes this worker."""
+def _stopped_by(topic: str, executor: LocalExecutor) -> Iterator[None]:
+    """Stop the executor's kernels when the batch is interrupted, or when Dask closes this worker."""
     worker, over = get_worker(), threading.Event()
     flag = Event(topic, client=get_client())
 
     def watch() -> None:
         while not over.wait(1):
-            # Without its scheduler the worker closes, and the run begins anew elsewhere.
+            # A worker closes without its scheduler, and the run is executed elsewhere.
             if worker.status not in (Status.running, Status.paused) or flag.is_set():
-                machine.stop()
+                executor.stop()
 
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -278,9 +272,9 @@ def _stopped_by(topic: str, machine: LocalExecutor) -> Iterator[None]:
 
 
 def at_home(run: PlannedRun, notebook: str, folder: Path) -> PlannedRun:
-    """The run with its notebook on this machine: written into ``folder`` if its own path is not seen here.
+    """The run with its notebook on this machine: written into ``folder`` if its own path does not exist here.
 
-    UserError if the kit here is another version.
+    Raises UserError if the version of the kit here differs.
     """
     path = run.paper.notebook
     if not path.is_file():
@@ -324,14 +318,14 @@ def pack(paths: dict[str, Path]) -> bytes:
 
 
 def unpack(archive: bytes, folder: Path) -> list[Path]:
-    """What :func:`pack` packed, now in ``folder``."""
+    """Extract an archive of :func:`pack` into ``folder``."""
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         packed.extractall(folder)
     return sorted(folder.iterdir())
 
 
 def unpack_inputs(archive: bytes, folder: Path) -> dict[str, str]:
-    """Where the parameters' files and folders are on this worker, unpacked once for all runs that have the same."""
+    """Unpack the files that parameters name, once for all runs with the same ones; their paths by parameter."""
     place = folder / hashlib.sha256(archive).hexdigest()[:16]
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -342,7 +336,7 @@ def unpack_inputs(archive: bytes, folder: Path) -> dict[str, str]:
 
 
 def fetch(outcome: Outcome, archive: bytes, results: Path) -> None:
-    """Put what a worker sent to its place in ``results``."""
+    """Move the folders that a worker sent to their place in ``results``."""
     parent = outcome.run.folder(results).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=parent) as arrived:

@@ -1,20 +1,20 @@
-"""The kernels that notebooks of a batch run in, each a process of its own.
+"""The kernels in which notebooks of a batch run, each a process of its own.
 
-A kernel spends most of a short notebook's time importing torch and what goes with it. So on Linux one process imports
+A kernel spends most of a short notebook's time importing torch and its dependencies. So on Linux one process imports
 everything the notebooks of a batch need, once, and every kernel is forked from it (Python's own fork server). Other
-systems do not fork a process safely that has loaded their graphics libraries; there each kernel starts from nothing.
+systems cannot safely fork a process that has loaded their graphics libraries; there each kernel starts from nothing.
 """
 
-from __future__ import annotations
-
+import functools
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from multiprocessing import connection, forkserver
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -28,11 +28,13 @@ from zmq import IPC_PATH_MAX_LEN
 from dfqlib.places import PACKAGE
 
 FORKS = sys.platform == "linux"
+#: glibc keeps freed memory: every iteration needs the same blocks, and the system would clear their pages each time.
+HELD_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
 LAUNCHER = [sys.executable, "-m", "ipykernel_launcher"]
 
 
 def cores() -> int:
-    """The processor cores that this process may use: of a machine's, a job may have some, a container a quota."""
+    """The processor cores that this process may use, within its job's or container's limits."""
     from dask.system import cpu_count  # here, since it takes a third of a second that --list need not wait for
 
     return cpu_count()
@@ -42,11 +44,30 @@ def environment(threads: int) -> dict[str, str]:
     """The variables of a kernel that computes with ``threads`` threads, unless the user's own say otherwise."""
     path = os.pathsep.join(filter(None, [os.fspath(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     chosen = {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    return {"OMP_NUM_THREADS": str(threads)} | os.environ | chosen
+    return {"OMP_NUM_THREADS": str(threads)} | HELD_MEMORY | os.environ | chosen
+
+
+def provide_home() -> None:
+    """Give this process and its kernels temporary folders where the user has no writable home, as in some containers.
+
+    Kernels die without one. A home that can only be read is kept, for the weights in its caches.
+    """
+    home = os.path.expanduser("~")
+    if os.access(home, os.W_OK):
+        return
+    if not os.path.isdir(home):
+        os.environ["HOME"] = _spare_home().name
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, _spare_home().name)
+
+
+@functools.cache
+def _spare_home() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="dfqlib-home-")  # removed when the process ends
 
 
 def warm_up(modules: Iterable[str], threads: int) -> bool:
-    """Start the process that kernels are forked from; it imports ``modules``, those of them that there are.
+    """Start the process that kernels are forked from; it imports ``modules``, as far as they exist.
 
     Returns at once, with whether kernels can be forked here; to be called in the main thread.
     """
@@ -75,13 +96,13 @@ def warm_up(modules: Iterable[str], threads: int) -> bool:
 
 
 def kernel_manager(
-    sockets: Path, folder: Path, variables: dict[str, str], log: Path, threads: int, forks: bool, running: WeakSet[Any]
+    folder: Path, variables: dict[str, str], log: Path, sockets: Path, forked: bool, running: WeakSet[Any]
 ) -> type[AsyncKernelManager]:
     """A kernel manager that runs this very interpreter in ``folder``, whatever kernels the machine has.
 
-    ``variables`` are added to its environment; what native code prints goes to ``log``, not over the screen. With
-    ``forks``, which needs :func:`warm_up`, it is forked. Its process, which can be killed, is added to ``running``.
-    Its sockets are in the folder ``sockets``.
+    ``variables`` are the kernel's environment; what native code prints goes to ``log``, not over the screen; its
+    sockets are in the folder ``sockets``. With ``forked``, which needs :func:`warm_up`, it is forked instead of
+    started. Its process, which can be killed, is added to ``running``.
     """
 
     class ThisPython(AsyncKernelManager):
@@ -90,24 +111,22 @@ def kernel_manager(
             return KernelSpec(argv=[*LAUNCHER, "-f", "{connection_file}"], display_name="Python 3", language="python")
 
         async def start_kernel(self, **options: Any) -> None:
-            kind = Forked if forks else LocalProvisioner
+            kind = Forked if forked else LocalProvisioner
             self.provisioner = kind(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             use_sockets(self, sockets)
             with open(log, "ab") as stream:
-                output = {"stdout": stream, "stderr": stream}
-                await self._async_start_kernel(
-                    **(options | {"cwd": os.fspath(folder), "env": environment(threads) | variables} | output)
-                )
+                surroundings = {"cwd": os.fspath(folder), "env": variables}
+                await self._async_start_kernel(**(options | surroundings | {"stdout": stream, "stderr": stream}))
             running.add(self.provisioner.process)
 
     return ThisPython
 
 
 def use_sockets(manager: KernelManager, folder: Path) -> None:
-    """Let a kernel that is to be started be reached by sockets in ``folder``, which also holds its connection file.
+    """Connect to the kernel by sockets in ``folder``, which also holds its connection file.
 
-    A port that was free when it was chosen may be another process's when the kernel comes to bind it, and then its run
-    is lost. Where the path is too long for a socket, and on Windows, it is by ports all the same.
+    A port that was free when it was chosen may be taken when the kernel binds it, and its run would be lost. Where the
+    path is too long for a socket, and on Windows, ports are used all the same.
     """
     path = os.fspath(folder / "kernel")
     manager.connection_file = f"{path}.json"
@@ -119,43 +138,32 @@ class Forked(LocalProvisioner):
     """Provisioner of kernels that are forked instead of started."""
 
     async def launch_kernel(self, cmd: list[str], **options: Any) -> KernelConnectionInfo:
-        arguments = cmd[len(LAUNCHER) :]
-        self.process = ForkedProcess((arguments, options["cwd"], options["env"], options["stdout"].name))
+        surroundings = options["cwd"], options["env"], options["stdout"].name
+        self.process = ForkedProcess(target=_become_kernel, args=(cmd[len(LAUNCHER) :], *surroundings))
+        self.process.start()
         self.pid = self.pgid = self.process.pid
         self.cwd = options["cwd"]
         return self.connection_info
 
 
-class ForkedProcess:
+class ForkedProcess(ForkServerProcess):
     """A forked kernel with the methods of :class:`subprocess.Popen` that a provisioner calls."""
 
     stdin = stdout = stderr = None
 
-    def __init__(self, arguments: tuple[list[str], str, dict[str, str], str]) -> None:
-        context: BaseContext = multiprocessing.get_context("forkserver")
-        self._process = context.Process(target=_become_kernel, args=arguments)
-        self._process.start()
-        self.pid = self._process.pid
-
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.exitcode
 
     def wait(self) -> int | None:
-        self._process.join()
-        return self._process.exitcode
+        self.join()
+        return self.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def kill(self) -> None:
-        self._process.kill()
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
 
 def _become_kernel(arguments: list[str], folder: str, env: dict[str, str], log: str) -> None:
-    """What a forked process does: it takes its surroundings and is a kernel until it is told to stop."""
+    """The main function of a forked process: a kernel with this working folder, environment and log."""
     os.setsid()  # a group of its own, as a provisioner expects: signals to it reach the kernel's children too
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -172,6 +180,6 @@ def _become_kernel(arguments: list[str], folder: str, env: dict[str, str], log: 
 
 
 def _end_with_the_batch() -> None:
-    """A kernel whose batch was killed would compute on for nobody."""
+    """Exit when the batch was killed: nobody would receive the results."""
     connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

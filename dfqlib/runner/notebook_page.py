@@ -3,8 +3,6 @@
 Browsers draw MathML themselves; nbconvert's own page leaves formulas to a script that it loads from elsewhere.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re
@@ -16,10 +14,9 @@ from jinja2 import pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from nbformat import v4
 
-# nbconvert's page without its scripts, which come from the network and have nothing to do here, and with the names that
-# figures have in a notebook, which it leaves out.
+# nbconvert's page without its scripts, which load from the network and are not needed, and with the alternative texts
+# of figures, which it omits.
 SCRIPTS = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 PICTURE = """
 {% block data_png scoped %}
@@ -75,14 +72,6 @@ def as_page(notebook: Path) -> str:
         return _exporter().from_filename(os.fspath(notebook))[0]
 
 
-def warm_up() -> None:
-    """Make the first page quick: loading and compiling its parts takes seconds."""
-    with EXPORTING:
-        _exporter()
-
-
 @functools.cache
 def _exporter() -> PageExporter:
-    exporter = PageExporter(raw_template=TEMPLATE)
-    exporter.from_notebook_node(v4.new_notebook(cells=[v4.new_code_cell("1")]))
-    return exporter
+    return PageExporter(raw_template=TEMPLATE)

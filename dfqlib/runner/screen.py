@@ -1,149 +1,112 @@
-"""What the batch is doing: one screen in a terminal, plain lines on a pipe."""
+"""What the batch is doing: a live screen in a terminal, plain lines on a pipe."""
 
-from __future__ import annotations
-
+import contextlib
+import functools
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
+from rich.theme import Theme
 
 from dfqlib import progress
 
 SECONDS_BETWEEN_LINES = 30
-STYLES = {
-    "waits": "dim",
-    "runs": "bold",
-    "done": "green",
-    "found": "green",
-    "failed": "red",
-    "stopped": "yellow",
-    "skipped": "yellow",
-}
-#: What is shown first where not every run has a line.
-RANKS = ("runs", "failed", "stopped", "waits", "done", "skipped", "found")
+#: Styles of the states, in the order in which runs are shown where there is no room for all of them.
+STATES = {"runs": "bold", "failed": "red", "stopped": "yellow", "waits": "dim"}
+STATES |= {"done": "green", "skipped": "yellow", "found": "green"}
 
 
-@dataclass
-class Line:
-    """One run on the screen; ``cell`` of ``cells`` notebook cells are finished, ``file`` tells its inner loops."""
+class Screen(Progress):
+    """Shows one line per run while the batch runs; a context manager.
 
-    name: str
-    state: str = "waits"
-    note: str = ""
-    cell: int = 0
-    cells: int = 1
-    file: Path | None = None
-    started: float = 0.0
-    seconds: float = 0.0
-
-    def fraction(self) -> float:
-        """Finished share of the cells; the loops of the running cell count as their share of it."""
-        inner, weight = 0.0, 1.0
-        for loop in self.loops():
-            if loop["total"]:
-                inner += weight * loop["done"] / loop["total"]
-                weight /= loop["total"]
-        return min(1.0, (self.cell + inner) / self.cells)
-
-    def loops(self) -> list[dict]:
-        """The loops that run in the notebook now, outermost first."""
-        return progress.read(self.file) if self.file and self.state == "runs" else []
-
-    def activity(self) -> str:
-        """What the run does now, or why it has no result."""
-        if self.state != "runs":
-            return "" if self.state in ("done", "found") else self.note
-        loops = (f"{loop['label']} {loop['done']}/{loop['total'] or '?'}" for loop in self.loops())
-        return ", ".join([f"cell {min(self.cell + 1, self.cells)}/{self.cells}", *loops])
-
-    def elapsed(self) -> str:
-        """Minutes and seconds since the run started, or that it took."""
-        seconds = time.monotonic() - self.started if self.state == "runs" else self.seconds
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}" if seconds else ""
-
-
-class Screen:
-    """Shows the lines while the batch runs; a context manager.
-
-    In a terminal they are drawn again four times a second, in place, as many as it has room for. On a pipe a line is
-    printed when a run starts, every half minute while it goes on, and when it ends.
+    A terminal is redrawn four times a second, with as many runs as it has room for. On a pipe a line is printed when a
+    run starts, every half minute while it computes, and when it ends.
     """
 
     def __init__(self, console: Console, names: list[str]) -> None:
-        self.console = console
-        self.lines = [Line(name) for name in names]
-        self._live = (
-            Live(get_renderable=self._picture, console=console, refresh_per_second=4) if console.is_terminal else None
-        )
-        self._stop = threading.Event()
+        state, bar = TextColumn("[{task.fields[state]}]{task.fields[state]}"), BarColumn(16, pulse_style="bar.back")
+        name, note = (TextColumn("{task." + text + "}", markup=False) for text in ("description", "fields[note]"))
+        columns = state, name, bar, TimeElapsedColumn(), note
+        self._height = functools.partial(getattr, console, "height")  # rich draws once before its own console is set
+        super().__init__(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal)
+        console.push_theme(Theme(STATES))
+        with contextlib.suppress(AttributeError):  # of a console that writes into memory
+            console.file.reconfigure(errors="replace")  # a character it cannot write must not end the batch
+        for text in names:
+            self.add_task(text, start=False, total=1.0, state="waits", note="")
 
-    def __enter__(self) -> Screen:
-        if self._live:
-            self._live.start()
-        else:
-            threading.Thread(target=self._tell, daemon=True).start()
-        return self
+    def start(self) -> None:
+        super().start()
+        if self.disable:
+            threading.Thread(target=self._print_running, daemon=True).start()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._stop.set()
-        if self._live:
-            self._live.stop()
-
-    def start(self, index: int, cells: int, file: Path) -> None:
-        """Run ``index`` starts: its notebook has ``cells`` code cells and writes its loops to ``file``."""
-        line = self.lines[index]
-        line.state, line.cells, line.file, line.started = "runs", max(cells, 1), file, time.monotonic()
-        line.cell = 0  # a run lost with its worker starts again
+    def run_starts(self, index: int, cells: int, file: Path) -> None:
+        """Run ``index`` starts, perhaps again: its notebook has ``cells`` code cells, its loops report to ``file``."""
+        self.reset(index, state="runs", note="", cell=0, cells=cells, file=file)
         self._print(index, "starts")
 
-    def cell(self, index: int) -> None:
+    def cell_ends(self, index: int) -> None:
         """One more cell of run ``index`` is finished, and with it its loops."""
-        line = self.lines[index]
-        line.cell += 1
-        if line.file:
-            line.file.unlink(missing_ok=True)
+        fields = self.tasks[index].fields
+        fields["cell"] += 1
+        fields["file"].unlink(missing_ok=True)
 
-    def end(self, index: int, state: str, note: str) -> None:
-        """Run ``index`` ended as ``state``, one of STYLES; ``note`` says more."""
-        line = self.lines[index]
-        line.seconds = time.monotonic() - line.started if line.started else 0.0
-        line.state, line.note = state, note
-        self._print(index, f"{state} {line.elapsed()} {note}".replace("  ", " "))
+    def run_ends(self, index: int, state: str, note: str) -> None:
+        """Run ``index`` ended as ``state``, one of STATES; ``note`` says more."""
+        finished = state in ("done", "found")
+        elapsed = f"{self._elapsed(index)} " if self.tasks[index].started else ""
+        self.stop_task(index)
+        shares = {"completed": 1.0} if finished else {}
+        self.update(index, state=state, note="" if finished else note, **shares)
+        self._print(index, f"{state} {elapsed}{note}")
+
+    def say(self, sentence: str) -> None:
+        """Print a line as it is: brackets in a path are no markup."""
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The lines that a terminal has room for, and a summary of the states if these are not all."""
+        for task in self.tasks:
+            self._look(task)
+        room = max(1, self._height() - 2)  # without one line for the summary and one for the cursor
+        ranks = list(STATES)
+        important = sorted(self.tasks, key=lambda task: ranks.index(task.fields["state"]))[:room]
+        yield self.make_tasks_table(sorted(important, key=lambda task: task.id))
+        if len(self.tasks) > room:
+            counts = Counter(task.fields["state"] for task in self.tasks)
+            yield Text(", ".join(f"{state} {counts[state]}" for state in ranks if counts[state]), "dim")
+
+    def _look(self, task: Task) -> None:
+        """See how far a running notebook is: its cells, and the loops of the current cell as their share of it."""
+        if task.fields["state"] != "runs":
+            return
+        cell, cells, loops = task.fields["cell"], task.fields["cells"], progress.read(task.fields["file"])
+        inner, weight = 0.0, 1.0
+        for loop in loops:
+            if loop["total"]:
+                inner += weight * loop["done"] / loop["total"]
+                weight /= loop["total"]
+        task.completed = min(1.0, (cell + inner) / cells)
+        current = (f"{loop['label']} {loop['done']}/{loop['total'] or '?'}" for loop in loops)
+        task.fields["note"] = ", ".join([f"cell {min(cell + 1, cells)}/{cells}", *current])
+
+    def _elapsed(self, index: int) -> str:
+        return str(timedelta(seconds=int(self.tasks[index].elapsed)))
 
     def _print(self, index: int, text: str) -> None:
-        if not self._live:
-            line = f"[{index + 1}/{len(self.lines)}] {self.lines[index].name}: {text}"
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self.disable:
+            self.say(f"[{index + 1}/{len(self.tasks)}] {self.tasks[index].description}: {text}")
 
-    def _tell(self) -> None:
-        while not self._stop.wait(SECONDS_BETWEEN_LINES):
-            for index, line in enumerate(self.lines):
-                if line.state == "runs":
-                    self._print(index, f"{line.activity()} {line.elapsed()}")
-
-    def _picture(self) -> Group:
-        room = max(1, self.console.height - 2)  # lines: one for the sums, one for the cursor
-        if len(self.lines) <= room:
-            return Group(self._table(self.lines))
-        numbers = sorted(range(len(self.lines)), key=lambda index: RANKS.index(self.lines[index].state))
-        counts = Counter(line.state for line in self.lines)
-        summary = ", ".join(f"{state} {counts[state]}" for state in RANKS if counts[state])
-        return Group(self._table([self.lines[index] for index in sorted(numbers[:room])]), Text(summary, "dim"))
-
-    def _table(self, lines: list[Line]) -> Table:
-        table = Table.grid(padding=(0, 1))
-        for line in lines:
-            style = STYLES[line.state]
-            full = line.state in ("done", "found")
-            bar = ProgressBar(total=1.0, completed=1.0 if full else line.fraction(), width=16)
-            shown = bar if line.state != "waits" else ""
-            table.add_row(Text(line.state, style), Text(line.name), shown, line.elapsed(), Text(line.activity(), "dim"))
-        return table
+    def _print_running(self) -> None:
+        while True:
+            time.sleep(SECONDS_BETWEEN_LINES)
+            for index, task in enumerate(self.tasks):
+                self._look(task)
+                if task.fields["state"] == "runs":
+                    self._print(index, f"{task.fields['note']} {self._elapsed(index)}")
