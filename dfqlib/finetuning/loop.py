@@ -113,28 +113,31 @@ def finetune(
     another teacher, other bits, another schedule, optimizer or seed.
     """
     iterations, observe_iterations, train_from = schedule.iterations, schedule.observe_iterations, schedule.train_from
-    run, settings = _Progress(stream, students), {}
-    history = run.history
+    tuners = {name: _Tuner(student) for name, student in students.items()}
+    history, start, settings = History(scores={name: [] for name in students}), 0, {}
     if checkpoint is not None:
         settings = _settings(stream, students, schedule)
         settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every}
         if state := load_checkpoint(checkpoint.path, settings, checkpoint.anew):
-            run.load_state_dict(state)
+            start, history.scores, history.seconds = state["drawn"], state["scores"], state["seconds"]
+            stream.load_state_dict(state["stream"])
+            for name, tuner in tuners.items():
+                tuner.load_state_dict(state["students"][name])
     written = time.perf_counter()
     began = written - history.seconds
-    for drawn in track(range(run.drawn, generator_warmup + iterations), label):
+    for drawn in track(range(start, generator_warmup + iterations), label):
         batch = stream.next_batch()
         iteration = drawn - generator_warmup  # below 0 the generator trains alone
         if 0 <= iteration < observe_iterations:
-            for tuner in run.tuners.values():
+            for tuner in tuners.values():
                 tuner.observe(batch)
         if iteration >= train_from:
             progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
-            for tuner in run.tuners.values():
+            for tuner in tuners.values():
                 tuner.step(batch, *progress)
-        done, run.drawn = iteration + 1, drawn + 1
+        done = iteration + 1
         if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
-            run.read_losses(train_from)
+            _read_losses(history, stream, tuners, train_from)
             if evaluate is not None:
                 for name, student in students.items():
                     history.scores[name].append((done, evaluate(student.network)))
@@ -142,11 +145,13 @@ def finetune(
                 on_evaluation(history)
         now = time.perf_counter()
         history.seconds = now - began
-        if checkpoint is not None and (done == iterations or checkpoint.due(run.drawn, now - written)):
-            run.read_losses(train_from)  # no run can continue from a broken state
-            save_checkpoint(checkpoint.path, settings, run.state_dict())
+        if checkpoint is not None and (done == iterations or checkpoint.due(drawn + 1, now - written)):
+            _read_losses(history, stream, tuners, train_from)  # no run can continue from a broken state
+            state = {"drawn": drawn + 1, "scores": history.scores, "seconds": history.seconds}
+            state |= {"students": {name: tuner.state_dict() for name, tuner in tuners.items()}}
+            save_checkpoint(checkpoint.path, settings, state | {"stream": stream.state_dict()})
             written = time.perf_counter()
-    run.read_losses(train_from)
+    _read_losses(history, stream, tuners, train_from)
     return history
 
 
@@ -221,29 +226,9 @@ class _Tuner:
         self.losses = list(torch.tensor(state["losses"], device=device))
 
 
-class _Progress:
-    """How far a fine-tuning has come: all that the rest of it depends on."""
-
-    def __init__(self, stream: Stream, students: Mapping[str, Student]) -> None:
-        self.stream, self.tuners = stream, {name: _Tuner(student) for name, student in students.items()}
-        self.history = History(scores={name: [] for name in students})
-        self.drawn = 0  # batches taken from the stream
-
-    def read_losses(self, train_from: int) -> None:
-        """Bring the losses from the device into the history; Diverged where one is not finite."""
-        self.history.generator = read_losses(self.stream)
-        for name, tuner in self.tuners.items():
-            before = f"student {name!r} diverged: its loss is"
-            self.history.students[name] = to_finite_floats(tuner.losses, before, LOWER_LR_HINT, train_from + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        students = {name: tuner.state_dict() for name, tuner in self.tuners.items()}
-        history = {"scores": self.history.scores, "seconds": self.history.seconds}
-        return {"drawn": self.drawn, "stream": self.stream.state_dict(), "students": students, "history": history}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.drawn = state["drawn"]
-        self.history.scores, self.history.seconds = state["history"]["scores"], state["history"]["seconds"]
-        self.stream.load_state_dict(state["stream"])
-        for name, tuner in self.tuners.items():
-            tuner.load_state_dict(state["students"][name])
+def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
+    """Bring the losses from the device into the history; Diverged where one is not finite."""
+    history.generator = read_losses(stream)
+    for name, tuner in tuners.items():
+        before = f"student {name!r} diverged: its loss is"
+        history.students[name] = to_finite_floats(tuner.losses, before, LOWER_LR_HINT, train_from + 1)

@@ -7,6 +7,7 @@ TexQ's calibration centres can guide them. The fine-tuning that HAST, SynQ and S
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,26 +25,6 @@ from dfqlib.schedules import HardImageSchedule, ImageSchedule
 
 # Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much more harder samples count.
 PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5)}
-
-
-def hast_loss(
-    teacher_logits: Tensor,
-    labels: Tensor,
-    layers: Sequence[BatchNormInput],
-    beta: float = 10.0,
-    gamma: float = 2.0,
-    bns_weight: float = 1.0,
-) -> Tensor:
-    """L_BNS + beta mean((1 - p_y)^gamma CE(T(x), y)): images with the right statistics; hard samples count most.
-
-    ``teacher_logits`` (B, classes); ``labels`` (B,) integers. ``gamma`` = 0 is plain cross-entropy.
-    Source: HAST, hard sample synthesis.
-    """
-    cross_entropy = F.cross_entropy(teacher_logits, labels, reduction="none")
-    # A root has no slope at 0: where the teacher is sure, the difficulty is held above 0.
-    weights = difficulty(teacher_logits, labels).clamp(min=1e-8).pow(gamma)
-    hard = (weights * cross_entropy).mean()
-    return add_up({"L_BNS": bns_weight * bns_loss(layers), "hard CE": beta * hard})
 
 
 @dataclass(frozen=True)
@@ -76,6 +57,29 @@ def centre_gap(layers: Sequence[BatchNormInput], labels: Tensor, centres: Centre
     return torch.stack(gaps).mean()
 
 
+def hast_loss(
+    teacher_logits: Tensor,
+    labels: Tensor,
+    layers: Sequence[BatchNormInput],
+    beta: float = 10.0,
+    gamma: float = 2.0,
+    bns_weight: float = 1.0,
+    centres: Centres | None = None,
+) -> Tensor:
+    """L_BNS + beta mean((1 - p_y)^gamma CE(T(x), y)): images with the right statistics; hard samples count most.
+
+    ``teacher_logits`` (B, classes); ``labels`` (B,) integers. ``gamma`` = 0 is plain cross-entropy. ``centres`` add
+    0.02 :func:`centre_gap`. Source: HAST, hard sample synthesis.
+    """
+    cross_entropy = F.cross_entropy(teacher_logits, labels, reduction="none")
+    # A root has no slope at 0: where the teacher is sure, the difficulty is held above 0.
+    weights = difficulty(teacher_logits, labels).clamp(min=1e-8).pow(gamma)
+    terms = {"L_BNS": bns_weight * bns_loss(layers), "hard CE": beta * (weights * cross_entropy).mean()}
+    if centres is not None:
+        terms["gap to the centres"] = 0.02 * centre_gap(layers, labels, centres)
+    return add_up(terms)
+
+
 def hard_images(
     teacher: Teacher,
     schedule: HardImageSchedule,
@@ -95,12 +99,14 @@ def hard_images(
     """
     check_range("beta", beta, 0, 10**6)
     check_range("gamma", gamma, 0, 100)
+    guided = {} if centres is None else {"centres": centres, "bns_weight": 0.4}
+    loss = partial(hast_loss, beta=beta, gamma=gamma, **guided)
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(teacher.entry.classes, (schedule.images,), generator=random).to(teacher.device)
     batches, made = labels.split(schedule.synthesis_batch), []
     for number, batch in enumerate(batches, 1):
         label = f"hard images, batch {number} of {len(batches)}"
-        made.append(_optimise(teacher, batch, random, schedule, label, beta, gamma, crops, centres))
+        made.append(_optimise(teacher, batch, random, schedule, loss, label, crops))
     return SyntheticImages(torch.cat([m.images for m in made]), labels, [curve for m in made for curve in m.losses])
 
 
@@ -110,7 +116,8 @@ def calibration_centres(teacher: Teacher, schedule: ImageSchedule, seed: int = 0
     Source: TexQ (Chen et al., NeurIPS 2023), calibration centres; SaFT's code takes 1500 iterations.
     """
     classes, random = torch.arange(teacher.entry.classes, device=teacher.device), torch.Generator().manual_seed(seed)
-    images = _optimise(teacher, classes, random, schedule, "calibration centres", beta=1.0, gamma=0.0).images
+    loss = partial(hast_loss, beta=1.0, gamma=0.0)
+    images = _optimise(teacher, classes, random, schedule, loss, "calibration centres").images
     with BatchNormInputs(teacher.folded) as norms, torch.no_grad():
         teacher.folded(images)
         return Centres(images, {layer.name: layer.sample_mean_std() for layer in deeper_half(norms.layers)})
@@ -121,22 +128,17 @@ def _optimise(
     labels: Tensor,
     random: torch.Generator,
     schedule: ImageSchedule,
+    loss: Callable[..., Tensor],
     label: str,
-    beta: float,
-    gamma: float,
     crops: Callable[[Tensor], Tensor] | None = None,
-    centres: Centres | None = None,
 ) -> SyntheticImages:
-    """One batch of images for ``labels``, from noise drawn from ``random``."""
+    """One batch of images for ``labels``, from noise drawn from ``random``, by a ``loss`` such as :func:`hast_loss`."""
     start = torch.randn(len(labels), 3, *[teacher.entry.input_size] * 2, generator=random).to(teacher.device)
     calls = itertools.count(1)
     with BatchNormInputs(teacher.folded) as norms:
 
-        def loss(images: Tensor) -> Tensor:
+        def of_images(images: Tensor) -> Tensor:
             logits = teacher.folded(crops(images) if crops and next(calls) % 2 == 0 else images)
-            if centres is None:
-                return hast_loss(logits, labels, norms.layers, beta, gamma)
-            hard = hast_loss(logits, labels, norms.layers, beta, gamma, bns_weight=0.4)
-            return add_up({"": hard, "gap to the centres": 0.02 * centre_gap(norms.layers, labels, centres)})
+            return loss(logits, labels, norms.layers)
 
-        return synthesise(channels_last(start), loss, schedule, label)
+        return synthesise(channels_last(start), of_images, schedule, label)
