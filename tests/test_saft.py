@@ -27,7 +27,7 @@ from dfqlib.methods.saft import (
 )
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.layers import observing
-from dfqlib.schedules import AlignmentWeights, GeneratorSchedule, TuningSchedule, decay_factor
+from dfqlib.schedules import AlignmentWeights, GeneratorSchedule, TuningSchedule
 
 
 class Residual(nn.Module):
@@ -183,14 +183,6 @@ def test_tuning_brings_the_student_closer_to_the_teacher(teacher, data):
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_students_share_a_stream_and_do_not_touch_each_other(teacher, data):
-    results = []
-    for widths in ([3], [4, 3]):
-        students = {str(bits): make(teacher, data, bits)[1] for bits in widths}
-        results.append(finetune(make(teacher, data)[0], students, spans(4, 1)).students["3"])
-    assert results[0] == results[1]
-
-
 def test_the_view_of_a_batch_is_the_teachers_and_carries_no_gradient(teacher, data):
     batch = make(teacher, data)[0].next_batch()
     torch.testing.assert_close(batch.teacher_logits, teacher.network(batch.images))
@@ -218,14 +210,6 @@ def test_images_come_round_by_round(teacher, data):
     assert len(large.next_batch().images) == 25
 
 
-def test_images_are_varied_before_the_teacher_sees_them(teacher, data):
-    stream = ImageStream(teacher.network, *data, 4, vary=lambda images: images + 1)
-    plain = ImageStream(teacher.network, *data, 4)
-    batch, other = stream.next_batch(), plain.next_batch()
-    torch.testing.assert_close(batch.images, other.images + 1)
-    torch.testing.assert_close(batch.teacher_logits, teacher.network(batch.images))
-
-
 def test_the_teacher_is_asked_once_when_its_logits_are_read(teacher, data):
     asked, scale = [], torch.ones(1, requires_grad=True)
 
@@ -237,11 +221,6 @@ def test_the_teacher_is_asked_once_when_its_logits_are_read(teacher, data):
     finetune(ImageStream(ask, *data, 4), students, spans(5, 3))
     assert asked == [4, 4]
     assert not ImageStream(ask, *data, 4).next_batch().teacher_logits.requires_grad
-
-
-def test_late_steps_are_those_of_the_published_epochs():
-    rates = [decay_factor("late_step", epoch / 50) for epoch in (0, 19, 20, 39, 40, 49)]
-    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_attention_without_residual_units_is_refused():
