@@ -1,6 +1,4 @@
-"""A loss as the sum of named terms, which are told where it is no longer finite."""
-
-from __future__ import annotations
+"""A loss as the sum of named terms, so that a message can name the term that is no longer finite."""
 
 import functools
 import math
@@ -13,37 +11,36 @@ from dfqlib.errors import Diverged
 
 
 def add_up(terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of one or more weighted ``terms``, in their order; it carries them along, without their graphs.
+    """The sum of one or more weighted ``terms``, in their order; it carries them as ``terms``, without their graphs.
 
-    A term that is such a sum itself counts by its own terms: named ``"KL of copies"``, or just ``"KL"`` if its own name
-    is empty.
+    A term that is such a sum counts by its own terms: named ``"KL of copies"``, or ``"KL"`` if its own name is empty.
     """
     result = functools.reduce(torch.add, terms.values())
-    known: dict[str, Tensor] = {}
-    for name, term in terms.items():
-        for part, value in getattr(term, "terms", {"": term.detach()}).items():
-            known[" of ".join(filter(None, (part, name)))] = value
-    result.terms = known
+    result.terms = {
+        " of ".join(filter(None, (part, name))): value
+        for name, term in terms.items()
+        for part, value in getattr(term, "terms", {"": term.detach()}).items()
+    }
     return result
 
 
 def detach_with_terms(loss: Tensor) -> Tensor:
-    """``loss`` without its graph but with its terms, to be read later, so that no step waits for the device."""
+    """``loss`` without its graph but with its terms: it can be read later, so that no step waits for the device."""
     scalar = loss.detach()
     scalar.terms = getattr(loss, "terms", {})
     return scalar
 
 
 def to_floats(losses: Sequence[Tensor]) -> list[float]:
-    """Some losses as numbers, brought from the device all at once."""
+    """The values of ``losses``, read from the device all at once."""
     return torch.stack(list(losses)).tolist() if losses else []
 
 
 def to_finite_floats(losses: Sequence[Tensor], before: str, after: str, first: int = 0) -> list[float]:
-    """:func:`numbers` of some :func:`kept` losses; the terms of finite ones are forgotten, as nobody will ask again.
+    """:func:`to_floats` of losses from :func:`detach_with_terms`; the terms of finite ones are dropped.
 
-    Raises Diverged where one is not finite: ``before``, the loss and those of its terms that are not finite, its
-    iteration, counted from ``first``, and ``after``.
+    Diverged where one is not finite: ``before``, the loss and its terms that are not finite, its iteration, counted
+    from ``first``, and ``after``.
     """
     values = to_floats(losses)
     for iteration, (loss, value) in enumerate(zip(losses, values, strict=True), first):

@@ -1,10 +1,8 @@
-"""The losses of the papers, one short function each.
+"""The losses that several papers share; a loss of one paper only is in that paper's module.
 
-``layers`` is what :class:`dfqlib.statistics.BatchNormInputs` collected in the forward pass of the teacher: for every
-batch norm, in execution order, the statistics of what entered it, and the module with those of the training data.
+``layers`` is what :class:`dfqlib.models.batch_norm_statistics.BatchNormInputs` collected in a forward pass of the
+teacher: what entered each batch norm, in order of execution, and the module with the training data's statistics.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
@@ -17,17 +15,17 @@ from dfqlib.models.batch_norm_statistics import BatchNormInput, batch_gaps, by_l
 
 
 def bns_loss(layers: Sequence[BatchNormInput]) -> Tensor:
-    """L_BNS: gap of the batch's means and variances to the batch-norm statistics, mean over channels and layers.
+    """L_BNS: mean squared gap of the batch's means and variances to the batch-norm statistics.
 
-    The mean and the biased variance, over everything but channels, of what enters each batch norm are compared with its
-    running mean and running variance by mean squared error. Source: GDFQ, knowledge matching generator.
+    Means and biased variances (over everything but channels) of what enters each batch norm against its running mean
+    and variance; mean over channels, then over layers. Source: GDFQ, knowledge matching generator.
     """
     mean_gaps, variance_gaps = batch_gaps(layers)
     return mean_of_layers(mean_gaps.square() + variance_gaps.square(), layers)
 
 
 def mean_of_layers(values: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
-    """Mean over layers of the mean over each one's channels; ``values`` (sum of C,) of all channels side by side."""
+    """Mean over layers of the mean over channels; ``values`` (sum of C,) hold the channels of all layers in a row."""
     return torch.stack([of_layer.mean() for of_layer in by_layer(values, layers)]).mean()
 
 
@@ -39,10 +37,10 @@ def generator_loss(
     bns_weight: float = 0.1,
     statistics_loss: Callable[[Sequence[BatchNormInput]], Tensor] = bns_loss,
 ) -> Tensor:
-    """L_G = CE(T(x), y) + 0.1 L_BNS: images the teacher names as asked, with the statistics it was trained on.
+    """L_G = CE(T(x), y) + 0.1 L_BNS: images of the labels asked for, with the training data's statistics.
 
     ``teacher_logits`` (B, classes); ``labels`` (B,) integers or (B, classes) probabilities. A weight of 0 drops its
-    term; ``statistics_loss`` takes the place of L_BNS. Source: GDFQ, knowledge matching generator.
+    term; ``statistics_loss`` replaces L_BNS. Source: GDFQ, knowledge matching generator.
     """
     terms = {}
     if ce_weight:
@@ -55,10 +53,10 @@ def generator_loss(
 def distillation_kl(
     teacher_logits: Tensor, student_logits: Tensor, temperature: float = 20.0, mean_over_classes: bool = False
 ) -> Tensor:
-    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) in nats, mean over the batch; logits are (B, classes).
+    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) in nats, mean over the batch; logits (B, classes).
 
-    ``mean_over_classes=True`` is the published quirk: ``KLDivLoss`` with reduction "mean" divides by the number of
-    classes as well, so the term is that much smaller than written. Source: GDFQ, fine-tuning with fake data.
+    ``mean_over_classes=True`` is a quirk of the released code: ``KLDivLoss`` with reduction "mean" also divides by the
+    number of classes. Source: GDFQ, fine-tuning with fake data.
     """
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     student = F.log_softmax(student_logits / temperature, dim=1)
@@ -75,9 +73,9 @@ def student_loss(
     temperature: float = 20.0,
     mean_over_classes: bool = False,
 ) -> Tensor:
-    """L_S = CE(S(x), y) + alpha tau^2 KL(T || S): the student agrees with the label and with the teacher.
+    """L_S = CE(S(x), y) + alpha tau^2 KL(T || S): the student is to agree with the label and with the teacher.
 
-    Logits are (B, classes), labels (B,) integers or (B, classes) probabilities; ``kl_weight`` is the paper's alpha.
+    Logits (B, classes); labels (B,) integers or (B, classes) probabilities; ``kl_weight`` is the paper's alpha.
     A weight of 0 drops its term. Source: GDFQ, fine-tuning with fake data.
     """
     terms = {}
@@ -89,7 +87,7 @@ def student_loss(
 
 
 def difficulty(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 - p_y (B,): how little of the probability goes to the label, 0 for an easy sample and 1 for a hopeless one.
+    """1 - p_y (B,), p_y the probability of the label: 0 for an easy sample, 1 for the hardest.
 
     ``logits`` (B, classes), ``labels`` (B,) integers. Source: HAST, hard sample synthesis.
     """

@@ -1,6 +1,6 @@
-"""The fine-tuning loop: students share a stream and do not touch it; ranges freeze; last and best are kept apart."""
+"""The fine-tuning loop: students share a stream and leave it alone; ranges freeze; a stopped run goes on as it was."""
 
-import copy
+import io
 import os
 import subprocess
 import sys
@@ -12,16 +12,21 @@ import pytest
 import torch
 from torch import nn
 
+from dfqlib.bits import BitWidths
 from dfqlib.checkpoint import load_checkpoint
 from dfqlib.data.crops import RandomCrops
 from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Checkpoint, History, Student, distillation_loss, finetune
+from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.finetuning.streams import Batch, FirstThen, GeneratorStream, ImageStream
 from dfqlib.generators.networks import Generator
 from dfqlib.losses import student_loss
+from dfqlib.methods import dsg, gdfq, qimera
+from dfqlib.methods.saft import WithTeacherView
+from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.layers import FakeQuantize
-from dfqlib.schedules import decay_factor
+from dfqlib.schedules import GeneratorSchedule, TuningSchedule, decay_factor
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +34,11 @@ def teacher():
     return small_teacher()
 
 
-def small_teacher():
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3, padding=1, stride=2),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    )
+def small_teacher(seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1, stride=2)]
+    layers += [nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    network = nn.Sequential(*layers)
     for _ in range(20):
         network(torch.randn(32, 3, 8, 8) * 2 + 1)  # statistics that differ from a fresh generator's
     return network.eval().requires_grad_(False)
@@ -53,7 +50,12 @@ def make_stream(teacher, iterations=6, seed=0, **options):
 
 
 def make_student(teacher, bits=4, **options):
-    return Student(quantize_model(teacher, bits, bits), **({"lr": 0.01, "decay": "cosine"} | options))
+    return Student(quantize_model(teacher, BitWidths(bits, bits)), **({"lr": 0.01, "decay": "cosine"} | options))
+
+
+def spans(iterations, observe_iterations, train_from=None):
+    train_from = train_from or observe_iterations
+    return TuningSchedule(iterations=iterations, observe_iterations=observe_iterations, train_from=train_from)
 
 
 def parameters(network):
@@ -72,20 +74,10 @@ def test_generator_is_bitwise_the_same_with_one_student_and_with_four(teacher):
     for widths in ([3], [2, 3, 4, 8]):
         stream = make_stream(teacher)
         students = {f"w{bits}": make_student(teacher, bits) for bits in widths}
-        finetune(stream, students, iterations=6, observe_iterations=2)
+        finetune(stream, students, spans(6, 2))
         results.append((parameters(stream.generator), parameters(students["w3"].network)))
     assert_equal(results[0][0], results[1][0])
     assert_equal(results[0][1], results[1][1])
-
-
-def test_a_seed_gives_the_same_run_and_another_seed_another(teacher):
-    runs = []
-    for seed in (0, 0, 1):
-        student = make_student(teacher)
-        history = finetune(make_stream(teacher, seed=seed), {"s": student}, iterations=5, observe_iterations=2)
-        runs.append((history.students["s"], parameters(student.network)))
-    assert runs[0][0] == runs[1][0] != runs[2][0]
-    assert_equal(runs[0][1], runs[1][1])
 
 
 def test_the_generator_learns_and_then_stays_as_it_is(teacher):
@@ -100,13 +92,6 @@ def test_the_generator_learns_and_then_stays_as_it_is(teacher):
     assert_equal(before, dict(stream.generator.named_parameters()))
     assert not torch.equal(first.images, second.images)
     assert not first.images.requires_grad and not first.teacher_logits.requires_grad
-
-
-def test_teacher_is_untouched(teacher):
-    before = parameters(teacher)
-    finetune(make_stream(teacher), {"s": make_student(teacher)}, iterations=4, observe_iterations=1)
-    assert_equal(before, parameters(teacher))
-    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_ranges_and_statistics_are_frozen_after_the_warm_up_and_weights_before(teacher):
@@ -124,7 +109,7 @@ def test_ranges_and_statistics_are_frozen_after_the_warm_up_and_weights_before(t
             seen.append(parameters(student.network))
             return self.stream.next_batch()
 
-    finetune(Spy(), {"s": student}, iterations=7, observe_iterations=3, train_from=5)
+    finetune(Spy(), {"s": student}, spans(7, 3, 5))
     seen.append(parameters(student.network))
     ranges = [name for name in start if name.endswith(".high")]  # after a ReLU the low end is 0 throughout
     running = [name for name in start if "running" in name]
@@ -141,23 +126,14 @@ def test_ranges_and_statistics_are_frozen_after_the_warm_up_and_weights_before(t
     assert not any(m.observing for m in student.network.modules() if isinstance(m, FakeQuantize))
 
 
-def test_a_student_in_training_mode_keeps_its_mode(teacher):
-    student = make_student(teacher)
-    student.network.train()
-    before = parameters(student.network)
-    finetune(make_stream(teacher), {"s": student}, iterations=3, observe_iterations=1)
-    assert student.network.training
-    assert any(not torch.equal(before[n], v) for n, v in parameters(student.network).items() if "running_mean" in n)
-
-
-def test_tuning_brings_the_student_closer_to_the_teacher(teacher):
-    student = make_student(
-        teacher, bits=2, lr=0.01, loss=partial(distillation_loss, loss=partial(student_loss, ce_weight=0))
-    )
-    history = finetune(make_stream(teacher, 0), {"s": student}, iterations=45, observe_iterations=5)
-    losses = history.students["s"]
+def test_tuning_brings_the_student_closer_to_the_teacher_which_it_leaves_alone(teacher):
+    loss = partial(distillation_loss, loss=partial(student_loss, ce_weight=0))
+    student, before = make_student(teacher, bits=2, lr=0.01, loss=loss), parameters(teacher)
+    losses = finetune(make_stream(teacher, 0), {"s": student}, spans(45, 5)).students["s"]
     assert len(losses) == 40
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert_equal(before, parameters(teacher))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_last_and_best_scores_and_when_they_are_taken(teacher):
@@ -166,19 +142,15 @@ def test_last_and_best_scores_and_when_they_are_taken(teacher):
     history = finetune(
         make_stream(teacher),
         {"s": make_student(teacher)},
-        iterations=7,
-        observe_iterations=2,
+        spans(7, 2),
         evaluate=lambda _: next(scores),
         evaluate_every=2,
         on_evaluation=lambda h: looks.append((len(h.generator), len(h.students["s"]))),
     )
     assert history.scores["s"] == [(2, 1.0), (4, 10.0), (6, 30.0), (7, 20.0)]
     assert (history.last("s"), history.best("s")) == (20.0, 30.0)
-    assert looks == [(2, 0), (4, 2), (6, 4), (6, 5)]  # the generator stopped after six
-
-
-def test_best_of_one_score_is_the_last():
     assert History(scores={"s": [(1, 5.0)]}).best("s") == 5.0
+    assert looks == [(2, 0), (4, 2), (6, 4), (6, 5)]  # the generator stopped after six
 
 
 def test_decays():
@@ -186,29 +158,16 @@ def test_decays():
     assert [decay_factor("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.5, 0])
     assert max(decay_factor("cosine", p / 100) for p in range(100)) == pytest.approx(decay_factor("cosine", 0.1))
     assert decay_factor("constant", 0.9) == 1
+    rates = [decay_factor("late_step", epoch / 50) for epoch in (0, 19, 20, 39, 40, 49)]  # as published
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     with pytest.raises(UserError, match="decay='linear'"):
         decay_factor("linear", 0.5)
-
-
-@pytest.mark.parametrize("spans", [(0, None), (5, None), (3, 2), (2, 5)])
-def test_spans_that_leave_nothing_are_refused(teacher, spans):
-    with pytest.raises(UserError, match="iterations"):
-        finetune(
-            make_stream(teacher), {"s": make_student(teacher)}, 5, observe_iterations=spans[0], train_from=spans[1]
-        )
 
 
 def test_divergence_names_the_student_and_the_iteration(teacher):
     students = {"fine": make_student(teacher), "wild": make_student(teacher, lr=1e30)}
     with pytest.raises(RuntimeError, match=r"student 'wild' diverged.*lower its lr"):
-        finetune(make_stream(teacher), students, iterations=12, observe_iterations=1)
-
-
-def test_students_of_one_teacher_do_not_share_weights(teacher):
-    first, second = make_student(teacher), make_student(teacher)
-    kept = copy.deepcopy(parameters(second.network))
-    finetune(make_stream(teacher), {"s": first}, iterations=3, observe_iterations=1)
-    assert_equal(kept, parameters(second.network))
+        finetune(make_stream(teacher), students, spans(12, 1))
 
 
 def image_stream(teacher, seed=0):
@@ -216,14 +175,40 @@ def image_stream(teacher, seed=0):
     return ImageStream(teacher, images, torch.arange(20) % 4, batch=8, vary=RandomCrops(8, seed=seed), seed=seed)
 
 
+def method_stream(method, network):
+    teacher = Teacher.from_module(network, 4, (0.5,) * 3, (0.25,) * 3, input_size=8)
+    schedule = GeneratorSchedule(batch=8, generator_iterations=5)
+    if method == "qimera":  # about every second batch is superposed
+        return qimera.make_stream(teacher, schedule, qimera.SuperpositionSettings(p=0.5, k=2))
+    if method == "gdfq":
+        return gdfq.make_stream(teacher, schedule)
+    return dsg.make_stream(teacher, schedule, dsg.noise_gaps(teacher, 16))
+
+
 STREAMS = {
-    "generator": make_stream,
     "images": image_stream,
-    "both": lambda teacher: FirstThen(make_stream(teacher), 5, image_stream(teacher)),
-}
+    "generator, then images": lambda teacher: FirstThen(make_stream(teacher), 5, image_stream(teacher)),
+    "with the teacher's view": lambda teacher: WithTeacherView(image_stream(teacher), NetworkProbe(teacher)),
+} | {method: partial(method_stream, method) for method in ("gdfq", "qimera", "dsg")}
 
 
-def tuned(teacher, stream, checkpoint, stop_at=None, iterations=8):
+@pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
+def test_a_stream_goes_on_from_its_state_with_the_same_batches(teacher, make):
+    """Everything that a draw, a loss or a crop depends on is part of the state; 3 batches before and 8 after a stop."""
+    stream, saved = make(teacher), io.BytesIO()
+    for _ in range(3):
+        stream.next_batch()
+    torch.save(stream.state_dict(), saved)
+    saved.seek(0)
+    again = make(teacher)
+    again.load_state_dict(torch.load(saved, weights_only=True))
+    for _ in range(8):
+        first, second = stream.next_batch(), again.next_batch()
+        for part in ("images", "labels", "teacher_logits"):
+            assert torch.equal(getattr(first, part), getattr(second, part)), part
+
+
+def tuned(teacher, checkpoint, stop_at=None):
     """Parameters and history of two students; ``stop_at`` breaks off when that many iterations are done."""
 
     def stop(history):
@@ -232,10 +217,9 @@ def tuned(teacher, stream, checkpoint, stop_at=None, iterations=8):
 
     students = {"w3": make_student(teacher, 3), "w4": make_student(teacher, 4)}
     history = finetune(
-        STREAMS[stream](teacher),
+        STREAMS["generator, then images"](teacher),
         students,
-        iterations,
-        observe_iterations=2,
+        spans(8, 2),
         evaluate=lambda network: network(torch.ones(1, 3, 8, 8)).sum().item(),
         evaluate_every=1,
         on_evaluation=stop,
@@ -245,27 +229,24 @@ def tuned(teacher, stream, checkpoint, stop_at=None, iterations=8):
     return {name: parameters(student.network) for name, student in students.items()}, history
 
 
-@pytest.mark.parametrize("stream", STREAMS)
-def test_a_stopped_run_goes_on_to_the_same_numbers(stream, teacher, tmp_path):
-    whole, whole_history = tuned(teacher, stream, None)
+def test_a_stopped_run_goes_on_to_the_same_numbers(teacher, tmp_path):
+    whole, whole_history = tuned(teacher, None)
     checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
     for stop_at in (4, 7):  # stopped twice, each time some iterations after the last checkpoint
         with pytest.raises(KeyboardInterrupt):
-            tuned(teacher, stream, checkpoint, stop_at)
-    continued, history = tuned(teacher, stream, checkpoint)
-    for name in whole:
-        assert_equal(whole[name], continued[name])
-    assert history == whole_history
-    again, history = tuned(teacher, stream, checkpoint)  # nothing is left to do
-    assert history == whole_history
-    assert_equal(whole["w3"], again["w3"])
+            tuned(teacher, checkpoint, stop_at)
+    for _ in range(2):  # the second time nothing is left to do
+        continued, history = tuned(teacher, checkpoint)
+        for name in whole:
+            assert_equal(whole[name], continued[name])
+        assert history == whole_history
 
 
 def to_be_killed(path: Path) -> list[list[float]]:
     """The parameters of a student after a fine-tuning with many checkpoints."""
     student = make_student(small_teacher(), 3)
     stream, checkpoint = make_stream(small_teacher(), 100), Checkpoint(path, every=7)
-    finetune(stream, {"w3": student}, 100, 5, checkpoint=checkpoint)
+    finetune(stream, {"w3": student}, spans(100, 5), checkpoint=checkpoint)
     return [p.flatten().tolist() for p in student.network.parameters()]
 
 
@@ -293,14 +274,38 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(tmp_path):
     assert continued.communicate()[0] == whole.communicate()[0] != ""
 
 
-def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(teacher, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"of": 1}, r"teacher='\w+' \(it has '\w+'\)"),
+        ({"bits": 8}, r"bits of s='W8A8' \(it has 'W4A4'\)"),
+        ({"lr": 1.0}, r"lr of s=1\.0 \(it has 0\.01\)"),
+        ({"decay": "step"}, r"decay of s='step' \(it has 'cosine'\)"),
+        ({"momentum": 0.5}, r"momentum of s=0\.5 \(it has 0\.9\)"),
+        ({"seed": 1}, r"settings: stream='\w+' \(it has '\w+'\)"),
+        ({"iterations": 9}, r"settings: iterations=9 \(it has 8\)"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, told):
     checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
-    tuned(teacher, "images", checkpoint)
-    with pytest.raises(UserError, match=r"iterations=9 \(it has 8\)"):
-        tuned(teacher, "images", checkpoint, iterations=9)
+
+    def run(of=0, seed=0, iterations=8, **options):
+        network = small_teacher(of)
+        student = make_student(network, **options)
+        finetune(make_stream(network, seed=seed), {"s": student}, spans(iterations, 2), checkpoint=checkpoint)
+
+    run()
+    with pytest.raises(UserError, match=told):
+        run(**change)
+
+
+def test_half_a_checkpoint_is_refused(teacher, tmp_path):
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
+    tuned(teacher, checkpoint)
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"run\.ckpt' cannot be read"):
-        tuned(teacher, "images", checkpoint)
+        tuned(teacher, checkpoint)
     with pytest.raises(UserError, match="every=0"):
         Checkpoint(checkpoint.path, every=0)
 
@@ -310,6 +315,6 @@ def test_warming_up_the_generator_is_drawing_batches_before_the_run(teacher):
     for _ in range(3):
         by_hand.next_batch()
     students = [make_student(teacher) for _ in range(2)]
-    finetune(by_hand, {"s": students[0]}, 4, observe_iterations=1)
-    finetune(as_option, {"s": students[1]}, 4, observe_iterations=1, generator_warmup=3)
+    finetune(by_hand, {"s": students[0]}, spans(4, 1))
+    finetune(as_option, {"s": students[1]}, spans(4, 1), generator_warmup=3)
     assert_equal(parameters(students[0].network), parameters(students[1].network))

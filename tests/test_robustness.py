@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from stub_kit import ROOT, call, kill_family, start, wait_for, write_kit
-from test_finetune import make_stream, make_student, small_teacher
+from test_finetune import make_stream, make_student, small_teacher, spans
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import Diverged
@@ -30,6 +30,7 @@ from dfqlib.methods.saft import WithTeacherView
 from dfqlib.papers.notebook_source import notebook_sources
 from dfqlib.runner.plan import Selection, plan
 from dfqlib.runner.run_folder import broken_files, complete, read_metrics
+from dfqlib.schedules import ImageSchedule
 
 matplotlib.use("Agg")
 
@@ -99,9 +100,8 @@ def test_a_broken_checkpoint_in_a_batch_is_begun_anew(tmp_path, monkeypatch, sha
     whole = checkpoint.path.read_bytes()
     checkpoint.path.write_bytes(whole[: int(share * len(whole))])
     with pytest.warns(UserWarning, match=r"GDFQ-w4a4\.ckpt' cannot be read .*: the computation begins anew"):
-        history = finetune(
-            make_stream(small_teacher()), {"s": make_student(small_teacher())}, 3, 1, checkpoint=checkpoint
-        )
+        student = make_student(small_teacher())
+        history = finetune(make_stream(small_teacher()), {"s": student}, spans(3, 1), checkpoint=checkpoint)
     assert len(history.students["s"]) == 2
     assert load_checkpoint(checkpoint.path, {})["drawn"] == 3
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_written_after_so_many_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr("dfqlib.finetuning.loop.time.perf_counter", lambda: clock[0])
     path = tmp_path / "run.ckpt"
     stream = Slow(path, clock)
-    finetune(stream, {"s": make_student(small_teacher())}, 8, 1, checkpoint=Checkpoint(path, seconds=3))
+    finetune(stream, {"s": make_student(small_teacher())}, spans(8, 1), checkpoint=Checkpoint(path, seconds=3))
     assert stream.written == [0, 0, 0, 3, 3, 3, 6, 6]
     assert load_checkpoint(path, {})["drawn"] == 8
 
@@ -144,7 +144,7 @@ def test_checkpoint_every_reaches_the_notebooks_and_is_checked(kit, tmp_path, ca
 TUNING = f"""
 import json, pathlib, sys, time
 sys.path.insert(0, {os.fspath(ROOT / "tests")!r})
-from test_finetune import make_stream, make_student, small_teacher
+from test_finetune import make_stream, make_student, small_teacher, spans
 from dfqlib.checkpoint import load_checkpoint
 from dfqlib.finetuning.loop import finetune
 from dfqlib.notebook.run import Run
@@ -158,7 +158,7 @@ def slowly(network):
     scored.append(network)
     time.sleep(600 if len(scored) > 25 and pathlib.Path(out).parts[-4] == "killed" and not began_at else 0.05)
     return 50.0
-history = finetune(make_stream(small_teacher(), 30), {{"s": student}}, 30, 2, None, slowly, 1, checkpoint=kept)
+history = finetune(make_stream(small_teacher(), 30), {{"s": student}}, spans(30, 2), slowly, 1, checkpoint=kept)
 weights = {{name: value.tolist() for name, value in student.network.state_dict().items()}}
 numbers = dict(losses=history.students, generator=history.generator, scores=history.scores, weights=weights)
 pathlib.Path(out, "numbers.json").write_text(json.dumps([began_at, numbers]))
@@ -326,9 +326,9 @@ def test_synthesis_names_the_term_that_breaks():
         cross_entropy = torch.tensor(float("inf") if next(count) == 7 else 0.0)
         return add_up({"statistics": images.square().sum(), "CE": cross_entropy})
 
-    settings = {"learning_rate": 0.1, "iterations": 20, "patience": 3, "min_learning_rate": 1e-4}
-    with pytest.raises(Diverged, match=r"the loss is inf \(CE is inf\) at iteration 7; learning_rate=0\.1"):
-        synthesise(torch.zeros(1, 3, 2, 2), loss, **settings)
+    schedule = ImageSchedule(synthesis_lr=0.1, synthesis_iterations=20, synthesis_patience=3)
+    with pytest.raises(Diverged, match=r"the loss is inf \(CE is inf\) at iteration 7; synthesis_lr=0\.1"):
+        synthesise(torch.zeros(1, 3, 2, 2), loss, schedule)
 
 
 def breaks_at(iteration):
@@ -361,7 +361,9 @@ def test_a_students_term_is_named_before_a_checkpoint_of_it_is_written(tmp_path)
     checkpoint = Checkpoint(tmp_path / "run.ckpt", every=4)
     student = make_student(small_teacher(), loss=loss)
     with pytest.raises(Diverged, match=r"student 's' diverged: its loss is inf \(KL is inf\) at iteration 5;"):
-        finetune(make_stream(small_teacher(), 40), {"s": student}, 40, 2, evaluate_every=38, checkpoint=checkpoint)
+        finetune(
+            make_stream(small_teacher(), 40), {"s": student}, spans(40, 2), evaluate_every=38, checkpoint=checkpoint
+        )
     assert load_checkpoint(checkpoint.path, {})["drawn"] == 4
 
 

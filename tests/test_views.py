@@ -1,4 +1,4 @@
-"""Viewers: the network's own answers, attentions of its residual units, Grad-CAM with and without a backward pass."""
+"""Network probes: the network's own logits, attentions of its residual units, Grad-CAM by closed form and autograd."""
 
 import copy
 
@@ -9,9 +9,10 @@ from pytorchcv.model_provider import get_model
 from torch import nn
 from torchvision.models import resnet18
 
+from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
-from dfqlib.finetuning.grad_cam import cam_weights, convolution_gradient, grad_cam, map_correlation
-from dfqlib.finetuning.network_views import LAYERS, NetworkProbe, channel_attention
+from dfqlib.finetuning.grad_cam import cam_weights, grad_cam, map_correlation
+from dfqlib.finetuning.network_views import NetworkProbe, channel_attention
 from dfqlib.models.zoo import build
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.layers import observing
@@ -35,34 +36,26 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    network = quantize_model(teacher, 4, 4)
+    network = quantize_model(teacher, BitWidths(4, 4))
     with observing(network), torch.no_grad():
         network(torch.randn(8, 3, 32, 32))
     return network
 
 
-class TwoLayers(nn.Module):
-    """A head that is not pool + linear, without residual units."""
+def headed(*head):
+    """A convolution with its batch norm and ReLU under ``head``, without residual units."""
+    return lived(nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), *head))
 
-    def __init__(self, classes=4):
+
+class By(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
-        self.hidden, self.output = nn.Linear(5 * 36, 7), nn.Linear(7, classes)
+        self.function = function
 
     def forward(self, x):
-        return self.output(F.relu(self.hidden(self.features(x).flatten(1))))
-
-
-class FixedWindow(nn.Module):
-    """An average pool that leaves 2 x 2 positions, flattened: not a global one."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.AvgPool2d(4))
-        self.output = nn.Linear(20, 4)
-
-    def forward(self, x):
-        return self.output(self.features(x).flatten(1))
+        return self.function(x)
 
 
 def map_by_hand(network, images, module):
@@ -79,22 +72,20 @@ def map_by_hand(network, images, module):
     return ((maps - low) / (high - low).clamp(min=1e-8)).detach()  # of a class that nothing speaks for it is 0
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("which", ["teacher", "student"])
-def test_maps_with_and_without_a_backward_pass_are_equal(which, layer, request):
+def test_maps_by_closed_form_and_by_autograd_are_equal(which, request):
     network = request.getfixturevalue(which)
     images = torch.randn(4, 3, 32, 32)
-    short, long = NetworkProbe(network, layer), NetworkProbe(network, layer, autograd=True)
-    assert short.closed and not long.closed
+    closed, slow = NetworkProbe(network), NetworkProbe(network, autograd=True)
+    assert closed.closed_form and not slow.closed_form
     with torch.no_grad():
-        ours, theirs = short(images, saliency=True), long(images, saliency=True)
+        ours, theirs = closed(images, saliency=True), slow(images, saliency=True)
     assert ours.saliency.shape == (4, 32, 32) and ours.saliency.std() > 0.05
     torch.testing.assert_close(ours.saliency, theirs.saliency.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.logits, network(images))
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_gradients_of_maps_are_equal_too(student, layer):
+def test_gradients_of_maps_are_equal_too(student):
     # In double precision: cells of a student's rounded activations tie for a map's minimum, and single precision's
     # rounding would choose which of them the gradient goes to.
     student = copy.deepcopy(student).double()
@@ -102,21 +93,25 @@ def test_gradients_of_maps_are_equal_too(student, layer):
     gradients = []
     for autograd in (False, True):
         student.zero_grad()
-        (NetworkProbe(student, layer, autograd)(images, saliency=True).saliency ** 2).mean().backward()
+        (NetworkProbe(student, autograd=autograd)(images, saliency=True).saliency ** 2).mean().backward()
         gradients.append(student.get_submodule("features.init_block.conv").weight.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
 
 
-def test_maps_equal_those_by_hand(teacher):
+def test_maps_equal_those_by_hand(teacher, student):
     images = torch.randn(3, 3, 32, 32)
     last = teacher.features.stage3.unit3
     with torch.no_grad():
         of_features = NetworkProbe(teacher)(images, saliency=True).saliency
-        of_convolution = NetworkProbe(teacher, "convolution")(images, saliency=True).saliency
+        of_convolution = NetworkProbe(teacher, "convolution")(images, saliency=True).saliency.detach()
     torch.testing.assert_close(of_features, map_by_hand(teacher, images, last), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(of_convolution, map_by_hand(teacher, images, last.body.conv2.conv), rtol=1e-4, atol=1e-5)
     assert (of_features - of_convolution).abs().mean() > 0.01  # another kind of map
+    with torch.no_grad():
+        of_student = NetworkProbe(student, "convolution")(images, saliency=True).saliency.detach()
+    convolution = student.get_submodule("features.stage3.unit3.body.conv2.conv")
+    torch.testing.assert_close(of_student, map_by_hand(student, images, convolution), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -129,33 +124,31 @@ def test_maps_equal_those_by_hand(teacher):
     ],
 )
 def test_global_pooling_by_functions_is_recognised(pool):
-    class Pooled(TwoLayers):
-        def __init__(self):
-            super().__init__()
-            self.output = nn.Linear(5, 4)
-
-        def forward(self, x):
-            return self.output(pool(self.features(x)))
-
-    network, images = lived(Pooled()), torch.randn(3, 3, 8, 8)
-    viewer = NetworkProbe(network)
-    assert viewer.closed
-    torch.testing.assert_close(
-        viewer(images, saliency=True).saliency.detach(), map_by_hand(network, images, network.features[2])
-    )
+    network, images = headed(By(pool), nn.Linear(5, 4)), torch.randn(3, 3, 8, 8)
+    probe = NetworkProbe(network)
+    assert probe.closed_form
+    torch.testing.assert_close(probe(images, saliency=True).saliency.detach(), map_by_hand(network, images, network[2]))
 
 
-@pytest.mark.parametrize("kind", [TwoLayers, FixedWindow])
-def test_a_head_that_is_not_pool_and_linear_goes_by_autograd(kind):
-    network = lived(kind())
-    viewer = NetworkProbe(network)
-    assert not viewer.closed and viewer.units == 0
-    images = torch.randn(3, 3, 8, 8)
+@pytest.mark.parametrize(
+    "head",
+    [
+        [nn.Flatten(), nn.Linear(320, 7), nn.ReLU(), nn.Linear(7, 4)],
+        [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(20, 4)],  # a window that leaves 2 x 2 positions
+        [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 4)],
+        [By(lambda x: x.mean((1, 2))), nn.Linear(8, 4)],  # not over space
+    ],
+    ids=str,
+)
+def test_a_head_that_is_not_global_pooling_and_linear_goes_by_autograd(head):
+    network, images = headed(*head), torch.randn(3, 3, 8, 8)
+    probe = NetworkProbe(network)
+    assert not probe.closed_form and probe.units == 0
     with torch.no_grad():
-        view = viewer(images, saliency=True)
-    expected = map_by_hand(network, images, network.features[0])
-    torch.testing.assert_close(view.saliency.detach(), expected, rtol=1e-4, atol=1e-5)
-    assert view.attentions == [] and not view.detach().logits.requires_grad
+        found = probe(images, saliency=True)
+    expected = map_by_hand(network, images, network[0])
+    torch.testing.assert_close(found.saliency.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert found.attentions == [] and not found.detach().logits.requires_grad
 
 
 def test_attentions_are_those_of_the_units_bodies(teacher, student):
@@ -184,14 +177,14 @@ def test_a_sum_in_place_leaves_the_attention_as_it_is():
     sum(attention.square()[:, 0].sum() for attention in view.attentions).backward()  # nothing needed is overwritten
 
 
-def test_a_viewer_shares_the_students_weights(student):
-    viewer = NetworkProbe(student)
+def test_a_probe_shares_the_students_weights(student):
+    probe = NetworkProbe(student)
     weight = student.get_submodule("output").weight
     images = torch.randn(2, 3, 32, 32)
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.add_(0.3 * torch.randn(weight.shape))
-        torch.testing.assert_close(viewer(images).logits, student(images))
+        torch.testing.assert_close(probe(images).logits, student(images))
         weight.copy_(kept)
 
 
@@ -199,10 +192,10 @@ def test_a_viewer_shares_the_students_weights(student):
 def test_published_models_have_units_and_maps(name):
     network = lived(build(name))
     size = 32 if "cifar" in name else 224
-    viewer = NetworkProbe(network)
+    probe = NetworkProbe(network)
     with torch.no_grad():
-        view = viewer(torch.randn(1, 3, size, size), saliency=True)
-    assert viewer.closed and viewer.units > 8
+        view = probe(torch.randn(1, 3, size, size), saliency=True)
+    assert probe.closed_form and probe.units > 8
     assert view.saliency.shape == (1, size, size) and view.saliency.isfinite().all()
 
 
@@ -214,22 +207,13 @@ def test_grad_cam_by_hand():
     assert (grad_cam(activations, torch.zeros(1, 2), (4, 4)) == 0).all()
 
 
-def test_convolution_gradient_by_hand():
-    norm = nn.BatchNorm2d(2, eps=0).eval()
-    norm.weight.data = torch.tensor([2.0, -3.0])
-    norm.running_var = torch.tensor([4.0, 9.0])
-    features = torch.tensor([[[[0.0, 1.0]], [[2.0, 3.0]]]])
-    gradient = convolution_gradient(torch.tensor([1.0, 5.0]).view(1, 2, 1, 1), features, norm)
-    torch.testing.assert_close(gradient, torch.tensor([[[[0.0, 1.0]], [[-5.0, -5.0]]]]))
-
-
 def test_map_correlation():
     maps = torch.rand(3, 4, 4)
     both = torch.stack([2 * maps[0] + 1, -maps[1], torch.ones(4, 4)])
     torch.testing.assert_close(map_correlation(maps, both), torch.tensor([1.0, -1.0, 0.0]))
 
 
-def test_what_cannot_be_viewed_is_refused():
+def test_what_cannot_be_probed_is_refused():
     with pytest.raises(UserError, match="layer='conv'"):
         NetworkProbe(nn.Linear(2, 2), "conv")
     with pytest.raises(UserError, match="no convolution"):

@@ -1,12 +1,11 @@
 """The fine-tuning loop: one stream of labelled images, any number of quantized students.
 
-The stream decides what the images are: :class:`GeneratorStream` trains a generator against the teacher and hands on
-each batch it was trained on; :class:`ImageStream` goes through a fixed set of images. A stream never sees a student, so
-one run of it serves every bit width, and a student learns the same whether it is tuned alone or with others.
+The stream decides what the images are: :class:`GeneratorStream` trains a generator against the teacher and yields the
+batches it was trained on; :class:`ImageStream` draws from a fixed set of images. A stream never sees a student, so one
+run of it serves every bit width, and a student learns the same whether it is tuned alone or with others.
 """
 
-from __future__ import annotations
-
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,23 +17,22 @@ from torch import Tensor, nn
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.device import fused
-from dfqlib.errors import check_choice, check_range
+from dfqlib.errors import check_range
 from dfqlib.finetuning.streams import LOWER_LR_HINT, Batch, Stream, read_losses
 from dfqlib.loss_terms import detach_with_terms, to_finite_floats, to_floats
 from dfqlib.losses import student_loss
 from dfqlib.progress import track
 from dfqlib.quantizers.layers import observing
-from dfqlib.schedules import DECAYS, TuningSchedule, decay_factor
+from dfqlib.schedules import GeneratorSchedule, TuningSchedule, decay_factor
 from dfqlib.speed.scale_weights import scale_weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file from which a fine-tuning goes on after a stop, written after every so many batches, and at the end.
+    """The file from which a fine-tuning continues after a stop, written after every ``every`` batches and at the end.
 
-    With ``seconds`` it is written whenever so many have passed instead. A file that cannot be read is refused, unless
-    ``anew`` says to begin anew then, with a warning: for a file that nobody named. UserError for an interval out of
-    range.
+    With ``seconds`` it is written whenever that many have passed instead. A file that cannot be read is refused; with
+    ``anew`` the fine-tuning then starts again, with a warning. UserError for an interval out of range.
     """
 
     path: Path
@@ -53,7 +51,7 @@ class Checkpoint:
 
 
 def distillation_loss(network: nn.Module, batch: Batch, loss: Callable[..., Tensor] = student_loss) -> Tensor:
-    """``loss`` of the student's logits, the teacher's and the labels of a batch."""
+    """``loss`` of the student's logits, the teacher's logits and the labels of a batch."""
     return loss(network(batch.images), batch.teacher_logits, batch.labels)
 
 
@@ -61,7 +59,7 @@ def distillation_loss(network: nn.Module, batch: Batch, loss: Callable[..., Tens
 class Student:
     """A quantized network and how it learns: its loss on a batch, and SGD with Nesterov momentum.
 
-    The network's mode is left as it is: in eval mode, as published, its batch-norm statistics stay the teacher's.
+    The network keeps its mode: in eval mode, as published, its batch-norm statistics stay the teacher's.
     """
 
     network: nn.Module
@@ -74,19 +72,19 @@ class Student:
 
 @dataclass
 class History:
-    """What a fine-tuning run recorded: losses per iteration, and test scores (iteration, top-1 in per cent)."""
+    """What a fine-tuning recorded: losses per iteration, and test scores (iteration, top-1 in per cent)."""
 
     generator: list[float] = field(default_factory=list)
     students: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    seconds: float = field(default=0.0, compare=False)  # spent so far, with the parts before a stop
+    seconds: float = field(default=0.0, compare=False)  # in all, also before a stop
 
     def last(self, student: str) -> float:
         """Top-1 after the last iteration."""
         return self.scores[student][-1][1]
 
     def best(self, student: str) -> float:
-        """The best top-1 of all evaluations: picked on the test set, so too good; recorded to be named as such."""
+        """The best top-1 of all evaluations: picked on the test set, so too high; to be labelled as such."""
         return max(score for _, score in self.scores[student])
 
 
@@ -103,29 +101,33 @@ def finetune(
 ) -> History:
     """Tune every student on the same stream of batches; networks and generator change in place.
 
-    The first ``generator_warmup`` batches no student sees: the stream's generator learns alone. They count in none of
-    the other numbers. In the first ``observe_iterations`` (the warm-up) the students only see the images, to learn
-    their activation ranges; then the ranges are frozen, and the students train from iteration ``train_from`` to the
-    end. ``evaluate`` gives a network's test score; it runs before the first iteration of
-    training, after every ``evaluate_every`` and after the last, and ``on_evaluation`` sees the history then.
+    For the first ``generator_warmup`` batches only the generator trains; they are not part of ``iterations``. In the
+    first ``observe_iterations`` the students only observe the images, to learn their activation ranges. Then the ranges
+    are frozen, and the students train from iteration ``train_from`` to the end. ``evaluate`` returns a network's test
+    score; it is called before the first training iteration, after every ``evaluate_every`` and after the last.
+    ``on_evaluation`` is called with the history each time.
 
-    With a ``checkpoint`` a run that was stopped goes on from its file, if that exists, and on a CPU ends with the very
-    same numbers as one that was not. Raises Diverged, naming the student or the generator, the iteration and the
-    term that broke, if a loss is no longer finite, at the next evaluation or checkpoint; UserError if the checkpoint
-    is another run's.
+    With a ``checkpoint`` a stopped run continues from its file, if that exists, and on a CPU ends with exactly the
+    numbers of an uninterrupted one. Diverged, naming the student or the generator, the iteration and the term, if a
+    loss is no longer finite at the next evaluation or checkpoint; UserError if the checkpoint is another run's: of
+    another teacher, other bits, another schedule, optimizer or seed.
     """
     iterations, observe_iterations, train_from = schedule.iterations, schedule.observe_iterations, schedule.train_from
     tuners = {name: _Tuner(student) for name, student in students.items()}
-    settings = {"iterations": iterations, "observe_iterations": observe_iterations, "train_from": train_from}
-    settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every, "students": list(students)}
-    run = _Progress(stream, tuners, History(scores={name: [] for name in students}))
-    if checkpoint is not None and (state := load_checkpoint(checkpoint.path, settings, checkpoint.anew)):
-        run.load_state_dict(state)
+    history, start, settings = History(scores={name: [] for name in students}), 0, {}
+    if checkpoint is not None:
+        settings = _settings(stream, students, schedule)
+        settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every}
+        if state := load_checkpoint(checkpoint.path, settings, checkpoint.anew):
+            start, history.scores, history.seconds = state["drawn"], state["scores"], state["seconds"]
+            stream.load_state_dict(state["stream"])
+            for name, tuner in tuners.items():
+                tuner.load_state_dict(state["students"][name])
     written = time.perf_counter()
-    began = written - run.history.seconds
-    for drawn in track(range(run.drawn, generator_warmup + iterations), label):
+    began = written - history.seconds
+    for drawn in track(range(start, generator_warmup + iterations), label):
         batch = stream.next_batch()
-        iteration = drawn - generator_warmup  # below 0 the generator learns alone
+        iteration = drawn - generator_warmup  # below 0 the generator trains alone
         if 0 <= iteration < observe_iterations:
             for tuner in tuners.values():
                 tuner.observe(batch)
@@ -133,51 +135,56 @@ def finetune(
             progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
             for tuner in tuners.values():
                 tuner.step(batch, *progress)
-        done, run.drawn = iteration + 1, drawn + 1
+        done = iteration + 1
         if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
-            _read_losses(run.history, stream, tuners, train_from)
+            _read_losses(history, stream, tuners, train_from)
             if evaluate is not None:
                 for name, student in students.items():
-                    run.history.scores[name].append((done, evaluate(student.network)))
+                    history.scores[name].append((done, evaluate(student.network)))
             if on_evaluation is not None:
-                on_evaluation(run.history)
+                on_evaluation(history)
         now = time.perf_counter()
-        run.history.seconds = now - began
-        if checkpoint is not None and (done == iterations or checkpoint.due(run.drawn, now - written)):
-            _read_losses(run.history, stream, tuners, train_from)  # from a broken state nothing could go on
-            save_checkpoint(checkpoint.path, settings, run.state_dict())
+        history.seconds = now - began
+        if checkpoint is not None and (done == iterations or checkpoint.due(drawn + 1, now - written)):
+            _read_losses(history, stream, tuners, train_from)  # no run can continue from a broken state
+            state = {"drawn": drawn + 1, "scores": history.scores, "seconds": history.seconds}
+            state |= {"students": {name: tuner.state_dict() for name, tuner in tuners.items()}}
+            save_checkpoint(checkpoint.path, settings, state | {"stream": stream.state_dict()})
             written = time.perf_counter()
-    _read_losses(run.history, stream, tuners, train_from)
-    return run.history
+    _read_losses(history, stream, tuners, train_from)
+    return history
 
 
-@dataclass
-class _Progress:
-    """How far a fine-tuning has come: all that its rest depends on."""
+def _settings(stream: Stream, students: Mapping[str, Student], schedule: TuningSchedule) -> dict[str, Any]:
+    """What the checkpoint of a fine-tuning that is about to start must have been made with, by name."""
+    kind = GeneratorSchedule if isinstance(schedule, GeneratorSchedule) else TuningSchedule
+    settings = kind.of(schedule).values() | {"students": list(students)}  # a notebook's settings hold more than these
+    for name, student in students.items():
+        modules = list(student.network.modules())
+        each = ([getattr(m, bits) for m in modules if hasattr(m, bits)] for bits in ("weight_bits", "bits"))
+        weight, activation = (bits[0] if len(set(bits)) == 1 else bits for bits in each)
+        settings[f"bits of {name}"] = f"W{weight}A{activation}"
+        settings |= {f"{key} of {name}": getattr(student, key) for key in ("lr", "decay", "momentum", "weight_decay")}
+    teacher = digest([student.network.state_dict() for student in students.values()])  # students start as its copies
+    return settings | {"teacher": teacher, "stream": digest(stream.state_dict())}
 
-    stream: Stream
-    tuners: Mapping[str, _Tuner]
-    history: History
-    drawn: int = 0  # batches taken from the stream
 
-    def state_dict(self) -> dict[str, Any]:
-        students = {name: tuner.state_dict() for name, tuner in self.tuners.items()}
-        history = {"scores": self.history.scores, "seconds": self.history.seconds}
-        return {"drawn": self.drawn, "stream": self.stream.state_dict(), "students": students, "history": history}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.drawn = state["drawn"]
-        self.history.scores, self.history.seconds = state["history"]["scores"], state["history"]["seconds"]
-        self.stream.load_state_dict(state["stream"])
-        for name, tuner in self.tuners.items():
-            tuner.load_state_dict(state["students"][name])
+def digest(state: Any) -> str:
+    """A short hash of tensors, numbers and text, nested in mappings, lists and tuples."""
+    parts, found = [state], hashlib.sha256()
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping | list | tuple):
+            parts += part.items() if isinstance(part, Mapping) else part
+        else:
+            found.update(part.detach().cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    return found.hexdigest()[:12]
 
 
 class _Tuner:
     """One student at work: its optimizer, and its losses so far as device scalars, so that no step waits for them."""
 
     def __init__(self, student: Student) -> None:
-        check_choice("decay", student.decay, DECAYS)
         self.student = student
         self.network = scale_weights(student.network)  # the same parameters, trained faster
         self.optimizer = torch.optim.SGD(
@@ -198,9 +205,9 @@ class _Tuner:
     def step(self, batch: Batch, progress: float, training_progress: float) -> None:
         """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
         student = self.student
+        stepwise = student.decay in ("step", "late_step")
+        factor = decay_factor(student.decay, progress if stepwise else training_progress)
         for group in self.optimizer.param_groups:
-            stepwise = student.decay in ("step", "late_step")
-            factor = decay_factor(student.decay, progress if stepwise else training_progress)
             group["lr"] = student.lr * factor
         self.optimizer.zero_grad()
         loss = student.loss(self.network, batch)
@@ -220,7 +227,7 @@ class _Tuner:
 
 
 def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
-    """Bring the losses from the device; Diverged where one is not finite."""
+    """Bring the losses from the device into the history; Diverged where one is not finite."""
     history.generator = read_losses(stream)
     for name, tuner in tuners.items():
         before = f"student {name!r} diverged: its loss is"

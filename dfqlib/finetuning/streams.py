@@ -1,6 +1,4 @@
-"""Where the batches of a fine-tuning come from: a generator that learns, or a fixed set of images."""
-
-from __future__ import annotations
+"""Where the batches of a fine-tuning come from: a generator in training, or a fixed set of images."""
 
 import functools
 from collections.abc import Callable
@@ -11,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib.device import channels_last, fused
-from dfqlib.errors import check_choice
 from dfqlib.generators.networks import draw_one_label
 from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats, to_floats
 from dfqlib.losses import generator_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
-from dfqlib.schedules import DECAYS, decay_factor
+from dfqlib.schedules import decay_factor
 
-LOWER_LR_HINT = "; lower its lr."  # what to do about a loss that is not finite
+LOWER_LR_HINT = "; lower its lr."  # ends the message about a loss that is not finite
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class UnaskedBatch:
-    """A :class:`Batch` whose teacher is asked when its logits are first read: some who take batches never do."""
+    """A :class:`Batch` whose teacher runs when its logits are first read: students that observe never read them."""
 
     images: Tensor
     labels: Tensor
@@ -41,28 +38,40 @@ class UnaskedBatch:
     @functools.cached_property
     @torch.no_grad()
     def teacher_logits(self) -> Tensor:
-        """(B, classes), for all who read them."""
+        """(B, classes)."""
         return self.teacher(self.images)
 
 
 class Stream(Protocol):
-    """Where the batches of a fine-tuning come from; its state is all that the batches to come depend on."""
+    """Where the batches of a fine-tuning come from. The batches to come depend on nothing but its state."""
 
     def next_batch(self) -> Batch | UnaskedBatch: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned, with the same batches to come."""
+
+
+def read_losses(stream: Stream) -> list[float]:
+    """The losses of the generator behind a stream, none without a generator; Diverged if one is not finite."""
+    return stream.read_losses() if hasattr(stream, "read_losses") else []
+
+
+def _with_state(**parts: Any) -> dict[str, Any]:
+    """Those of ``parts`` that have a state: a plain function has none."""
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
 class GeneratorStream:
     """Trains a generator against the teacher and yields the batches it was trained on.
 
     ``loss`` takes (teacher logits, labels, batch-norm inputs); ``image_loss`` takes the images and is added to it.
-    ``draw(generator, batch, random)`` gives what the generator is called with, and the labels its images are to have;
-    it draws from a random stream of the stream's own, seeded with ``seed``. After ``iterations`` batches the generator
-    is left as it is and only asked for images, still with the statistics of the batch in its batch norms, as in
-    training. ``losses`` holds one device scalar per step, see :func:`dfqlib.terms.kept`.
+    ``draw(generator, batch, random)`` returns the generator's inputs and the labels of its images; it draws from the
+    stream's own random numbers, seeded with ``seed``. After ``iterations`` batches the generator is no longer trained,
+    but its batch norms still use the statistics of the batch. ``losses`` holds one device scalar per step, see
+    :func:`dfqlib.loss_terms.detach_with_terms`. What ``draw``, ``loss`` and ``image_loss`` remember from call to call
+    belongs to the state, where they have a ``state_dict``.
     """
 
     def __init__(
@@ -72,32 +81,25 @@ class GeneratorStream:
         iterations: int,
         batch: int = 200,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.5, 0.999),
         decay: str = "step",
         loss: Callable[..., Tensor] = generator_loss,
         draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
         seed: int = 0,
         image_loss: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        check_choice("decay", decay, DECAYS)
-        self.teacher = teacher
-        self.norms = BatchNormInputs(teacher)
-        self.generator = generator.train()
-        self.iterations = iterations
-        self.batch = batch
-        self.lr = lr
-        self.decay = decay
-        self.loss = loss
-        self.image_loss = image_loss
-        self.draw = draw
+        self.teacher, self.norms, self.generator = teacher, BatchNormInputs(teacher), generator.train()
+        self.iterations, self.batch, self.lr, self.decay = iterations, batch, lr, decay
+        self.loss, self.draw, self.image_loss = loss, draw, image_loss
         one_kernel = fused(generator.parameters())
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas, fused=one_kernel)
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=(0.5, 0.999), fused=one_kernel)
         self.random = torch.Generator(next(generator.parameters()).device).manual_seed(seed)
         self.iteration = 0
         self.losses: list[Tensor] = []
+        parts = {"draw": draw, "loss": loss, "image_loss": image_loss}
+        self.stateful = {"generator": generator, "optimizer": self.optimizer} | _with_state(**parts)
 
     def next_batch(self) -> Batch | UnaskedBatch:
-        """Fresh noise and labels, their images, and (while it learns) one step of the generator."""
+        """The images of new noise and labels and, during training, one step of the generator on them."""
         inputs, labels = self.draw(self.generator, self.batch, self.random)
         if self.iteration < self.iterations:
             batch = self._learn(inputs, labels)
@@ -112,25 +114,16 @@ class GeneratorStream:
         return to_finite_floats(self.losses, "the generator diverged: its loss is", LOWER_LR_HINT, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Generator, optimizer, random numbers, losses so far; on the CPU where they can be."""
-        state = {
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": self.random.get_state(),
-            "iteration": self.iteration,
-            "losses": to_floats(self.losses),
-        }
-        return state | {"image_loss": self.image_loss.state_dict()} if self.image_loss is not None else state
+        """Generator, optimizer, random numbers, losses so far, and the state of draw and losses."""
+        own = {"random": self.random.get_state(), "iteration": self.iteration, "losses": to_floats(self.losses)}
+        return own | {name: part.state_dict() for name, part in self.stateful.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
-        self.generator.load_state_dict(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["random"])
         self.iteration = state["iteration"]
         self.losses = list(torch.tensor(state["losses"], device=self.random.device))
-        if self.image_loss is not None:
-            self.image_loss.load_state_dict(state["image_loss"])
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
 
     def _learn(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Batch:
         for group in self.optimizer.param_groups:
@@ -149,11 +142,11 @@ class GeneratorStream:
 
 
 class ImageStream:
-    """Yields random batches of a fixed set of images (N, 3, H, W), normalised, with their labels (N,), round by round.
+    """Yields batches of a fixed set of images (N, 3, H, W), normalised, with their labels (N,), round by round.
 
-    Every round shows each image once, in another order, from a stream seeded with ``seed`` and drawn where the labels
-    are, so that no batch waits for its order; the last batch of a round is filled up from the next one. ``vary``
-    changes a batch of images before it is seen, for instance :class:`dfqlib.crops.RandomCrops`; labels stay.
+    Each round shows every image once in a new order, from random numbers seeded with ``seed`` and drawn on the labels'
+    device, so that no batch waits for its order; a round's last batch is filled up from the next round. ``vary``
+    changes a batch of images before anyone sees it, for instance :class:`dfqlib.data.crops.RandomCrops`.
     """
 
     def __init__(
@@ -168,10 +161,10 @@ class ImageStream:
         self.teacher, self.images, self.labels, self.batch, self.vary = teacher, images, labels, batch, vary
         self.random = torch.Generator(labels.device).manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.long, device=labels.device)
+        self.stateful = _with_state(vary=vary)
 
     @torch.no_grad()
     def next_batch(self) -> UnaskedBatch:
-        """The next images of the round."""
         while len(self.order) < self.batch:
             another = torch.randperm(len(self.labels), generator=self.random, device=self.labels.device)
             self.order = torch.cat([self.order, another])
@@ -180,21 +173,15 @@ class ImageStream:
         return UnaskedBatch(channels_last(images), self.labels[chosen], self.teacher)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is left of the round, and the random numbers."""
-        state = {"random": self.random.get_state(), "order": self.order}
-        return state | {"vary": self.vary.state_dict()} if self.vary is not None else state
+        """What is left of the round, the random numbers, and the state of ``vary``."""
+        own = {"random": self.random.get_state(), "order": self.order}
+        return own | {name: part.state_dict() for name, part in self.stateful.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
         self.random.set_state(state["random"])
         self.order = state["order"].to(self.labels.device)
-        if self.vary is not None:
-            self.vary.load_state_dict(state["vary"])
-
-
-def read_losses(stream: Stream) -> list[float]:
-    """The losses of the generator behind a stream, none if there is none; Diverged if one is not finite."""
-    return stream.read_losses() if hasattr(stream, "read_losses") else []
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
 
 
 class FirstThen:
@@ -212,11 +199,9 @@ class FirstThen:
         return read_losses(self.first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both streams and how many batches the first has left."""
         return {"left": self.left, "first": self.first.state_dict(), "then": self.then.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
         self.left = state["left"]
         self.first.load_state_dict(state["first"])
         self.then.load_state_dict(state["then"])

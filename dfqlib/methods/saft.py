@@ -1,10 +1,8 @@
-"""SaFT, SynQ and HAST's fine-tuning: the student shall answer, and look, as the teacher does, also on harder images.
+"""The fine-tuning of HAST, SynQ and SaFT: students are to answer and look as the teacher does, also on harder images.
 
-One recipe with settings (:class:`Terms`): SaFT on a few real images, SynQ on synthetic ones that pass a low-pass
-filter, HAST on synthetic ones without saliency. The loop is :func:`dfqlib.finetune.finetune`.
+One recipe with weights (:class:`dfqlib.schedules.AlignmentWeights`): SaFT on a few real images, SynQ on low-pass
+filtered synthetic ones, HAST on synthetic ones without saliency. The loop is :func:`dfqlib.finetuning.loop.finetune`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Student
-from dfqlib.finetuning.network_views import NetworkProbe, View
+from dfqlib.finetuning.network_views import Internals, NetworkProbe
 from dfqlib.finetuning.streams import Batch, Stream, read_losses
 from dfqlib.loss_terms import add_up
 from dfqlib.losses import difficulty, distillation_kl
@@ -25,14 +23,18 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.schedules import AlignmentWeights
 
+# HAST has cross-entropy on every image and no saliency; SynQ has SaFT's weights.
+HAST = {"ce_weight": 1.0, "easy_below": 2.0, "saliency_weight": 0.0}
+
 
 def selective_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, easy_below: float = 0.5
 ) -> Tensor:
-    """CE(S(x), y), mean over the samples whose difficulty for the teacher is under ``easy_below``; 0 if there are none.
+    """CE(S(x), y), mean over the samples whose difficulty for the teacher is below ``easy_below``; 0 without any.
 
-    Logits (B, classes), labels (B,) integers. The teacher errs on hard samples, so their hard labels mislead; they are
-    learned from its soft ones alone. Above 1 every sample counts. Source: SynQ, soft labels for difficult samples.
+    Logits (B, classes), labels (B,) integers. Hard labels of samples on which the teacher errs mislead: the student
+    learns those from the teacher's logits alone. Above 1 every sample counts. Source: SynQ, soft labels for difficult
+    samples.
     """
     easy = (difficulty(teacher_logits, labels) < easy_below).to(student_logits.dtype)
     losses = F.cross_entropy(student_logits, labels, reduction="none")
@@ -40,54 +42,17 @@ def selective_cross_entropy(
 
 
 def attention_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """FA: the mean squared gap between channel attentions (B, C), summed over the residual units.
+    """FA: the mean squared gap between channel attentions (B, C), summed over the residual units, at least one.
 
-    ``student`` and ``teacher`` hold one attention per unit, in the same order; at least one.
-    Source: HAST, feature alignment.
+    Both hold one attention per unit, in the same order. Source: HAST, feature alignment.
     """
     return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]).sum()
 
 
-# HAST has cross-entropy on every image and no saliency; SynQ is SaFT's recipe on other images.
-HAST = {"ce_weight": 1.0, "easy_below": 2.0, "saliency_weight": 0.0}
-
-
-@dataclass(frozen=True)
-class BatchWithTeacherView(Batch):
-    """A batch with what the teacher makes of it, gathered once for all students."""
-
-    seen: View
-
-
-class WithTeacherView:
-    """``stream`` with the teacher's view of each batch, which brings its logits too; no gradients."""
-
-    def __init__(self, stream: Stream, teacher: NetworkProbe) -> None:
-        self.stream, self.teacher = stream, teacher
-
-    def next_batch(self) -> BatchWithTeacherView:
-        batch = self.stream.next_batch()  # with gradients: a generator may be learning behind it
-        with torch.no_grad():
-            seen = self.teacher(batch.images, saliency=True).detach()
-        return BatchWithTeacherView(batch.images, batch.labels, seen.logits, seen)
-
-    def read_losses(self) -> list[float]:
-        """The stream's."""
-        return read_losses(self.stream)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The stream's."""
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave, with the same batches to come."""
-        self.stream.load_state_dict(state)
-
-
 def agreement(
-    student: View, teacher: View, labels: Tensor, weights: AlignmentWeights, attention: bool = True
+    student: Internals, teacher: Internals, labels: Tensor, weights: AlignmentWeights, attention: bool = True
 ) -> Tensor:
-    """alpha tau^2 KL(T || S) + lambda_CE CE|easy + lam FA, of one set of images; labels (B,) integers.
+    """A = alpha tau^2 KL(T || S) + lambda_CE CE|easy + lam FA, of one batch of images; labels (B,) integers.
 
     ``attention=False`` leaves FA out. Source: SynQ, equation 6; SaFT; FA from HAST, feature alignment.
     """
@@ -112,12 +77,41 @@ def promote(images: Tensor, loss: Tensor, epsilon: float) -> Tensor:
     return images.detach() + epsilon * gradient.sign()
 
 
-class Alignment:
-    """A student's loss on a :class:`SeenBatch`, as :class:`dfqlib.finetune.Student` calls it.
+@dataclass(frozen=True)
+class BatchWithTeacherView(Batch):
+    """A batch with what the teacher makes of it, computed once for all students; no gradients."""
 
-    agreement(x) + agreement(x') + lambda_CAM MSE(map of S, map of T), with x' the promoted copies of x, on which both
-    networks run anew, and each network's map of its own top class. UserError if FA is asked for and ``teacher`` has no
-    residual units. Source: SaFT; SynQ, equation 6.
+    seen: Internals
+
+
+class WithTeacherView:
+    """``stream`` with the teacher's :class:`Internals` of each batch, among them its logits."""
+
+    def __init__(self, stream: Stream, teacher: NetworkProbe) -> None:
+        self.stream, self.teacher = stream, teacher
+
+    def next_batch(self) -> BatchWithTeacherView:
+        batch = self.stream.next_batch()  # with gradients: a generator may be in training behind it
+        with torch.no_grad():
+            seen = self.teacher(batch.images, saliency=True).detach()
+        return BatchWithTeacherView(batch.images, batch.labels, seen.logits, seen)
+
+    def read_losses(self) -> list[float]:
+        return read_losses(self.stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+
+class Alignment:
+    """A student's loss on a :class:`BatchWithTeacherView`: A(x) + A(x') + lambda_CAM MSE(map of S, map of T).
+
+    A is :func:`agreement`; x' are the promoted copies of x, on which both networks run again; each map is of the
+    network's own top class. UserError if FA is asked for and ``teacher`` has no residual units. Source: SaFT; SynQ,
+    equation 6.
     """
 
     def __init__(self, teacher: NetworkProbe, student: NetworkProbe, weights: AlignmentWeights) -> None:
@@ -147,15 +141,15 @@ class Alignment:
 
 def make_student(
     teacher: Teacher,
-    viewer: NetworkProbe,
+    probe: NetworkProbe,
     bits: BitWidths,
     weights: AlignmentWeights,
     lr: float = 1e-5,
     decay: str = "late_step",
 ) -> Student:
-    """A quantized copy of ``teacher`` that learns by ``weights``; ``viewer`` is the teacher's, with the same layer.
+    """A quantized copy of ``teacher`` that learns by ``weights``; ``probe`` is the teacher's, of the same layer.
 
     Moving-average ranges and SGD are GDFQ's; ``lr`` and ``decay`` SaFT's.
     """
     network = quantize_model(teacher.network, bits)
-    return Student(network, lr, decay, loss=Alignment(viewer, NetworkProbe(network, weights.saliency_of), weights))
+    return Student(network, lr, decay, loss=Alignment(probe, NetworkProbe(network, weights.saliency_of), weights))
