@@ -231,7 +231,7 @@ def tuned(teacher, checkpoint, stop_at=None):
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(teacher, tmp_path):
     whole, whole_history = tuned(teacher, None)
-    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", seconds=0)
     for stop_at in (4, 7):  # stopped twice, each time some iterations after the last checkpoint
         with pytest.raises(KeyboardInterrupt):
             tuned(teacher, checkpoint, stop_at)
@@ -245,7 +245,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(teacher, tmp_path):
 def to_be_killed(path: Path) -> list[list[float]]:
     """The parameters of a student after a fine-tuning with many checkpoints."""
     student = make_student(small_teacher(), 3)
-    stream, checkpoint = make_stream(small_teacher(), 100), Checkpoint(path, every=7)
+    stream, checkpoint = make_stream(small_teacher(), 100), Checkpoint(path, seconds=0)
     finetune(stream, {"w3": student}, spans(100, 5), checkpoint=checkpoint)
     return [p.flatten().tolist() for p in student.network.parameters()]
 
@@ -288,7 +288,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(tmp_path):
     ids=str,
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, told):
-    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", seconds=0)
 
     def run(of=0, seed=0, iterations=8, **options):
         network = small_teacher(of)
@@ -301,13 +301,13 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, told):
 
 
 def test_half_a_checkpoint_is_refused(teacher, tmp_path):
-    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=2)
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", seconds=0)
     tuned(teacher, checkpoint)
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"run\.ckpt' cannot be read"):
         tuned(teacher, checkpoint)
-    with pytest.raises(UserError, match="every=0"):
-        Checkpoint(checkpoint.path, every=0)
+    with pytest.raises(UserError, match="seconds=-1"):
+        Checkpoint(checkpoint.path, seconds=-1)
 
 
 def test_warming_up_the_generator_is_drawing_batches_before_the_run(teacher):

@@ -53,7 +53,7 @@ def test_post_training_quantization_runs(teacher):
 
 def test_fine_tuning_on_a_generator_runs_and_goes_on_after_a_stop(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(gdfq, "Generator", partial(Generator, latent=8))  # or files of a gigabyte are written
-    checkpoint, stopped = (Checkpoint(tmp_path / name, every=1) for name in ("run.ckpt", "stopped.ckpt"))
+    checkpoint, stopped = (Checkpoint(tmp_path / name, seconds=0) for name in ("run.ckpt", "stopped.ckpt"))
 
     def keep_the_first(history):
         if len(history.students["w4a4"]) == 1:  # what a run that is stopped now leaves behind

@@ -358,7 +358,7 @@ def test_a_students_term_is_named_before_a_checkpoint_of_it_is_written(tmp_path)
         kl = network(batch.images).square().mean() * (float("inf") if next(calls) == 3 else 1.0)
         return add_up({"KL": kl, "CE": torch.tensor(1.0)})
 
-    checkpoint = Checkpoint(tmp_path / "run.ckpt", every=4)
+    checkpoint = Checkpoint(tmp_path / "run.ckpt", seconds=0)
     student = make_student(small_teacher(), loss=loss)
     with pytest.raises(Diverged, match=r"student 's' diverged: its loss is inf \(KL is inf\) at iteration 5;"):
         finetune(

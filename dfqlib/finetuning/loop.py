@@ -29,25 +29,18 @@ from dfqlib.speed.scale_weights import scale_weights
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file from which a fine-tuning continues after a stop, written after every ``every`` batches and at the end.
+    """The file from which a stopped fine-tuning continues, written whenever ``seconds`` have passed and at the end.
 
-    With ``seconds`` it is written whenever that many have passed instead. A file that cannot be read is refused; with
-    ``anew`` the fine-tuning then starts again, with a warning. UserError for an interval out of range.
+    A file that cannot be read is refused; with ``anew`` the fine-tuning then starts again, with a warning. UserError
+    for an interval out of range.
     """
 
     path: Path
-    every: int = 500
-    seconds: float | None = None
+    seconds: float = 60.0
     anew: bool = False
 
     def __post_init__(self) -> None:
-        check_range("every", self.every, 1, 10**9)
-        if self.seconds is not None:
-            check_range("seconds", self.seconds, 0, 10**9)
-
-    def due(self, drawn: int, seconds: float) -> bool:
-        """Whether to write it after ``drawn`` batches in all, ``seconds`` after it was last written."""
-        return drawn % self.every == 0 if self.seconds is None else seconds >= self.seconds
+        check_range("seconds", self.seconds, 0, 10**9)
 
 
 def distillation_loss(network: nn.Module, batch: Batch, loss: Callable[..., Tensor] = student_loss) -> Tensor:
@@ -112,12 +105,12 @@ def finetune(
     loss is no longer finite at the next evaluation or checkpoint; UserError if the checkpoint is another run's: of
     another teacher, other bits, another schedule, optimizer or seed.
     """
-    iterations, observe_iterations, train_from = schedule.iterations, schedule.observe_iterations, schedule.train_from
+    iterations, train_from = schedule.iterations, schedule.train_from
     tuners = {name: _Tuner(student) for name, student in students.items()}
     history, start, settings = History(scores={name: [] for name in students}), 0, {}
     if checkpoint is not None:
-        settings = _settings(stream, students, schedule)
-        settings |= {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every}
+        settings = {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every}
+        settings |= _settings(stream, students, schedule)
         if state := load_checkpoint(checkpoint.path, settings, checkpoint.anew):
             start, history.scores, history.seconds = state["drawn"], state["scores"], state["seconds"]
             stream.load_state_dict(state["stream"])
@@ -128,13 +121,12 @@ def finetune(
     for drawn in track(range(start, generator_warmup + iterations), label):
         batch = stream.next_batch()
         iteration = drawn - generator_warmup  # below 0 the generator trains alone
-        if 0 <= iteration < observe_iterations:
-            for tuner in tuners.values():
-                tuner.observe(batch)
-        if iteration >= train_from:
-            progress = iteration / iterations, (iteration - train_from) / (iterations - train_from)
-            for tuner in tuners.values():
-                tuner.step(batch, *progress)
+        for tuner in tuners.values():
+            if 0 <= iteration < schedule.observe_iterations:
+                with torch.no_grad(), observing(tuner.network):
+                    tuner.network(batch.images)
+            if iteration >= train_from:
+                tuner.step(batch, iteration / iterations, (iteration - train_from) / (iterations - train_from))
         done = iteration + 1
         if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
             _read_losses(history, stream, tuners, train_from)
@@ -145,11 +137,11 @@ def finetune(
                 on_evaluation(history)
         now = time.perf_counter()
         history.seconds = now - began
-        if checkpoint is not None and (done == iterations or checkpoint.due(drawn + 1, now - written)):
+        if checkpoint is not None and (done == iterations or now - written >= checkpoint.seconds):
             _read_losses(history, stream, tuners, train_from)  # no run can continue from a broken state
             state = {"drawn": drawn + 1, "scores": history.scores, "seconds": history.seconds}
-            state |= {"students": {name: tuner.state_dict() for name, tuner in tuners.items()}}
-            save_checkpoint(checkpoint.path, settings, state | {"stream": stream.state_dict()})
+            states = {name: tuner.state_dict() for name, tuner in tuners.items()}
+            save_checkpoint(checkpoint.path, settings, state | {"students": states, "stream": stream.state_dict()})
             written = time.perf_counter()
     _read_losses(history, stream, tuners, train_from)
     return history
@@ -162,8 +154,7 @@ def _settings(stream: Stream, students: Mapping[str, Student], schedule: TuningS
     for name, student in students.items():
         modules = list(student.network.modules())
         each = ([getattr(m, bits) for m in modules if hasattr(m, bits)] for bits in ("weight_bits", "bits"))
-        weight, activation = (bits[0] if len(set(bits)) == 1 else bits for bits in each)
-        settings[f"bits of {name}"] = f"W{weight}A{activation}"
+        settings[f"bits of {name}"] = "W{}A{}".format(*(bits[0] if len(set(bits)) == 1 else bits for bits in each))
         settings |= {f"{key} of {name}": getattr(student, key) for key in ("lr", "decay", "momentum", "weight_decay")}
     teacher = digest([student.network.state_dict() for student in students.values()])  # students start as its copies
     return settings | {"teacher": teacher, "stream": digest(stream.state_dict())}
@@ -187,30 +178,19 @@ class _Tuner:
     def __init__(self, student: Student) -> None:
         self.student = student
         self.network = scale_weights(student.network)  # the same parameters, trained faster
-        self.optimizer = torch.optim.SGD(
-            student.network.parameters(),
-            lr=student.lr,
-            momentum=student.momentum,
-            weight_decay=student.weight_decay,
-            nesterov=student.momentum > 0,
-            fused=fused(student.network.parameters()),
-        )
+        parameters, momentum = list(student.network.parameters()), student.momentum
+        options = {"weight_decay": student.weight_decay, "nesterov": momentum > 0, "fused": fused(parameters)}
+        self.optimizer = torch.optim.SGD(parameters, student.lr, momentum, **options)
         self.losses: list[Tensor] = []
-
-    @torch.no_grad()
-    def observe(self, batch: Batch) -> None:
-        with observing(self.network):
-            self.network(batch.images)
 
     def step(self, batch: Batch, progress: float, training_progress: float) -> None:
         """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
-        student = self.student
-        stepwise = student.decay in ("step", "late_step")
-        factor = decay_factor(student.decay, progress if stepwise else training_progress)
+        decay = self.student.decay
+        factor = decay_factor(decay, progress if decay in ("step", "late_step") else training_progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = student.lr * factor
+            group["lr"] = self.student.lr * factor
         self.optimizer.zero_grad()
-        loss = student.loss(self.network, batch)
+        loss = self.student.loss(self.network, batch)
         loss.backward()
         self.optimizer.step()
         self.losses.append(detach_with_terms(loss))
@@ -222,8 +202,7 @@ class _Tuner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        device = next(self.student.network.parameters()).device
-        self.losses = list(torch.tensor(state["losses"], device=device))
+        self.losses = list(torch.tensor(state["losses"], device=next(self.student.network.parameters()).device))
 
 
 def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:

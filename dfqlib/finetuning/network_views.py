@@ -1,8 +1,4 @@
-"""What the alignment losses compare inside two networks, from one forward pass each.
-
-A :class:`NetworkProbe` runs a network's own layers by an extended graph (torch.fx), which also returns the channel
-attention of every residual unit and a Grad-CAM map. It needs no hooks, and no second pass for the map.
-"""
+"""What the alignment losses compare inside two networks, from one forward pass each."""
 
 import copy
 import operator
@@ -21,6 +17,7 @@ from dfqlib.quantizers.trace import trace
 from dfqlib.schedules import SALIENCY_LAYERS
 from dfqlib.speed.scale_weights import scale_weights
 
+Modules = dict[fx.Node, nn.Module | None]  # every node of a graph, in order of execution, and what it calls
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RESHAPES = {torch.flatten, "flatten", "view", "reshape", "squeeze", "contiguous"}
 
@@ -42,7 +39,6 @@ class Internals:
     saliency: Tensor | None
 
     def detach(self) -> Self:
-        """The same without gradients."""
         saliency = None if self.saliency is None else self.saliency.detach()
         return Internals(self.logits.detach(), [attention.detach() for attention in self.attentions], saliency)
 
@@ -50,6 +46,7 @@ class Internals:
 class NetworkProbe:
     """Called with images (B, 3, H, W), returns the :class:`Internals` of ``network``, whose weights it shares.
 
+    It runs the network's own layers by an extended torch.fx graph, so it needs no hooks and no second pass for the map.
     ``network`` is a teacher or a quantized student. ``layer`` is what Grad-CAM weighs: the ``"activations"`` that enter
     the last pooling, as in the papers; or, as in SaFT's released code, the raw output of the last ``"convolution"``,
     before its batch norm and the residual sum. Those maps show one branch only, and also its negative parts. A network
@@ -67,35 +64,36 @@ class NetworkProbe:
         for node in graph.nodes:
             if node.target is operator.iadd:
                 node.target = operator.add  # an addition in place would overwrite what the attention is computed from
-        bodies = residual_bodies(traced, graph)
-        pooled, classifier = _global_pooling_head(traced, graph)
+        modules = {n: traced.get_submodule(n.target) if n.op == "call_module" else None for n in graph.nodes}
+        bodies = _residual_bodies(modules)
+        pooled, classifier = _global_pooling_head(modules, graph.output_node())
+        convolutions = [n for n, module in modules.items() if isinstance(module, nn.Conv2d) and n is not classifier]
+        if not convolutions:
+            raise UserError(f"network={type(traced).__name__} has no convolution, so Grad-CAM has nothing to look at.")
         of_pooled = pooled is not None and layer == "activations"
-        features = pooled if of_pooled else _last_convolution(traced, graph, classifier)
         self.closed_form = of_pooled and not autograd
-        self.classifier = _module(traced, classifier) if classifier else None
+        self.classifier = modules.get(classifier)
+        self.units = len(bodies)
         attentions = []
         for body in bodies:
             with graph.inserting_after(body):
                 attentions.append(graph.call_function(channel_attention, (body,)))
         output = graph.output_node()
-        output.args = ((output.args[0], attentions, features),)
+        output.args = ((output.args[0], attentions, pooled if of_pooled else convolutions[-1]),)
         graph.lint()
-        self.units = len(bodies)
         self.module = scale_weights(fx.GraphModule(traced, graph))
 
     def __call__(self, images: Tensor, saliency: bool = False) -> Internals:
         """One forward pass; with ``saliency`` also the maps, which take a backward pass without the closed form."""
-        if saliency and not self.closed_form and not (torch.is_grad_enabled() and images.requires_grad):
-            with torch.enable_grad():
-                return self._probe(images.detach().requires_grad_(), saliency)
-        return self._probe(images, saliency)
-
-    def _probe(self, images: Tensor, saliency: bool) -> Internals:
-        logits, attentions, features = self.module(images)
-        maps = None
-        if saliency:
-            weights = cam_weights(self._gradient(logits, features))
-            maps = grad_cam(features, weights, tuple(images.shape[-2:]))
+        by_autograd = saliency and not self.closed_form
+        if by_autograd and not (torch.is_grad_enabled() and images.requires_grad):
+            images = images.detach().requires_grad_()
+        with torch.set_grad_enabled(by_autograd or torch.is_grad_enabled()):
+            logits, attentions, features = self.module(images)
+            maps = None
+            if saliency:
+                weights = cam_weights(self._gradient(logits, features))
+                maps = grad_cam(features, weights, tuple(images.shape[-2:]))
         return Internals(logits, list(attentions), maps)
 
     def _gradient(self, logits: Tensor, features: Tensor) -> Tensor:
@@ -104,65 +102,51 @@ class NetworkProbe:
         if not self.closed_form:
             return torch.autograd.grad(logits.gather(1, top[:, None]).sum(), features, retain_graph=True)[0]
         with torch.no_grad():
-            rows = used_weight(self.classifier).flatten(1)[top]
-            return rows[..., None, None] / features.shape[-2:].numel()
+            return used_weight(self.classifier).flatten(1)[top][..., None, None] / features.shape[-2:].numel()
 
 
-def residual_bodies(traced: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
+def _residual_bodies(modules: Modules) -> list[fx.Node]:
     """The output of each residual unit's body, in order of execution: of each sum, the deeper of the two summands.
 
     HAST (feature alignment) and SaFT align the bodies' outputs, before the identity is added.
     """
     depth: dict[fx.Node, int] = {}  # convolutions on the longest path to a node
-    for node in graph.nodes:
-        before = max((depth[each] for each in node.all_input_nodes), default=0)
-        depth[node] = before + isinstance(_module(traced, node), nn.Conv2d)
-    sums = [node for node in graph.nodes if node.target in _ADDITIONS and len(node.all_input_nodes) == 2]
-    return [max(node.all_input_nodes, key=depth.__getitem__) for node in sums]
+    for node, module in modules.items():
+        depth[node] = max((depth[each] for each in node.all_input_nodes), default=0) + isinstance(module, nn.Conv2d)
+    sums = [node.all_input_nodes for node in modules if node.target in _ADDITIONS and len(node.all_input_nodes) == 2]
+    return [max(summands, key=depth.__getitem__) for summands in sums]
 
 
-def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return traced.get_submodule(node.target) if node.op == "call_module" else None
-
-
-def _global_pooling_head(traced: fx.GraphModule, graph: fx.Graph) -> tuple[fx.Node | None, fx.Node | None]:
+def _global_pooling_head(modules: Modules, output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """(what is pooled, the classifier) of a network that ends in global pooling and a linear layer; else Nones."""
-    node, classifier = graph.output_node().all_input_nodes[0], None
+    node, classifier = output.all_input_nodes[0], None
     while node.all_input_nodes:
-        module = _module(traced, node)
-        if classifier and _is_global_pool(traced, node, _module(traced, classifier).weight.shape[1]):
-            return node.all_input_nodes[0], classifier
+        module, (source, *_) = modules[node], node.all_input_nodes
+        if classifier and _is_global_pool(modules, node, modules[classifier].weight.shape[1]):
+            return source, classifier
         is_linear = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
         if classifier is None and is_linear:
             classifier = node
         elif not (node.target in _RESHAPES or isinstance(module, nn.Flatten | nn.Dropout | nn.Identity)):
             break
-        node = node.all_input_nodes[0]
+        node = source
     return None, None
 
 
-def _is_global_pool(traced: fx.GraphModule, node: fx.Node, features: int) -> bool:
+def _is_global_pool(modules: Modules, node: fx.Node, features: int) -> bool:
     """Whether ``node`` gives the mean over all positions, one value per channel, to a layer of so many ``features``."""
     if node.target in (torch.mean, "mean"):
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return isinstance(dims, list | tuple) and {dim % 4 for dim in dims} == {2, 3}
-    is_pool = isinstance(_module(traced, node), nn.AvgPool2d | nn.AdaptiveAvgPool2d)
+    is_pool = isinstance(modules[node], nn.AvgPool2d | nn.AdaptiveAvgPool2d)
     # Means over parts of the positions would be more values than there are channels.
-    return (is_pool or node.target is F.adaptive_avg_pool2d) and _channels(traced, node.all_input_nodes[0]) == features
+    return (is_pool or node.target is F.adaptive_avg_pool2d) and _channels(modules, node.all_input_nodes[0]) == features
 
 
-def _channels(traced: fx.GraphModule, node: fx.Node) -> int | None:
-    """The number of channels at ``node``, from the batch norms or convolutions before it; None without one."""
-    module = _module(traced, node)
+def _channels(modules: Modules, node: fx.Node) -> int:
+    """The number of channels at ``node``, from the batch norms or convolutions before it; 0 without one."""
+    module = modules[node]
     if isinstance(module, nn.BatchNorm2d | nn.Conv2d):
         return module.num_features if isinstance(module, nn.BatchNorm2d) else module.out_channels
-    if node.target is torch.cat:
-        return sum(_channels(traced, each) or 0 for each in node.all_input_nodes)
-    return _channels(traced, node.all_input_nodes[0]) if node.all_input_nodes else None
-
-
-def _last_convolution(traced: fx.GraphModule, graph: fx.Graph, classifier: fx.Node | None) -> fx.Node:
-    for node in reversed(graph.nodes):
-        if node is not classifier and isinstance(_module(traced, node), nn.Conv2d):
-            return node
-    raise UserError(f"network={type(traced).__name__} has no convolution, so Grad-CAM has nothing to look at.")
+    sources = node.all_input_nodes if node.target is torch.cat else node.all_input_nodes[:1]
+    return sum(_channels(modules, source) for source in sources)

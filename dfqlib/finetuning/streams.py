@@ -38,7 +38,6 @@ class UnaskedBatch:
     @functools.cached_property
     @torch.no_grad()
     def teacher_logits(self) -> Tensor:
-        """(B, classes)."""
         return self.teacher(self.images)
 
 
@@ -58,76 +57,63 @@ def read_losses(stream: Stream) -> list[float]:
     return stream.read_losses() if hasattr(stream, "read_losses") else []
 
 
-def _with_state(**parts: Any) -> dict[str, Any]:
-    """Those of ``parts`` that have a state: a plain function has none."""
-    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+class _Resumable:
+    """A stream whose state is that of its random numbers and of its ``parts``, where they have one."""
+
+    parts: tuple[str, ...]
+    random: torch.Generator
+
+    def _stateful(self) -> dict[str, Any]:
+        return {name: part for name in self.parts if hasattr(part := getattr(self, name), "state_dict")}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": self.random.get_state()} | {name: p.state_dict() for name, p in self._stateful().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.random.set_state(state["random"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
 
 
-class GeneratorStream:
+@dataclass(eq=False, repr=False)
+class GeneratorStream(_Resumable):
     """Trains a generator against the teacher and yields the batches it was trained on.
 
     ``loss`` takes (teacher logits, labels, batch-norm inputs); ``image_loss`` takes the images and is added to it.
     ``draw(generator, batch, random)`` returns the generator's inputs and the labels of its images; it draws from the
     stream's own random numbers, seeded with ``seed``. After ``iterations`` batches the generator is no longer trained,
     but its batch norms still use the statistics of the batch. ``losses`` holds one device scalar per step, see
-    :func:`dfqlib.loss_terms.detach_with_terms`. What ``draw``, ``loss`` and ``image_loss`` remember from call to call
-    belongs to the state, where they have a ``state_dict``.
+    :func:`dfqlib.loss_terms.detach_with_terms`. What ``draw``, ``loss`` and ``image_loss`` remember between calls
+    belongs to the state, if they have a ``state_dict``.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        generator: nn.Module,
-        iterations: int,
-        batch: int = 200,
-        lr: float = 1e-3,
-        decay: str = "step",
-        loss: Callable[..., Tensor] = generator_loss,
-        draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
-        seed: int = 0,
-        image_loss: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.teacher, self.norms, self.generator = teacher, BatchNormInputs(teacher), generator.train()
-        self.iterations, self.batch, self.lr, self.decay = iterations, batch, lr, decay
-        self.loss, self.draw, self.image_loss = loss, draw, image_loss
-        one_kernel = fused(generator.parameters())
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=(0.5, 0.999), fused=one_kernel)
-        self.random = torch.Generator(next(generator.parameters()).device).manual_seed(seed)
-        self.iteration = 0
-        self.losses: list[Tensor] = []
-        parts = {"draw": draw, "loss": loss, "image_loss": image_loss}
-        self.stateful = {"generator": generator, "optimizer": self.optimizer} | _with_state(**parts)
+    teacher: nn.Module
+    generator: nn.Module
+    iterations: int
+    batch: int = 200
+    lr: float = 1e-3
+    decay: str = "step"
+    loss: Callable[..., Tensor] = generator_loss
+    draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label
+    seed: int = 0
+    image_loss: Callable[[Tensor], Tensor] | None = None
+    parts = "generator", "optimizer", "draw", "loss", "image_loss"
+
+    def __post_init__(self) -> None:
+        self.norms, parameters = BatchNormInputs(self.teacher), list(self.generator.train().parameters())
+        self.optimizer = torch.optim.Adam(parameters, self.lr, betas=(0.5, 0.999), fused=fused(parameters))
+        self.random = torch.Generator(parameters[0].device).manual_seed(self.seed)
+        self.iteration, self.losses = 0, []
 
     def next_batch(self) -> Batch | UnaskedBatch:
         """The images of new noise and labels and, during training, one step of the generator on them."""
         inputs, labels = self.draw(self.generator, self.batch, self.random)
-        if self.iteration < self.iterations:
-            batch = self._learn(inputs, labels)
-        else:
+        iteration, self.iteration = self.iteration, self.iteration + 1
+        if iteration >= self.iterations:
             with torch.no_grad():
-                batch = UnaskedBatch(self.generator(*inputs), labels, self.teacher)
-        self.iteration += 1
-        return batch
-
-    def read_losses(self) -> list[float]:
-        """The loss of each step so far; Diverged, naming step and term, if one is not finite."""
-        return to_finite_floats(self.losses, "the generator diverged: its loss is", LOWER_LR_HINT, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Generator, optimizer, random numbers, losses so far, and the state of draw and losses."""
-        own = {"random": self.random.get_state(), "iteration": self.iteration, "losses": to_floats(self.losses)}
-        return own | {name: part.state_dict() for name, part in self.stateful.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.random.set_state(state["random"])
-        self.iteration = state["iteration"]
-        self.losses = list(torch.tensor(state["losses"], device=self.random.device))
-        for name, part in self.stateful.items():
-            part.load_state_dict(state[name])
-
-    def _learn(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Batch:
+                return UnaskedBatch(self.generator(*inputs), labels, self.teacher)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * decay_factor(self.decay, self.iteration / self.iterations)
+            group["lr"] = self.lr * decay_factor(self.decay, iteration / self.iterations)
         images = self.generator(*inputs)
         with self.norms:
             logits = self.teacher(images)
@@ -140,8 +126,20 @@ class GeneratorStream:
         self.losses.append(detach_with_terms(loss))
         return Batch(images.detach(), labels, logits.detach())
 
+    def read_losses(self) -> list[float]:
+        """The loss of each step so far; Diverged, naming step and term, if one is not finite."""
+        return to_finite_floats(self.losses, "the generator diverged: its loss is", LOWER_LR_HINT, 1)
 
-class ImageStream:
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"iteration": self.iteration, "losses": to_floats(self.losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.iteration, self.losses = state["iteration"], list(torch.tensor(state["losses"], device=self.random.device))
+
+
+@dataclass(eq=False, repr=False)
+class ImageStream(_Resumable):
     """Yields batches of a fixed set of images (N, 3, H, W), normalised, with their labels (N,), round by round.
 
     Each round shows every image once in a new order, from random numbers seeded with ``seed`` and drawn on the labels'
@@ -149,19 +147,17 @@ class ImageStream:
     changes a batch of images before anyone sees it, for instance :class:`dfqlib.data.crops.RandomCrops`.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        batch: int = 64,
-        vary: Callable[[Tensor], Tensor] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.teacher, self.images, self.labels, self.batch, self.vary = teacher, images, labels, batch, vary
-        self.random = torch.Generator(labels.device).manual_seed(seed)
-        self.order = torch.empty(0, dtype=torch.long, device=labels.device)
-        self.stateful = _with_state(vary=vary)
+    teacher: nn.Module
+    images: Tensor
+    labels: Tensor
+    batch: int = 64
+    vary: Callable[[Tensor], Tensor] | None = None
+    seed: int = 0
+    parts = ("vary",)
+
+    def __post_init__(self) -> None:
+        self.random = torch.Generator(self.labels.device).manual_seed(self.seed)
+        self.order = torch.empty(0, dtype=torch.long, device=self.labels.device)
 
     @torch.no_grad()
     def next_batch(self) -> UnaskedBatch:
@@ -173,15 +169,11 @@ class ImageStream:
         return UnaskedBatch(channels_last(images), self.labels[chosen], self.teacher)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is left of the round, the random numbers, and the state of ``vary``."""
-        own = {"random": self.random.get_state(), "order": self.order}
-        return own | {name: part.state_dict() for name, part in self.stateful.items()}
+        return super().state_dict() | {"order": self.order}  # what is left of the round
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.random.set_state(state["random"])
+        super().load_state_dict(state)
         self.order = state["order"].to(self.labels.device)
-        for name, part in self.stateful.items():
-            part.load_state_dict(state[name])
 
 
 class FirstThen:
@@ -195,7 +187,6 @@ class FirstThen:
         return (self.first if self.left >= 0 else self.then).next_batch()
 
     def read_losses(self) -> list[float]:
-        """Those of the first stream."""
         return read_losses(self.first)
 
     def state_dict(self) -> dict[str, Any]:
