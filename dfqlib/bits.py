@@ -8,7 +8,6 @@ from typing import Self
 
 from dfqlib.errors import UserError
 
-FEWEST, MOST = 2, 8  # bits that the quantizers support
 Width = int | None  # None leaves the values in float
 
 
@@ -52,12 +51,11 @@ def bits_name(weight: float | Mapping, activation: float | Mapping) -> str:
 def check_width(parameter: str, width: object) -> int:
     """``width`` if it is a whole number of bits that the quantizers support; otherwise a :class:`UserError`."""
     try:
-        number = operator.index(width)
+        if not isinstance(width, bool) and 2 <= operator.index(width) <= 8:
+            return operator.index(width)
     except TypeError:
-        number = None
-    if number is None or isinstance(width, bool) or not FEWEST <= number <= MOST:
-        raise UserError(f"{parameter}={width!r} is not a supported bit width; allowed: whole numbers from 2 to 8.")
-    return number
+        pass
+    raise UserError(f"{parameter}={width!r} is not a supported bit width; allowed: whole numbers from 2 to 8.")
 
 
 def _checked(parameter: str, width: object) -> Width | Mapping[str, Width]:

@@ -43,9 +43,10 @@ class Settings:
             object.__setattr__(self, each.name, value)
 
     @classmethod
+    @functools.cache
     def kinds(cls) -> dict[str, Any]:
         """The type of each setting."""
-        return _kinds(cls)
+        return typing.get_type_hints(cls)
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | Settings) -> Self:
@@ -58,25 +59,21 @@ class Settings:
     def parse(cls, name: str, text: str) -> Any:
         """The value of the setting ``name`` from ``text``, as typed on a command line."""
         kind, value = cls.kinds()[name], text
+        listed = typing.get_origin(kind) is list
         if kind is bool:
             value = {"true": True, "false": False}.get(text.lower(), text)
         elif kind is not str:
             try:
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError):
-                value = text.split(",") if typing.get_origin(kind) is list else text
-        if typing.get_origin(kind) is list and not isinstance(value, list):
-            value = list(value) if isinstance(value, tuple) else [value]
+                value = text.split(",") if listed else text
+        if listed and not isinstance(value, list | tuple):
+            value = [value]
         return _check(name, value, kind, cls.__dataclass_fields__[name])
 
     def values(self) -> dict[str, Any]:
         """All settings by name, bit widths as text: what JSON knows."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
-
-
-@functools.cache
-def _kinds(cls: type[Settings]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _plain(value: Any) -> Any:
@@ -91,46 +88,43 @@ def _check(name: str, value: Any, kind: Any, declared: Field) -> Any:
     """``value`` if it is of its kind and allowed; bit widths are parsed. Otherwise a :class:`UserError`."""
     rules = declared.metadata
     if typing.get_origin(kind) is list:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{name}={value!r} is not a list; allowed: a list such as {_example(declared)}.")
-        if len(value) < rules.get("least", 0):
-            raise UserError(f"{name}={value!r} is empty; allowed: a list such as {_example(declared)}.")
+        wrong = (
+            "not a list"
+            if not isinstance(value, list | tuple)
+            else "empty"
+            if len(value) < rules.get("least", 0)
+            else ""
+        )
+        if wrong:
+            example = _plain(declared.default_factory())
+            raise UserError(f"{name}={value!r} is {wrong}; allowed: a list such as {example!r}.")
         return [_check(name, each, typing.get_args(kind)[0], declared) for each in value]
     if kind is BitWidths:
         return BitWidths.parse(value, name)
-    if isinstance(kind, type) and issubclass(kind, Settings):
-        return value if isinstance(value, kind) else _part(name, value, kind)
     if kind in (int, float):
-        return _number(name, value, kind, rules.get("low"), rules.get("high"))
-    if not isinstance(value, kind):
-        allowed = {bool: "True or False", str: "text in quotes"}.get(kind, kind.__name__)
-        raise UserError(f"{name}={value!r} is of another type; allowed: {allowed}.")
-    return check_choice(name, value, rules["choices"]) if rules.get("choices") else value
+        return _check_number(name, value, kind, rules.get("low"), rules.get("high"))
+    if isinstance(value, kind):
+        return check_choice(name, value, rules["choices"]) if rules.get("choices") else value
+    if issubclass(kind, Settings):  # within other settings, written as a dictionary
+        try:
+            return kind(**value)
+        except TypeError:
+            raise UserError(f"{name}={value!r} is not supported; allowed: {kind().values()} or the like.") from None
+        except UserError as error:
+            raise UserError(f"{name}={value!r}: {error}") from None
+    allowed = {bool: "True or False", str: "text in quotes"}.get(kind, kind.__name__)
+    raise UserError(f"{name}={value!r} is of another type; allowed: {allowed}.")
 
 
-def _part(name: str, value: Any, kind: type[Settings]) -> Settings:
-    """Settings within settings, written as a dictionary."""
-    try:
-        return kind(**value)
-    except TypeError:
-        raise UserError(f"{name}={value!r} is not supported; allowed: {kind().values()} or the like.") from None
-    except UserError as error:
-        raise UserError(f"{name}={value!r}: {error}") from None
-
-
-def _number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> int | float:
-    told = "" if low is None else f" from {low:,} to {high:,}"
+def _check_number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> int | float:
     what = "a whole number" if kind is int else "a number"
+    allowed = what if low is None else f"{what} from {low:,} to {high:,}"
     try:
         number = operator.index(value) if kind is int else float(value) if isinstance(value, int | float) else None
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise UserError(f"{name}={value!r} is not {what}; allowed: {what}{told}.")
+        raise UserError(f"{name}={value!r} is not {what}; allowed: {allowed}.")
     if not math.isfinite(number) or (low is not None and not low <= number <= high):
-        raise UserError(f"{name}={value!r} is out of range; allowed: {what}{told}.")
+        raise UserError(f"{name}={value!r} is out of range; allowed: {allowed}.")
     return number if kind is int else value
-
-
-def _example(declared: Field) -> str:
-    return repr(_plain(declared.default_factory()))

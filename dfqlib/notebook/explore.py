@@ -4,8 +4,9 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
@@ -16,9 +17,6 @@ from dfqlib.errors import check_choice
 from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
 from dfqlib.quantizers.layers import FakeQuantize
 from dfqlib.quantizers.trace import weight_layers
-
-if TYPE_CHECKING:
-    from ipywidgets import VBox
 
 
 @torch.no_grad()
@@ -35,11 +33,8 @@ def before_and_after(student: fx.GraphModule, layer: str, bits: int, images: Ten
         weight = student.get_submodule(layer).weight.detach()
         return weight, fake_quantize_per_channel(weight, bits)
     relu, seen = relus[layer], []
-    hook = relu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    try:
+    with relu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
         student(images)
-    finally:
-        hook.remove()
     return seen[0], fake_quantize(seen[0], relu.observer.low, relu.observer.high, bits)
 
 
@@ -52,25 +47,21 @@ def rounding_error(before: Tensor, after: Tensor) -> tuple[float, float]:
     return error, 10 * math.log10(before.var(correction=0).item() / error) if error else math.inf
 
 
-def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str, Any]) -> "VBox":
+def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str, Any]) -> ipywidgets.VBox:
     """A control for each argument of ``draw`` above the figure that it returns, drawn anew at every change.
 
     choices: allowed values of an argument, or a mapping from label to value. Integers get a slider, all else a list;
     both start at the argument's default. Needs an interactive kernel; elsewhere, show the figure itself.
     """
-    import ipywidgets
-
-    made = {}
+    made, style = {}, {"description_width": "initial"}  # ipywidgets' own width cuts names off
     for name, allowed in choices.items():
-        options = list(allowed.items()) if isinstance(allowed, Mapping) else list(allowed)
+        options = list(allowed.items() if isinstance(allowed, Mapping) else allowed)
+        default = inspect.signature(draw).parameters[name].default
+        about = {"options": options, "value": default, "description": name.replace("_", " "), "style": style}
         if all(isinstance(option, int) for option in options):
-            control = ipywidgets.SelectionSlider(options=options, continuous_update=False)
+            made[name] = ipywidgets.SelectionSlider(**about, continuous_update=False)
         else:
-            control = ipywidgets.Dropdown(options=options, layout={"width": "max-content"})
-        control.value = inspect.signature(draw).parameters[name].default
-        control.description = name.replace("_", " ")
-        control.style.description_width = "initial"  # ipywidgets' own width cuts names off
-        made[name] = control
+            made[name] = ipywidgets.Dropdown(**about, layout={"width": "max-content"})
     # A picture, not an Output widget: nbclient waits for ever for a cell that fills one of these.
     picture = ipywidgets.Image(format="png")
 
@@ -83,5 +74,5 @@ def controls(draw: Callable[..., Figure], **choices: Sequence[Any] | Mapping[str
     for control in made.values():
         control.observe(show, names="value")
     show()
-    row = {"flex_flow": "row wrap", "grid_gap": "0 1.5em"}
-    return ipywidgets.VBox([ipywidgets.HBox(list(made.values()), layout=row), picture])
+    row = ipywidgets.HBox(list(made.values()), layout={"flex_flow": "row wrap", "grid_gap": "0 1.5em"})
+    return ipywidgets.VBox([row, picture])

@@ -48,8 +48,7 @@ def quantize_model(
 
 def _relu_sites(model: fx.GraphModule) -> dict[str, fx.Node]:
     """Every call of a ReLU or ReLU6, named by its module, or "<module>.relu" for a function called inside of one."""
-    sites: dict[str, fx.Node] = {}
-    seen: Counter[str] = Counter()
+    sites, seen = {}, Counter()
     for node in model.graph.nodes:
         if node.op == "call_module" and isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6)):
             name = node.target
@@ -70,17 +69,15 @@ def _insert_after(model: fx.GraphModule, relu: fx.Node, quantizer: FakeQuantize)
     with model.graph.inserting_after(relu):
         quantized = model.graph.call_module(target, (relu,))
     relu.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
-    if _is_inplace(model, relu):
+    if relu.op == "call_module":
+        inplace = model.get_submodule(relu.target).inplace
+    else:
+        inplace = relu.target in _ALWAYS_INPLACE or relu.kwargs.get("inplace", relu.args[1:] == (True,))
+    if inplace:
         # Code that goes on to use the tensor it gave to an in-place ReLU reads the ReLU's output under another name.
         given = relu.all_input_nodes[0]
         for user in [user for user in given.users if order[user] > order[relu]]:
             user.replace_input_with(given, quantized)
-
-
-def _is_inplace(model: fx.GraphModule, relu: fx.Node) -> bool:
-    if relu.op == "call_module":
-        return model.get_submodule(relu.target).inplace
-    return relu.target in _ALWAYS_INPLACE or bool(relu.kwargs.get("inplace", relu.args[1:] == (True,)))
 
 
 def _by_name(parameter: str, widths: Width | Mapping[str, Width], names: list[str]) -> dict[str, Width]:
@@ -89,7 +86,6 @@ def _by_name(parameter: str, widths: Width | Mapping[str, Width], names: list[st
         return dict.fromkeys(names, widths)
     for name in widths:
         check_choice(f"layer in {parameter} bits", name, names)
-    missing = [name for name in names if name not in widths]
-    if missing:
+    if missing := [name for name in names if name not in widths]:
         raise UserError(f"{parameter} bits give no width for layer {missing[0]!r} ({len(missing)} missing).")
     return {name: widths[name] for name in names}

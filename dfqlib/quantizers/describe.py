@@ -41,10 +41,9 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
         elif isinstance(module, FakeQuantize):
             low, high = module.observer.low, module.observer.high
             rows.append((module.name, "relu", None, module.bits, low.item(), high.item(), 0, 0))
-    size, weights, float_weights = model_bytes(student), sum(row[-2] for row in rows), sum(row[-1] for row in rows)
-    rest = size - weights
+    rest = model_bytes(student) - sum(row[-2] for row in rows)
     rows.append(("", "biases, batch norm", None, None, None, None, rest, rest))
-    rows.append(("", "total", None, None, None, None, size, rest + float_weights))
+    rows.append(("", "total", None, None, None, None, sum(row[-2] for row in rows), sum(row[-1] for row in rows)))
     columns = ["layer", "kind", "weight_bits", "activation_bits", "low", "high", "bytes", "float_bytes"]
     return pd.DataFrame(rows, columns=columns).astype({"weight_bits": "Int64", "activation_bits": "Int64"})
 
@@ -52,6 +51,4 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
 def _kind(layer: QuantizedLayer) -> str:
     if isinstance(layer, QuantLinear):
         return "linear"
-    if layer.groups == 1:
-        return "conv"
-    return "depthwise conv" if layer.groups == layer.in_channels else "grouped conv"
+    return {layer.in_channels: "depthwise conv", 1: "conv"}.get(layer.groups, "grouped conv")

@@ -17,11 +17,8 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, bits: int, observer: RunningMinMax, name: str = "") -> None:
         super().__init__()
-        self.bits = bits
-        self.observer = observer
-        self.name = name
-        self.observing = False
-        self._has_range = False
+        self.bits, self.observer, self.name = bits, observer, name
+        self.observing = self._has_range = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (any shape) quantized over the range as it is after this batch. UserError if there is no range."""
@@ -54,15 +51,11 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """A Conv2d with a fake-quantized weight."""
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, used_weight(self), self.bias)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """A Linear with a fake-quantized weight."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, used_weight(self), self.bias)
 

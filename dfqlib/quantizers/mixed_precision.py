@@ -1,5 +1,6 @@
 """A bit width for each layer under a size budget: sensitivities and their Pareto frontier (ZeroQ, section 3.2)."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,20 +8,16 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfqlib.bits import BitWidths, check_width
 from dfqlib.errors import UserError
+from dfqlib.losses import distillation_kl
 from dfqlib.progress import track
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.describe import weight_bytes
 from dfqlib.quantizers.trace import trace, weight_layers
 
-
-def mean_kl(teacher_logits: Tensor, logits: Tensor) -> Tensor:
-    """Mean over the batch of KL(softmax(teacher_logits) || softmax(logits)) in nats; both (N, classes)."""
-    log_probabilities = F.log_softmax(logits, dim=1), F.log_softmax(teacher_logits, dim=1)
-    return F.kl_div(*log_probabilities, log_target=True, reduction="batchmean")
+mean_kl = functools.partial(distillation_kl, temperature=1.0)  # of (teacher logits, logits), in nats
 
 
 @torch.no_grad()
@@ -32,17 +29,16 @@ def sensitivity(teacher: nn.Module, images: Tensor, bits: Sequence[int] = (2, 4,
     Raises UserError for bits outside 2 to 8 or a teacher that cannot be traced.
     """
     bits = [check_width("bits", width) for width in bits]
-    network = quantize_model(teacher, BitWidths(None, None))
-    table = pd.DataFrame(index=pd.Index(weight_layers(network), name="layer"), columns=bits, dtype=float)
+    network, table = quantize_model(teacher, BitWidths(None, None)), {}
     teacher_logits = network(images)
-    for layer in track(table.index, "sensitivity of each layer"):
+    for layer in track(weight_layers(network), "sensitivity of each layer"):
         module, divergences = network.get_submodule(layer), []
         for width in bits:
             module.weight_bits = width
             divergences.append(mean_kl(teacher_logits, network(images)))
         module.weight_bits = None
-        table.loc[layer] = torch.stack(divergences).tolist()
-    return table
+        table[layer] = torch.stack(divergences).tolist()
+    return pd.DataFrame.from_dict(table, orient="index", columns=bits).rename_axis("layer")
 
 
 def layer_sizes(teacher: nn.Module, bits: Sequence[int] = (2, 4, 8)) -> pd.DataFrame:

@@ -24,8 +24,10 @@ def trace(model: nn.Module) -> fx.GraphModule:
     for name, module in model.named_modules():
         if isinstance(module, (QuantizedLayer, FakeQuantize)):
             raise UserError(f"{network} is already quantized (at {name!r}); pass the full-precision model.")
-    tracer = _Tracer()
-    copied = _copy_without_hooks(model).eval()
+    # Hooks would run on torch.fx's proxies, and may hold tensors that cannot be copied.
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [getattr(module, kind) for module in model.modules() for kind in kinds]
+    copied, tracer = copy.deepcopy(model, {id(held): type(held)() for held in hooks}).eval(), _Tracer()
     try:
         graph = tracer.trace(copied)
     except Exception as error:  # whatever the model's own code raises when it meets a torch.fx proxy
@@ -55,28 +57,20 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def _copy_without_hooks(model: nn.Module) -> nn.Module:
-    """Deep copy of ``model`` without its hooks, which would run on torch.fx's proxies and may hold live tensors."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [getattr(module, kind) for module in model.modules() for kind in kinds]
-    return copy.deepcopy(model, {id(held): type(held)() for held in hooks})
-
-
 def _refuse_hidden_layers(model: nn.Module, node: fx.Node) -> None:
     """UserError if ``node`` hides a convolution, a linear layer or a ReLU where it cannot be quantized."""
-    network = type(model).__name__
-    if node.op == "call_function" and node.target in _WEIGHT_FUNCTIONS:
+    network, target = type(model).__name__, node.target
+    if node.op == "call_function" and target in _WEIGHT_FUNCTIONS:
         weights = ", ".join(repr(a.target) for a in node.all_input_nodes if a.op == "get_attr") or "a computed weight"
-        raise UserError(f"{network} calls {node.target.__name__} on {weights}: only modules can be quantized.")
-    if node.op == "get_attr":
-        owner = node.target.rpartition(".")[0]
-        if isinstance(model.get_submodule(owner), _WEIGHT_LAYERS):
-            raise UserError(f"{network} reads {node.target!r} without calling {owner!r}: it cannot be quantized.")
+        raise UserError(f"{network} calls {target.__name__} on {weights}: only modules can be quantized.")
+    if node.op == "get_attr" and isinstance(model.get_submodule(owner := target.rpartition(".")[0]), _WEIGHT_LAYERS):
+        raise UserError(f"{network} reads {target!r} without calling {owner!r}: it cannot be quantized.")
     if node.op != "call_module":
         return
-    leaf, kind = model.get_submodule(node.target), type(model.get_submodule(node.target)).__name__
+    leaf = model.get_submodule(target)
+    kind = type(leaf).__name__
     if isinstance(leaf, _WEIGHT_LAYERS) and type(leaf) not in _WEIGHT_LAYERS:
-        raise UserError(f"layer {node.target!r} is a {kind}: only plain Conv2d and Linear can be quantized.")
+        raise UserError(f"layer {target!r} is a {kind}: only plain Conv2d and Linear can be quantized.")
     for name, inner in leaf.named_modules():
         if name and isinstance(inner, (*_WEIGHT_LAYERS, nn.ReLU, nn.ReLU6)):
-            raise UserError(f"{network} hides {name!r} inside module {node.target!r} ({kind}), which is not traced.")
+            raise UserError(f"{network} hides {name!r} inside module {target!r} ({kind}), which is not traced.")
