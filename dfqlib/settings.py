@@ -10,7 +10,6 @@ import ast
 import functools
 import math
 import operator
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -20,14 +19,12 @@ from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError, check_choice
 
 
-def setting(
-    default: Any, low: float | None = None, high: float | None = None, choices: tuple = (), least: int = 0
-) -> Any:
+def setting(default: Any, low: Any = None, high: Any = None, choices: tuple = (), least: int = 0) -> Any:
     """A field of :class:`Settings`: its default, and the range or the choices that are allowed.
 
     In a list these hold for each of its values, of which there must be ``least``.
     """
-    metadata = types.MappingProxyType({"low": low, "high": high, "choices": choices, "least": least})
+    metadata = {"low": low, "high": high, "choices": choices, "least": least}
     if isinstance(default, list | dict):
         return field(default_factory=functools.partial(type(default), default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -51,8 +48,7 @@ class Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any] | Settings) -> Self:
         """These settings from ``values`` that may hold others too; defaults for those that are not there."""
-        if isinstance(values, Settings):
-            values = vars(values)
+        values = vars(values) if isinstance(values, Settings) else values
         return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     @classmethod
@@ -88,17 +84,11 @@ def _check(name: str, value: Any, kind: Any, declared: Field) -> Any:
     """``value`` if it is of its kind and allowed; bit widths are parsed. Otherwise a :class:`UserError`."""
     rules = declared.metadata
     if typing.get_origin(kind) is list:
-        wrong = (
-            "not a list"
-            if not isinstance(value, list | tuple)
-            else "empty"
-            if len(value) < rules.get("least", 0)
-            else ""
-        )
-        if wrong:
-            example = _plain(declared.default_factory())
-            raise UserError(f"{name}={value!r} is {wrong}; allowed: a list such as {example!r}.")
-        return [_check(name, each, typing.get_args(kind)[0], declared) for each in value]
+        listed = isinstance(value, list | tuple)
+        if listed and len(value) >= rules.get("least", 0):
+            return [_check(name, each, typing.get_args(kind)[0], declared) for each in value]
+        example, wrong = _plain(declared.default_factory()), "empty" if listed else "not a list"
+        raise UserError(f"{name}={value!r} is {wrong}; allowed: a list such as {example!r}.")
     if kind is BitWidths:
         return BitWidths.parse(value, name)
     if kind in (int, float):

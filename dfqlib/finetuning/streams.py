@@ -42,14 +42,13 @@ class UnaskedBatch:
 
 
 class Stream(Protocol):
-    """Where the batches of a fine-tuning come from. The batches to come depend on nothing but its state."""
+    """Where the batches of a fine-tuning come from; a stream that loads another's state continues with its batches."""
 
     def next_batch(self) -> Batch | UnaskedBatch: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, with the same batches to come."""
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def read_losses(stream: Stream) -> list[float]:
@@ -103,17 +102,16 @@ class GeneratorStream(_Resumable):
         self.norms, parameters = BatchNormInputs(self.teacher), list(self.generator.train().parameters())
         self.optimizer = torch.optim.Adam(parameters, self.lr, betas=(0.5, 0.999), fused=fused(parameters))
         self.random = torch.Generator(parameters[0].device).manual_seed(self.seed)
-        self.iteration, self.losses = 0, []
+        self.losses: list[Tensor] = []
 
     def next_batch(self) -> Batch | UnaskedBatch:
         """The images of new noise and labels and, during training, one step of the generator on them."""
         inputs, labels = self.draw(self.generator, self.batch, self.random)
-        iteration, self.iteration = self.iteration, self.iteration + 1
-        if iteration >= self.iterations:
+        if len(self.losses) >= self.iterations:
             with torch.no_grad():
                 return UnaskedBatch(self.generator(*inputs), labels, self.teacher)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * decay_factor(self.decay, iteration / self.iterations)
+            group["lr"] = self.lr * decay_factor(self.decay, len(self.losses) / self.iterations)
         images = self.generator(*inputs)
         with self.norms:
             logits = self.teacher(images)
@@ -131,11 +129,11 @@ class GeneratorStream(_Resumable):
         return to_finite_floats(self.losses, "the generator diverged: its loss is", LOWER_LR_HINT, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"iteration": self.iteration, "losses": to_floats(self.losses)}
+        return super().state_dict() | {"losses": to_floats(self.losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.iteration, self.losses = state["iteration"], list(torch.tensor(state["losses"], device=self.random.device))
+        self.losses = list(torch.tensor(state["losses"], device=self.random.device))
 
 
 @dataclass(eq=False, repr=False)
