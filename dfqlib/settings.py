@@ -1,7 +1,6 @@
-"""Settings that know their limits: a value's type, default and what is allowed are declared once, in one line.
+"""Settings whose type, default and limits are declared once, in one line, for notebooks, ``--set`` and profiles.
 
-A dataclass that derives from :class:`Settings` checks all of its values when it is made. Notebooks, ``--set`` and
-profiles read types and limits from there. Nothing here imports torch, so that planning takes no time.
+Nothing here imports torch, so that planning takes no time.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def setting(default: Any, low: Any = None, high: Any = None, choices: tuple = ()
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of settings. UserError, naming the setting, its value and what is allowed, for a value that is not."""
+    """Base of dataclasses that check their values when made: UserError names the value and what is allowed."""
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -1,24 +1,18 @@
 """The fine-tuning loop: students share a stream and leave it alone; ranges freeze; a stopped run goes on as it was."""
 
 import io
-import os
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from dfqlib.bits import BitWidths
-from dfqlib.checkpoint import load_checkpoint
 from dfqlib.data.crops import RandomCrops
 from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Checkpoint, History, Student, distillation_loss, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
-from dfqlib.finetuning.streams import Batch, FirstThen, GeneratorStream, ImageStream
+from dfqlib.finetuning.streams import FirstThen, GeneratorStream, ImageStream
 from dfqlib.generators.networks import Generator
 from dfqlib.losses import student_loss
 from dfqlib.methods import dsg, gdfq, qimera
@@ -72,12 +66,10 @@ def assert_equal(first, second):
 def test_generator_is_bitwise_the_same_with_one_student_and_with_four(teacher):
     results = []
     for widths in ([3], [2, 3, 4, 8]):
-        stream = make_stream(teacher)
-        students = {f"w{bits}": make_student(teacher, bits) for bits in widths}
+        stream, students = make_stream(teacher), {f"w{bits}": make_student(teacher, bits) for bits in widths}
         finetune(stream, students, spans(6, 2))
-        results.append((parameters(stream.generator), parameters(students["w3"].network)))
-    assert_equal(results[0][0], results[1][0])
-    assert_equal(results[0][1], results[1][1])
+        results.append(parameters(stream.generator) | parameters(students["w3"].network))
+    assert_equal(*results)
 
 
 def test_the_generator_learns_and_then_stays_as_it_is(teacher):
@@ -86,28 +78,24 @@ def test_the_generator_learns_and_then_stays_as_it_is(teacher):
         stream.next_batch()
     losses = torch.tensor(stream.read_losses())
     assert losses[-5:].mean() < losses[:5].mean()
-    before = {name: value.clone() for name, value in stream.generator.named_parameters()}
+    before = [value.clone() for value in stream.generator.parameters()]
     first, second = stream.next_batch(), stream.next_batch()
-    assert len(stream.losses) == 30
-    assert_equal(before, dict(stream.generator.named_parameters()))
+    assert len(stream.read_losses()) == 30
+    assert all(map(torch.equal, before, stream.generator.parameters()))
     assert not torch.equal(first.images, second.images)
     assert not first.images.requires_grad and not first.teacher_logits.requires_grad
 
 
 def test_ranges_and_statistics_are_frozen_after_the_warm_up_and_weights_before(teacher):
-    student = make_student(teacher)
-    start = parameters(student.network)
-    seen = []
+    student, stream = make_student(teacher), make_stream(teacher)
+    start, seen = parameters(student.network), []
 
     class Spy:
         """The stream, with a look at the student before each batch."""
 
-        def __init__(self):
-            self.stream = make_stream(teacher)
-
-        def next_batch(self) -> Batch:
+        def next_batch(self):
             seen.append(parameters(student.network))
-            return self.stream.next_batch()
+            return stream.next_batch()
 
     finetune(Spy(), {"s": student}, spans(7, 3, 5))
     seen.append(parameters(student.network))
@@ -137,16 +125,13 @@ def test_tuning_brings_the_student_closer_to_the_teacher_which_it_leaves_alone(t
 
 
 def test_last_and_best_scores_and_when_they_are_taken(teacher):
-    scores = iter([1.0, 10.0, 30.0, 20.0])
-    looks = []
-    history = finetune(
-        make_stream(teacher),
-        {"s": make_student(teacher)},
-        spans(7, 2),
-        evaluate=lambda _: next(scores),
-        evaluate_every=2,
-        on_evaluation=lambda h: looks.append((len(h.generator), len(h.students["s"]))),
-    )
+    scores, looks = iter([1.0, 10.0, 30.0, 20.0]), []
+
+    def look(history):
+        looks.append((len(history.generator), len(history.students["s"])))
+
+    students = {"s": make_student(teacher)}
+    history = finetune(make_stream(teacher), students, spans(7, 2), lambda _: next(scores), 2, look)
     assert history.scores["s"] == [(2, 1.0), (4, 10.0), (6, 30.0), (7, 20.0)]
     assert (history.last("s"), history.best("s")) == (20.0, 30.0)
     assert History(scores={"s": [(1, 5.0)]}).best("s") == 5.0
@@ -215,17 +200,12 @@ def tuned(teacher, checkpoint, stop_at=None):
         if stop_at and len(history.students["w3"]) + 2 >= stop_at:
             raise KeyboardInterrupt
 
+    def score(network):
+        return network(torch.ones(1, 3, 8, 8)).sum().item()
+
     students = {"w3": make_student(teacher, 3), "w4": make_student(teacher, 4)}
-    history = finetune(
-        STREAMS["generator, then images"](teacher),
-        students,
-        spans(8, 2),
-        evaluate=lambda network: network(torch.ones(1, 3, 8, 8)).sum().item(),
-        evaluate_every=1,
-        on_evaluation=stop,
-        generator_warmup=3,
-        checkpoint=checkpoint,
-    )
+    stream, options = STREAMS["generator, then images"](teacher), {"generator_warmup": 3, "checkpoint": checkpoint}
+    history = finetune(stream, students, spans(8, 2), score, 1, stop, **options)
     return {name: parameters(student.network) for name, student in students.items()}, history
 
 
@@ -240,38 +220,6 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(teacher, tmp_path):
         for name in whole:
             assert_equal(whole[name], continued[name])
         assert history == whole_history
-
-
-def to_be_killed(path: Path) -> list[list[float]]:
-    """The parameters of a student after a fine-tuning with many checkpoints."""
-    student = make_student(small_teacher(), 3)
-    stream, checkpoint = make_stream(small_teacher(), 100), Checkpoint(path, seconds=0)
-    finetune(stream, {"w3": student}, spans(100, 5), checkpoint=checkpoint)
-    return [p.flatten().tolist() for p in student.network.parameters()]
-
-
-KILLED = "import pathlib, sys, test_finetune as t; print(t.to_be_killed(pathlib.Path(sys.argv[1])))"
-
-
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(tmp_path):
-    """SIGKILL leaves no time to tidy up: what counts is the last checkpoint that was written whole."""
-
-    def start(name):
-        here = Path(__file__).parent
-        # One thread, or sums may be added in another order.
-        env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", KILLED, str(tmp_path / name)]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-
-    whole, process, path = start("whole.ckpt"), start("killed.ckpt"), tmp_path / "killed.ckpt"
-    while not path.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert 0 < load_checkpoint(path, {})["drawn"] < 100
-    continued = start("killed.ckpt")
-    assert continued.communicate()[0] == whole.communicate()[0] != ""
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torchvision.models import resnet18
 
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
-from dfqlib.finetuning.grad_cam import cam_weights, grad_cam, map_correlation
+from dfqlib.finetuning.grad_cam import grad_cam, map_correlation
 from dfqlib.finetuning.network_views import NetworkProbe, channel_attention
 from dfqlib.models.zoo import build
 from dfqlib.quantizers.convert import quantize_model
@@ -61,9 +61,8 @@ class By(nn.Module):
 def map_by_hand(network, images, module):
     """Grad-CAM of each image's top class by a forward and a backward pass with a hook on ``module``."""
     kept = []
-    handle = module.register_forward_hook(lambda _, inputs, output: kept.append(output))
-    logits = network(images.clone().requires_grad_())
-    handle.remove()
+    with module.register_forward_hook(lambda _, inputs, output: kept.append(output)):
+        logits = network(images.clone().requires_grad_())
     gradient = torch.autograd.grad(logits.max(1).values.sum(), kept[0])[0]
     weights = gradient.mean((2, 3), keepdim=True).clamp(min=0)
     maps = (weights * kept[0]).sum(1, keepdim=True).relu()
@@ -100,18 +99,14 @@ def test_gradients_of_maps_are_equal_too(student):
 
 
 def test_maps_equal_those_by_hand(teacher, student):
-    images = torch.randn(3, 3, 32, 32)
-    last = teacher.features.stage3.unit3
-    with torch.no_grad():
-        of_features = NetworkProbe(teacher)(images, saliency=True).saliency
-        of_convolution = NetworkProbe(teacher, "convolution")(images, saliency=True).saliency.detach()
-    torch.testing.assert_close(of_features, map_by_hand(teacher, images, last), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(of_convolution, map_by_hand(teacher, images, last.body.conv2.conv), rtol=1e-4, atol=1e-5)
-    assert (of_features - of_convolution).abs().mean() > 0.01  # another kind of map
-    with torch.no_grad():
-        of_student = NetworkProbe(student, "convolution")(images, saliency=True).saliency.detach()
-    convolution = student.get_submodule("features.stage3.unit3.body.conv2.conv")
-    torch.testing.assert_close(of_student, map_by_hand(student, images, convolution), rtol=1e-4, atol=1e-5)
+    images, last, found = torch.randn(3, 3, 32, 32), "features.stage3.unit3", []
+    cases = (teacher, "activations", last), (teacher, "convolution", f"{last}.body.conv2.conv")
+    for network, layer, module in (*cases, (student, *cases[1][1:])):
+        with torch.no_grad():
+            found.append(NetworkProbe(network, layer)(images, saliency=True).saliency.detach())
+        expected = map_by_hand(network, images, network.get_submodule(module))
+        torch.testing.assert_close(found[-1], expected, rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[1]).abs().mean() > 0.01  # another kind of map
 
 
 @pytest.mark.parametrize(
@@ -152,17 +147,15 @@ def test_a_head_that_is_not_global_pooling_and_linear_goes_by_autograd(head):
 
 
 def test_attentions_are_those_of_the_units_bodies(teacher, student):
-    images = torch.randn(2, 3, 32, 32)
-    for network, last in ((teacher, "features.stage2.unit1.body.conv2.bn"), (student, None)):
+    images, kept = torch.randn(2, 3, 32, 32), []
+    for network in (teacher, student):
         view = NetworkProbe(network)(images)
-        assert view.saliency is None and len(view.attentions) == 9
+        assert view.saliency is None
         assert [a.shape[1] for a in view.attentions] == [16] * 3 + [32] * 3 + [64] * 3
-        if last:
-            kept = []
-            handle = network.get_submodule(last).register_forward_hook(lambda _, i, output, to=kept: to.append(output))
-            network(images)
-            handle.remove()
-            torch.testing.assert_close(view.attentions[3], channel_attention(kept[0]))
+    body = teacher.get_submodule("features.stage2.unit1.body.conv2.bn")
+    with body.register_forward_hook(lambda _, inputs, output: kept.append(output)):
+        teacher(images)
+    torch.testing.assert_close(NetworkProbe(teacher)(images).attentions[3], channel_attention(kept[0]))
 
 
 def test_a_sum_in_place_leaves_the_attention_as_it_is():
@@ -201,10 +194,12 @@ def test_published_models_have_units_and_maps(name):
 
 def test_grad_cam_by_hand():
     activations = torch.tensor([[[[1.0, 2.0]], [[5.0, -4.0]]]])  # two channels, one row of two
-    torch.testing.assert_close(cam_weights(torch.tensor([[[[1.0, 3.0]], [[-2.0, 1.0]]]])), torch.tensor([[2.0, 0.0]]))
-    maps = grad_cam(activations, torch.tensor([[1.0, 1.0]]), (1, 2))  # sums 6 and -2
-    torch.testing.assert_close(maps, torch.tensor([[[1.0, 0.0]]]))
-    assert (grad_cam(activations, torch.zeros(1, 2), (4, 4)) == 0).all()
+    for gradient, expected in (
+        ([[[[1.0]], [[1.0]]]], [[1.0, 0.0]]),  # sums 6 and -2
+        ([[[[1.0, 3.0]], [[-2.0, 1.0]]]], [[0.0, 1.0]]),  # weights 2 and 0, sums 2 and 4
+        ([[[[0.0]], [[-1.0]]]], [[0.0, 0.0]]),
+    ):
+        assert grad_cam(activations, torch.tensor(gradient), (1, 2)).tolist() == [expected]
 
 
 def test_map_correlation():

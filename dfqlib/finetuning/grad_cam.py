@@ -9,16 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cam_weights(gradient: Tensor) -> Tensor:
-    """The weight (B, C) of each channel: ``gradient`` (B, C, h, w) of the score, mean over space, at least 0."""
-    return gradient.mean((2, 3)).clamp(min=0)
-
-
-def grad_cam(activations: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+def grad_cam(activations: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (B, H, W) from 0 to 1: relu(sum_k w_k A_k), resized to ``size`` (H, W), each scaled by its own range.
 
-    ``activations`` (B, C, h, w); ``weights`` (B, C). A constant map is 0.
+    w_k is the mean over space, at least 0, of the score's ``gradient`` by the ``activations`` (B, C, h, w); constant
+    gradients may be given as (B, C, 1, 1). A constant map is 0.
     """
+    weights = gradient.mean((2, 3)).clamp(min=0)
     maps = torch.einsum("bchw,bc->bhw", activations, weights).relu().unsqueeze(1)
     maps = F.interpolate(maps, size, mode="bilinear", align_corners=False).squeeze(1)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)

@@ -1,8 +1,7 @@
 """The fine-tuning loop: one stream of labelled images, any number of quantized students.
 
-The stream decides what the images are: :class:`GeneratorStream` trains a generator against the teacher and yields the
-batches it was trained on; :class:`ImageStream` draws from a fixed set of images. A stream never sees a student, so one
-run of it serves every bit width, and a student learns the same whether it is tuned alone or with others.
+A stream never sees a student, so one run of it serves every bit width, and a student learns the same whether it is
+tuned alone or with others.
 """
 
 import hashlib

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dfqlib.errors import UserError, check_choice
-from dfqlib.finetuning.grad_cam import cam_weights, grad_cam
+from dfqlib.finetuning.grad_cam import grad_cam
 from dfqlib.models.batch_norm_statistics import sample_mean_square
 from dfqlib.quantizers.layers import used_weight
 from dfqlib.quantizers.trace import trace
@@ -90,10 +90,8 @@ class NetworkProbe:
             images = images.detach().requires_grad_()
         with torch.set_grad_enabled(by_autograd or torch.is_grad_enabled()):
             logits, attentions, features = self.module(images)
-            maps = None
-            if saliency:
-                weights = cam_weights(self._gradient(logits, features))
-                maps = grad_cam(features, weights, tuple(images.shape[-2:]))
+            size = tuple(images.shape[-2:])
+            maps = grad_cam(features, self._gradient(logits, features), size) if saliency else None
         return Internals(logits, list(attentions), maps)
 
     def _gradient(self, logits: Tensor, features: Tensor) -> Tensor:

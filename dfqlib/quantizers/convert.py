@@ -48,7 +48,8 @@ def quantize_model(
 
 def _relu_sites(model: fx.GraphModule) -> dict[str, fx.Node]:
     """Every call of a ReLU or ReLU6, named by its module, or "<module>.relu" for a function called inside of one."""
-    sites, seen = {}, Counter()
+    sites: dict[str, fx.Node] = {}
+    seen: Counter[str] = Counter()
     for node in model.graph.nodes:
         if node.op == "call_module" and isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6)):
             name = node.target
