@@ -1,5 +1,6 @@
 """Sensitivities against students with one quantized layer, and the Pareto frontier against all assignments."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -66,10 +67,9 @@ def test_sensitivity_is_that_of_one_quantized_layer_alone(net, images, table):
 
 
 def test_sensitivity_leaves_teacher_and_images_alone(net, images):
-    before, pictures = {k: v.clone() for k, v in net.state_dict().items()}, images.clone()
+    before = copy.deepcopy([*net.parameters(), images])
     sensitivity(net, images, bits=(2,))
-    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-    assert torch.equal(images, pictures)
+    assert all(map(torch.equal, before, [*net.parameters(), images]))
 
 
 def test_sizes_by_hand(net):
@@ -84,9 +84,8 @@ def undominated(assignments):
 
 def brute_force(table, sizes):
     for widths in itertools.product(table.columns, repeat=len(table)):
-        yield (
-            sum(int(sizes.loc[layer, w]) for layer, w in zip(table.index, widths, strict=True)),
-            sum(table.loc[layer, w] for layer, w in zip(table.index, widths, strict=True)),
+        yield tuple(
+            sum(of.loc[chosen].item() for chosen in zip(of.index, widths, strict=True)) for of in (sizes, table)
         )
 
 

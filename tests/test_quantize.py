@@ -54,7 +54,6 @@ def calibrated(model, x, weight=4, activation=4, observer="moving_average"):
 
 def test_student_computes_what_quantization_by_hand_computes():
     """Four calls of ReLU and one of ReLU6, each quantized over its own range; the rest stays in float."""
-    torch.manual_seed(0)
     model, x = Block().eval(), torch.randn(2, 3, 6, 6)
     student = calibrated(model, x, 4, 3, observer="minmax")
 
@@ -103,18 +102,13 @@ def test_every_way_to_write_a_relu(relu):
     assert output.unique().tolist() == pytest.approx([0, 1, 2, 3])
 
 
-def test_relus_with_similar_names_keep_their_own_ranges():
+def test_relus_with_similar_names_keep_their_own_ranges_and_nothing_else_has_one():
     model = nn.Sequential()
-    model.add_module("a_b", nn.Sequential())
-    model.a_b.add_module("c", nn.ReLU())
-    model.add_module("a", nn.Sequential())
-    model.a.add_module("b_c", nn.ReLU())
+    for outer, inner in (("a_b", "c"), ("a", "b_c")):
+        model.add_module(outer, nn.Sequential())
+        model.get_submodule(outer).add_module(inner, nn.ReLU())
+    model.extend([nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.LeakyReLU(), nn.Sigmoid(), nn.Linear(16, 2)])
     assert list(fake_quantizers(quantized(model))) == ["a_b.c", "a.b_c"]
-
-
-def test_nothing_but_relus_is_quantized():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.LeakyReLU(), nn.Sigmoid(), nn.Linear(16, 2))
-    assert not fake_quantizers(quantized(model))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +128,6 @@ def test_nothing_but_relus_is_quantized():
 )
 def test_known_architectures(name, size, layers, relus):
     """In float the traced copy is the model, bit for bit; quantized, every layer and every ReLU call is found."""
-    torch.manual_seed(0)
     factory = torchvision.models.get_model if name.startswith("torchvision/") else get_model
     model = factory(name.removeprefix("torchvision/")).eval()
     student = quantized(model)
@@ -150,7 +143,6 @@ def test_known_architectures(name, size, layers, relus):
 
 def test_given_model_stays_as_it_was():
     """Its weights, mode, hooks and gradients' switches: the student has its own."""
-    torch.manual_seed(0)
     model, x = Block().train().requires_grad_(False), torch.randn(4, 3, 6, 6)
     calls = []
     model.conv1.register_forward_hook(lambda *_: calls.append(1))
@@ -159,6 +151,8 @@ def test_given_model_stays_as_it_was():
     assert not calls
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     student(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert student.bn.running_mean.abs().sum() == 0
     optimizer.step()
     assert not student.training and all(p.requires_grad for p in student.parameters())
     assert model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
@@ -168,18 +162,8 @@ def test_given_model_stays_as_it_was():
     assert calls == [1]
 
 
-def test_every_parameter_gets_a_gradient_and_batch_norm_statistics_stand_still():
-    torch.manual_seed(0)
-    x = torch.randn(8, 3, 6, 6)
-    student = calibrated(Block(), x, 2, 2)
-    student(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
-    assert student.bn.running_mean.abs().sum() == 0
-
-
 def test_channels_last_and_dtype_are_kept():
-    model = Block().to(memory_format=torch.channels_last)
-    student = quantized(model)
+    student = quantized(Block().to(memory_format=torch.channels_last))
     assert student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert quantized(Block().double()).conv1.weight.dtype == torch.float64
 
@@ -191,19 +175,15 @@ def test_student_is_loaded_from_its_state():
     assert torch.equal(other(x), student(x))
 
 
-def test_bit_widths_by_layer():
+def test_bit_widths_by_layer_and_an_observer_of_ones_own():
     x = torch.randn(2, 3, 6, 6)
     weight_bits = {"conv1": 8, "depthwise": None, "grouped": 2, "linear": None}
     activation_bits = {"relu": 8, "relu:2": 4, "relu:3": None, "relu6": 3, "relu:4": 2}
-    student = calibrated(Block(), x, weight_bits, activation_bits)
+    published = functools.partial(MovingAverage, compounding_correction=True)
+    student = calibrated(Block(), x, weight_bits, activation_bits, published)
+    assert all(q.observer.compounding_correction for q in fake_quantizers(student).values())
     assert {n: student.get_submodule(n).weight_bits for n in weight_bits} == weight_bits
     assert {n: q.bits for n, q in fake_quantizers(student).items()} == {"relu": 8, "relu:2": 4, "relu6": 3, "relu:4": 2}
-
-
-def test_observer_by_name_or_factory():
-    published = functools.partial(MovingAverage, compounding_correction=True)
-    student = calibrated(Block(), torch.randn(2, 3, 6, 6), observer=published)
-    assert all(q.observer.compounding_correction for q in fake_quantizers(student).values())
 
 
 @pytest.mark.parametrize(
@@ -230,22 +210,15 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-class FunctionalWeight(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.zeros(2, 3, 1, 1))
-
-    def forward(self, x):
-        return F.conv2d(x, self.kernel)
-
-
 class BorrowedWeight(nn.Module):
-    def __init__(self):
+    """Uses the weight of its layer without calling it."""
+
+    def __init__(self, function):
         super().__init__()
-        self.linear = nn.Linear(3, 3)
+        self.linear, self.kernel, self.function = nn.Linear(3, 3), nn.Parameter(torch.zeros(2, 3, 1, 1)), function
 
     def forward(self, x):
-        return x @ self.linear.weight
+        return self.function(self, x)
 
 
 class OwnConv(nn.Conv2d):
@@ -258,8 +231,8 @@ class OwnConv(nn.Conv2d):
     [
         (nn.Sequential(nn.ReLU(), Branching()), "module '1' \\(Branching\\): symbolically traced variables cannot"),
         (Branching(), "forward of Branching"),
-        (FunctionalWeight(), "FunctionalWeight calls conv2d on 'kernel'"),
-        (BorrowedWeight(), "BorrowedWeight reads 'linear.weight' without calling 'linear'"),
+        (BorrowedWeight(lambda self, x: F.conv2d(x, self.kernel)), "BorrowedWeight calls conv2d on 'kernel'"),
+        (BorrowedWeight(lambda self, x: x @ self.linear.weight), "reads 'linear.weight' without calling 'linear'"),
         (nn.Sequential(OwnConv(3, 2, 1)), "calls conv2d|reads '0.weight'"),
         (nn.Sequential(nn.TransformerEncoderLayer(4, 2)), "hides '.*' inside module '0' \\(TransformerEncoderLayer\\)"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 1)), "ParametrizedConv2d"),
@@ -272,9 +245,7 @@ def test_what_cannot_be_traced_is_refused_by_name(model, message):
 
 
 def test_description_by_hand():
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 6, 6)
-    model = Block()
+    model, x = Block(), torch.randn(2, 3, 6, 6)
     student = calibrated(model, x, {"conv1": 4, "depthwise": 3, "grouped": 2, "linear": None}, 6)
     table = describe(student)
     rows = table.set_index("layer")

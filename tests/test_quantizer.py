@@ -10,14 +10,7 @@ from torch import nn
 from dfqlib.errors import UserError
 from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
 from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
-from dfqlib.quantizers.observers import (
-    OBSERVERS,
-    MeanSquaredError,
-    MovingAverage,
-    Percentile,
-    RunningMinMax,
-    SampleMeanMinMax,
-)
+from dfqlib.quantizers.observers import OBSERVERS, MeanSquaredError, MovingAverage, Percentile, RunningMinMax
 
 OFFICIAL = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "data" / "quantizer.npz").items()}
 BITS = (2, 3, 4, 5, 6, 8)
@@ -63,15 +56,11 @@ def test_two_bits_by_hand():
     assert fake_quantize(x + 9, torch.tensor(10.0), torch.tensor(13.0), 2).tolist() == [10, 10, 10, 10, 12, 13]
 
 
-def test_constant_stays_constant():
-    x = torch.full((3, 4), 0.37)
-    torch.testing.assert_close(fake_quantize(x, x.min(), x.max(), 4), x)
-
-
 def test_levels_are_at_most_two_to_the_bits_and_errors_at_most_half_a_step():
-    x = torch.rand(1000)
+    x, constant = torch.rand(1000), torch.full((3, 4), 0.37)
     for bits in BITS:
         quantized = fake_quantize(x, x.min(), x.max(), bits)
+        torch.testing.assert_close(fake_quantize(constant, constant.min(), constant.max(), bits), constant)
         assert len(quantized.unique()) <= 2**bits
         assert (quantized - x).abs().max() <= 0.5001 * (x.max() - x.min()) / (2**bits - 1) + 1e-6
 
@@ -102,15 +91,22 @@ def observed(observer, *batches):
     return [round(observer.low.item(), 4), round(observer.high.item(), 4)]
 
 
-def test_running_min_max_starts_at_zero_and_only_widens():
-    assert observed(RunningMinMax(), [2.0, 5.0]) == [0, 5]
-    assert observed(RunningMinMax(), [-1.0, 3.0], [-4.0, 2.0], [0.0, 0.0]) == [-4, 3]
-    assert observed(RunningMinMax(), [-3.0, -2.0]) == [-3, 0]
-
-
-def test_sample_mean_averages_the_extremes_of_each_sample():
-    assert observed(SampleMeanMinMax(), [[-1.0, 2.0], [-3.0, 6.0]]) == [-2, 4]
-    assert observed(SampleMeanMinMax(), [[0.0, 2.0], [0.0, 6.0]], [[0.0, 1.0], [0.0, 1.0]]) == [0, 4]
+@pytest.mark.parametrize(
+    ("observer", "batches", "expected"),
+    [
+        (RunningMinMax(), [[2.0, 5.0]], [0, 5]),  # from 0
+        (RunningMinMax(), [[-1.0, 3.0], [-4.0, 2.0], [0.0, 0.0]], [-4, 3]),  # only wider
+        (RunningMinMax(), [[-3.0, -2.0]], [-3, 0]),
+        (OBSERVERS["sample_mean"](), [[[-1.0, 2.0], [-3.0, 6.0]]], [-2, 4]),
+        (OBSERVERS["sample_mean"](), [[[0.0, 2.0], [0.0, 6.0]], [[0.0, 1.0], [0.0, 1.0]]], [0, 4]),
+        (Percentile(90), [torch.arange(100.0)], [0, 89]),
+        (MovingAverage(), [[1.0]], [1, 1]),
+        (MovingAverage(), [[0.0, 1.0]] * 7, [0, 1]),
+        (MovingAverage(beta=0.5), [[0.0, 1.0], [0.0, 4.0]], [0, 3]),  # (1 + 2 * 4) / 3
+    ],
+)
+def test_ranges_by_hand(observer, batches, expected):
+    assert observed(observer, *batches) == expected
 
 
 def test_percentile_leaves_out_the_extremes():
@@ -118,7 +114,6 @@ def test_percentile_leaves_out_the_extremes():
     low, high = observed(Percentile(), x)
     assert -1.01 < low < -0.99 and 0.99 < high < 1.01
     assert observed(Percentile(100), x) == [-50, 50]
-    assert observed(Percentile(90), torch.arange(100.0)) == [0, 89]
 
 
 def test_mse_takes_the_best_of_eighty_shrunk_ranges():
@@ -132,12 +127,6 @@ def test_mse_takes_the_best_of_eighty_shrunk_ranges():
     best = min((3 * (1 - 0.01 * i) for i in range(80)), key=error)
     assert observer.high.item() == pytest.approx(best, rel=1e-5)
     assert best < 2
-
-
-def test_moving_average_corrects_its_start():
-    assert observed(MovingAverage(), [1.0]) == [1, 1]
-    assert observed(MovingAverage(), *[[0.0, 1.0]] * 7) == [0, 1]
-    assert observed(MovingAverage(beta=0.5), [0.0, 1.0], [0.0, 4.0]) == [0, 3]  # (1 + 2 * 4) / 3
 
 
 def test_published_moving_average_compounds_its_correction():
