@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.device import fused
 from dfqlib.errors import check_range
-from dfqlib.finetuning.streams import LOWER_LR_HINT, Batch, Stream, read_losses
-from dfqlib.loss_terms import detach_with_terms, to_finite_floats, to_floats
+from dfqlib.finetuning.streams import Batch, Losses, Stateful, Stream, read_losses
 from dfqlib.losses import student_loss
 from dfqlib.progress import track
 from dfqlib.quantizers.layers import observing
@@ -105,7 +104,7 @@ def finetune(
     another teacher, other bits, another schedule, optimizer or seed.
     """
     iterations, train_from = schedule.iterations, schedule.train_from
-    tuners = {name: _Tuner(student) for name, student in students.items()}
+    tuners = {name: _Tuner(name, student, train_from) for name, student in students.items()}
     history, start, settings = History(scores={name: [] for name in students}), 0, {}
     if checkpoint is not None:
         settings = {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every}
@@ -122,13 +121,13 @@ def finetune(
         iteration = drawn - generator_warmup  # below 0 the generator trains alone
         for tuner in tuners.values():
             if 0 <= iteration < schedule.observe_iterations:
-                with torch.no_grad(), observing(tuner.network):
-                    tuner.network(batch.images)
+                with torch.no_grad(), observing(tuner.fast_network):
+                    tuner.fast_network(batch.images)
             if iteration >= train_from:
                 tuner.step(batch, iteration / iterations, (iteration - train_from) / (iterations - train_from))
         done = iteration + 1
         if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
-            _read_losses(history, stream, tuners, train_from)
+            _read_losses(history, stream, tuners)
             if evaluate is not None:
                 for name, student in students.items():
                     history.scores[name].append((done, evaluate(student.network)))
@@ -137,12 +136,12 @@ def finetune(
         now = time.perf_counter()
         history.seconds = now - began
         if checkpoint is not None and (done == iterations or now - written >= checkpoint.seconds):
-            _read_losses(history, stream, tuners, train_from)  # no run can continue from a broken state
+            _read_losses(history, stream, tuners)  # no run can continue from a broken state
             state = {"drawn": drawn + 1, "scores": history.scores, "seconds": history.seconds}
             states = {name: tuner.state_dict() for name, tuner in tuners.items()}
             save_checkpoint(checkpoint.path, settings, state | {"students": states, "stream": stream.state_dict()})
             written = time.perf_counter()
-    _read_losses(history, stream, tuners, train_from)
+    _read_losses(history, stream, tuners)
     return history
 
 
@@ -171,16 +170,18 @@ def digest(state: Any) -> str:
     return found.hexdigest()[:12]
 
 
-class _Tuner:
-    """One student at work: its optimizer, and its losses so far as device scalars, so that no step waits for them."""
+class _Tuner(Stateful):
+    """One student at work: its optimizer, and its losses so far."""
 
-    def __init__(self, student: Student) -> None:
-        self.student = student
-        self.network = scale_weights(student.network)  # the same parameters, trained faster
+    remembers = "network", "optimizer", "losses"
+
+    def __init__(self, name: str, student: Student, train_from: int) -> None:
+        self.student, self.network = student, student.network
+        self.fast_network = scale_weights(student.network)  # the same parameters, trained faster
         parameters, momentum = list(student.network.parameters()), student.momentum
         options = {"weight_decay": student.weight_decay, "nesterov": momentum > 0, "fused": fused(parameters)}
         self.optimizer = torch.optim.SGD(parameters, student.lr, momentum, **options)
-        self.losses: list[Tensor] = []
+        self.losses = Losses(f"student {name!r}", train_from + 1)
 
     def step(self, batch: Batch, progress: float, training_progress: float) -> None:
         """``progress`` counts from the first iteration, as the published steps do; cosines start with the training."""
@@ -189,24 +190,13 @@ class _Tuner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.student.lr * factor
         self.optimizer.zero_grad()
-        loss = self.student.loss(self.network, batch)
+        loss = self.student.loss(self.fast_network, batch)
         loss.backward()
         self.optimizer.step()
-        self.losses.append(detach_with_terms(loss))
-
-    def state_dict(self) -> dict[str, Any]:
-        network, optimizer = self.student.network.state_dict(), self.optimizer.state_dict()
-        return {"network": network, "optimizer": optimizer, "losses": to_floats(self.losses)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.student.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses = list(torch.tensor(state["losses"], device=next(self.student.network.parameters()).device))
+        self.losses.append(loss)
 
 
-def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner], train_from: int) -> None:
+def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner]) -> None:
     """Bring the losses from the device into the history; Diverged where one is not finite."""
     history.generator = read_losses(stream)
-    for name, tuner in tuners.items():
-        before = f"student {name!r} diverged: its loss is"
-        history.students[name] = to_finite_floats(tuner.losses, before, LOWER_LR_HINT, train_from + 1)
+    history.students = {name: tuner.losses.read() for name, tuner in tuners.items()}

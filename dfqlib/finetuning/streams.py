@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from dfqlib.device import channels_last, fused
 from dfqlib.generators.networks import draw_one_label
-from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats, to_floats
+from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
 from dfqlib.losses import generator_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.schedules import decay_factor
-
-LOWER_LR_HINT = "; lower its lr."  # ends the message about a loss that is not finite
 
 
 @dataclass(frozen=True)
@@ -56,34 +54,69 @@ def read_losses(stream: Stream) -> list[float]:
     return stream.read_losses() if hasattr(stream, "read_losses") else []
 
 
-class _Resumable:
-    """A stream whose state is that of its random numbers and of its ``parts``, where they have one."""
+class Losses:
+    """The losses of a network's steps. They stay on its device until they are read, so that no step waits for them."""
 
-    parts: tuple[str, ...]
-    random: torch.Generator
+    def __init__(self, whose: str, first: int = 1) -> None:
+        self.whose, self.first = whose, first
+        self.values: list[float] = []
+        self.unread: list[Tensor] = []
 
-    def _stateful(self) -> dict[str, Any]:
-        return {name: part for name in self.parts if hasattr(part := getattr(self, name), "state_dict")}
+    def __len__(self) -> int:
+        return len(self.values) + len(self.unread)
+
+    def append(self, loss: Tensor) -> None:
+        self.unread.append(detach_with_terms(loss))
+
+    def read(self) -> list[float]:
+        """All of them; Diverged, naming ``whose``, the iteration from ``first`` and the term, if one is not finite."""
+        before = f"{self.whose} diverged: its loss is"
+        self.values += to_finite_floats(self.unread, before, "; lower its lr.", self.first + len(self.values))
+        self.unread.clear()
+        return list(self.values)
+
+    state_dict = read
+
+    def load_state_dict(self, values: list[float]) -> None:
+        self.values = list(values)
+
+
+class Stateful:
+    """Has a state: that of each attribute in ``remembers``, be it an object with a state, random numbers or a value."""
+
+    remembers: tuple[str, ...]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random": self.random.get_state()} | {name: p.state_dict() for name, p in self._stateful().items()}
+        return {name: _state(getattr(self, name)) for name in self.remembers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.random.set_state(state["random"])
-        for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
+        for name in self.remembers:
+            part = getattr(self, name)
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
+            elif isinstance(part, torch.Generator):
+                part.set_state(state[name])
+            elif not callable(part):
+                setattr(self, name, state[name].to(part.device) if isinstance(part, Tensor) else state[name])
+
+
+def _state(part: Any) -> Any:
+    if hasattr(part, "state_dict"):
+        return part.state_dict()
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return None if callable(part) else part  # a plain function remembers nothing
 
 
 @dataclass(eq=False, repr=False)
-class GeneratorStream(_Resumable):
+class GeneratorStream(Stateful):
     """Trains a generator against the teacher and yields the batches it was trained on.
 
     ``loss`` takes (teacher logits, labels, batch-norm inputs); ``image_loss`` takes the images and is added to it.
     ``draw(generator, batch, random)`` returns the generator's inputs and the labels of its images; it draws from the
     stream's own random numbers, seeded with ``seed``. After ``iterations`` batches the generator is no longer trained,
-    but its batch norms still use the statistics of the batch. ``losses`` holds one device scalar per step, see
-    :func:`dfqlib.loss_terms.detach_with_terms`. What ``draw``, ``loss`` and ``image_loss`` remember between calls
-    belongs to the state, if they have a ``state_dict``.
+    but its batch norms still use the statistics of the batch. What ``draw``, ``loss`` and ``image_loss`` remember
+    between calls belongs to the state, if they have a ``state_dict``.
     """
 
     teacher: nn.Module
@@ -96,13 +129,13 @@ class GeneratorStream(_Resumable):
     draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label
     seed: int = 0
     image_loss: Callable[[Tensor], Tensor] | None = None
-    parts = "generator", "optimizer", "draw", "loss", "image_loss"
+    remembers = "generator", "optimizer", "random", "losses", "draw", "loss", "image_loss"
 
     def __post_init__(self) -> None:
         self.norms, parameters = BatchNormInputs(self.teacher), list(self.generator.train().parameters())
         self.optimizer = torch.optim.Adam(parameters, self.lr, betas=(0.5, 0.999), fused=fused(parameters))
         self.random = torch.Generator(parameters[0].device).manual_seed(self.seed)
-        self.losses: list[Tensor] = []
+        self.losses = Losses("the generator")
 
     def next_batch(self) -> Batch | UnaskedBatch:
         """The images of new noise and labels and, during training, one step of the generator on them."""
@@ -121,23 +154,15 @@ class GeneratorStream(_Resumable):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.losses.append(detach_with_terms(loss))
+        self.losses.append(loss)
         return Batch(images.detach(), labels, logits.detach())
 
     def read_losses(self) -> list[float]:
-        """The loss of each step so far; Diverged, naming step and term, if one is not finite."""
-        return to_finite_floats(self.losses, "the generator diverged: its loss is", LOWER_LR_HINT, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"losses": to_floats(self.losses)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.losses = list(torch.tensor(state["losses"], device=self.random.device))
+        return self.losses.read()
 
 
 @dataclass(eq=False, repr=False)
-class ImageStream(_Resumable):
+class ImageStream(Stateful):
     """Yields batches of a fixed set of images (N, 3, H, W), normalised, with their labels (N,), round by round.
 
     Each round shows every image once in a new order, from random numbers seeded with ``seed`` and drawn on the labels'
@@ -151,7 +176,7 @@ class ImageStream(_Resumable):
     batch: int = 64
     vary: Callable[[Tensor], Tensor] | None = None
     seed: int = 0
-    parts = ("vary",)
+    remembers = "random", "order", "vary"  # what is left of the round is in ``order``
 
     def __post_init__(self) -> None:
         self.random = torch.Generator(self.labels.device).manual_seed(self.seed)
@@ -166,16 +191,11 @@ class ImageStream(_Resumable):
         images = self.images[chosen] if self.vary is None else self.vary(self.images[chosen])
         return UnaskedBatch(channels_last(images), self.labels[chosen], self.teacher)
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"order": self.order}  # what is left of the round
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.order = state["order"].to(self.labels.device)
-
-
-class FirstThen:
+class FirstThen(Stateful):
     """A stream that is ``first`` for ``count`` batches and ``then`` from there on."""
+
+    remembers = "left", "first", "then"
 
     def __init__(self, first: Stream, count: int, then: Stream) -> None:
         self.first, self.left, self.then = first, count, then
@@ -186,11 +206,3 @@ class FirstThen:
 
     def read_losses(self) -> list[float]:
         return read_losses(self.first)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"left": self.left, "first": self.first.state_dict(), "then": self.then.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.left = state["left"]
-        self.first.load_state_dict(state["first"])
-        self.then.load_state_dict(state["then"])
