@@ -4,7 +4,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from dfqlib.errors import UserError
 
@@ -44,11 +44,10 @@ def bits_name(weight: float | Mapping, activation: float | Mapping) -> str:
     """``W4A4``; ``W4.2A8`` for a mean over layers, ``FP32`` for 32 and 32."""
     if weight == activation == 32:
         return "FP32"
-    weight, activation = ("mixed" if isinstance(w, Mapping) else f"{w:.3g}" for w in (weight, activation))
-    return f"W{weight}A{activation}"
+    return "W{}A{}".format(*("mixed" if isinstance(w, Mapping) else f"{w:.3g}" for w in (weight, activation)))
 
 
-def check_width(parameter: str, width: object) -> int:
+def check_width(parameter: str, width: Any) -> int:
     """``width`` if it is a whole number of bits that the quantizers support; otherwise a :class:`UserError`."""
     try:
         if not isinstance(width, bool) and 2 <= operator.index(width) <= 8:
@@ -58,7 +57,7 @@ def check_width(parameter: str, width: object) -> int:
     raise UserError(f"{parameter}={width!r} is not a supported bit width; allowed: whole numbers from 2 to 8.")
 
 
-def _checked(parameter: str, width: object) -> Width | Mapping[str, Width]:
+def _checked(parameter: str, width: Any) -> Any:
     if isinstance(width, Mapping):
         return {name: _checked(f"{parameter}[{name!r}]", each) for name, each in width.items()}
     return None if width is None else check_width(parameter, width)

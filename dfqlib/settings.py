@@ -53,7 +53,7 @@ class Settings:
     @classmethod
     def parse(cls, name: str, text: str) -> Any:
         """The value of the setting ``name`` from ``text``, as typed on a command line."""
-        kind, value = cls.kinds()[name], text
+        kind, value = cls.kinds()[name], typing.cast(Any, text)
         listed = typing.get_origin(kind) is list
         if kind is bool:
             value = {"true": True, "false": False}.get(text.lower(), text)
@@ -86,7 +86,7 @@ def _check(name: str, value: Any, kind: Any, declared: Field) -> Any:
         listed = isinstance(value, list | tuple)
         if listed and len(value) >= rules.get("least", 0):
             return [_check(name, each, typing.get_args(kind)[0], declared) for each in value]
-        example, wrong = _plain(declared.default_factory()), "empty" if listed else "not a list"
+        example, wrong = _plain(declared.default_factory()), "empty" if listed else "not a list"  # type: ignore
         raise UserError(f"{name}={value!r} is {wrong}; allowed: a list such as {example!r}.")
     if kind is BitWidths:
         return BitWidths.parse(value, name)
@@ -105,7 +105,7 @@ def _check(name: str, value: Any, kind: Any, declared: Field) -> Any:
     raise UserError(f"{name}={value!r} is of another type; allowed: {allowed}.")
 
 
-def _check_number(name: str, value: Any, kind: type, low: float | None, high: float | None) -> int | float:
+def _check_number(name: str, value: Any, kind: type, low: Any, high: Any) -> int | float:
     what = "a whole number" if kind is int else "a number"
     allowed = what if low is None else f"{what} from {low:,} to {high:,}"
     try:

@@ -259,10 +259,11 @@ def test_half_a_checkpoint_is_refused(teacher, tmp_path):
 
 
 def test_warming_up_the_generator_is_drawing_batches_before_the_run(teacher):
-    by_hand, as_option = make_stream(teacher), make_stream(teacher)
-    for _ in range(3):
-        by_hand.next_batch()
-    students = [make_student(teacher) for _ in range(2)]
-    finetune(by_hand, {"s": students[0]}, spans(4, 1))
-    finetune(as_option, {"s": students[1]}, spans(4, 1), generator_warmup=3)
-    assert_equal(parameters(students[0].network), parameters(students[1].network))
+    results = []
+    for drawn, warmup in ((3, 0), (0, 3)):
+        stream, student = make_stream(teacher), make_student(teacher)
+        for _ in range(drawn):
+            stream.next_batch()
+        finetune(stream, {"s": student}, spans(4, 1), generator_warmup=warmup)
+        results.append(parameters(student.network))
+    assert_equal(*results)
