@@ -116,7 +116,7 @@ def test_ranges_and_statistics_are_frozen_after_the_warm_up_and_weights_before(t
 
 def test_tuning_brings_the_student_closer_to_the_teacher_which_it_leaves_alone(teacher):
     loss = partial(distillation_loss, loss=partial(student_loss, ce_weight=0))
-    student, before = make_student(teacher, bits=2, lr=0.01, loss=loss), parameters(teacher)
+    student, before = make_student(teacher, bits=2, loss=loss), parameters(teacher)
     losses = finetune(make_stream(teacher, 0), {"s": student}, spans(45, 5)).students["s"]
     assert len(losses) == 40
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
@@ -212,7 +212,7 @@ def tuned(teacher, checkpoint, stop_at=None):
 def test_a_stopped_run_goes_on_to_the_same_numbers(teacher, tmp_path):
     whole, whole_history = tuned(teacher, None)
     checkpoint = Checkpoint(tmp_path / "run.ckpt", seconds=0)
-    for stop_at in (4, 7):  # stopped twice, each time some iterations after the last checkpoint
+    for stop_at in (4, 7):  # stopped twice, each time an iteration after the last checkpoint
         with pytest.raises(KeyboardInterrupt):
             tuned(teacher, checkpoint, stop_at)
     for _ in range(2):  # the second time nothing is left to do

@@ -152,17 +152,8 @@ def test_attentions_are_those_of_the_units_bodies(teacher, student):
         view = NetworkProbe(network)(images)
         assert view.saliency is None
         assert [a.shape[1] for a in view.attentions] == [16] * 3 + [32] * 3 + [64] * 3
-    body = teacher.get_submodule("features.stage2.unit1.body.conv2.bn")
-    with body.register_forward_hook(lambda _, inputs, output: kept.append(output)):
-        teacher(images)
-    torch.testing.assert_close(NetworkProbe(teacher)(images).attentions[3], channel_attention(kept[0]))
-
-
-def test_a_sum_in_place_leaves_the_attention_as_it_is():
-    network = lived(resnet18(num_classes=5))
-    kept = []
+    network = lived(resnet18(num_classes=5))  # adds in place
     network.layer1[0].bn2.register_forward_hook(lambda _, inputs, output: kept.append(output.clone()))
-    images = torch.randn(2, 3, 32, 32)
     network(images)
     view = NetworkProbe(network)(images)
     assert len(view.attentions) == 8
