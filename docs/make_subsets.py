@@ -1,8 +1,7 @@
 """Make the embedded image sets from the full CIFAR data sets: ``python docs/make_subsets.py FOLDER``.
 
-FOLDER holds ``cifar10`` and ``cifar100``, each in torchvision's layout or as an ImageFolder tree. The choice depends on the
-pixels alone (:func:`dfqlib.data.image_sets.balanced_subset`), so every copy of CIFAR gives the same sheets. Run it
-with the package installed.
+FOLDER holds ``cifar10`` and ``cifar100``, each in torchvision's layout or as an ImageFolder tree. The choice depends
+on the pixels alone (:func:`dfqlib.data.image_sets.balanced_subset`), so every copy of CIFAR gives the same sheets.
 """
 
 import argparse
