@@ -38,7 +38,7 @@ def test_curves_differ_in_colour_marker_and_dash_and_the_first_four_in_greyscale
     assert axes.lines[0].get_markevery() == 50 and axes.get_legend() is None
 
 
-@pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 0, 2, 16), (5, 0, 1, 5), (7, 3, 3, 3)])
+@pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 16, 2, 16), (5, 16, 1, 5), (7, 3, 3, 3)])
 def test_images_stand_in_rows_with_their_labels(count, columns, rows, per_row):
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 3, 4, 4)
     (axes,) = plotting.show_images(images, labels=range(count), title="synthetic", columns=columns).axes

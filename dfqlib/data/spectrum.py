@@ -6,7 +6,7 @@ from torch import Tensor
 from dfqlib.errors import check_range
 
 
-def radius(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def radius(height: int, width: int, device: torch.device) -> Tensor:
     """Distance (height, width) of each entry of an unshifted spectrum from frequency 0, in cycles per image."""
     y = torch.fft.fftfreq(height, 1 / height, device=device)
     x = torch.fft.fftfreq(width, 1 / width, device=device)
