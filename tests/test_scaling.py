@@ -24,11 +24,16 @@ def student_of(network: nn.Module, size: int, bits: int | None = 4) -> tuple[nn.
     return student, images
 
 
-def answer_and_gradients(network: nn.Module, student: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    images = images.clone().requires_grad_()
-    logits = network(images)
-    loss = F.cross_entropy(logits, torch.tensor([0, 1]))
-    return [logits, *torch.autograd.grad(loss, [images, *student.parameters()])]
+def assert_same(scaled: nn.Module, student: nn.Module, images: torch.Tensor) -> None:
+    """The same logits and gradients."""
+    results = []
+    for network in (scaled, student):
+        given = images.clone().requires_grad_()
+        logits = network(given)
+        loss = F.cross_entropy(logits, torch.tensor([0, 1]))
+        results.append([logits, *torch.autograd.grad(loss, [given, *student.parameters()])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["resnet20_cifar10", "torchvision/resnet18", "mobilenetv2_w1", "shufflenet_g1_w1"])
@@ -37,9 +42,7 @@ def test_answers_and_gradients_stay_the_same(name):
     scaled = scale_weights(student)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in student.modules())
     assert sum(isinstance(module, ScaledConv2d) for module in scaled.modules()) == norms
-    ours, theirs = (answer_and_gradients(network, student, images) for network in (scaled, student))
-    for found, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
+    assert_same(scaled, student, images)
 
 
 class Mixed(nn.Module):
@@ -60,8 +63,7 @@ def test_bias_shared_output_and_parameter():
     student, images = student_of(Mixed(), 8)
     scaled = scale_weights(student)
     assert [module.norm for module in scaled.modules() if isinstance(module, ScaledConv2d)] == [student.norm]
-    for found, expected in zip(*(answer_and_gradients(n, student, images) for n in (scaled, student)), strict=True):
-        torch.testing.assert_close(found, expected)
+    assert_same(scaled, student, images)
 
 
 def test_layers_are_shared_and_the_network_stays_as_it_was():

@@ -120,15 +120,13 @@ load_train = functools.partial(load_test, split="train")
 
 def embedded_test(dataset: str = "cifar10") -> ImageSet:
     """The package's 2,000 test images, ``cifar10-2k`` or ``cifar100-2k``, whatever else is on this machine."""
-    check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
-    return _read_sheet(dataset, f"{dataset}-2k", "test")
+    return _read_sheet(dataset, "2k", "test")
 
 
 def few_shot(dataset: str = "cifar10", per_class: int = FEW_SHOT) -> ImageSet:
     """The package's real training images, ``per_class`` (1 to 10) of each class, class by class in turn."""
-    check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
     check_range("per_class", per_class, 1, FEW_SHOT)
-    shots = _read_sheet(dataset, f"{dataset}-{FEW_SHOT}shot", "training")
+    shots = _read_sheet(dataset, f"{FEW_SHOT}shot", "training")
     source = f"the package's {per_class} real {dataset} training images per class"
     shots = replace(shots, name=f"{dataset}-{per_class}shot", source=source)
     return shots.select(slice(per_class * len(shots.classes)))
@@ -189,15 +187,15 @@ def require_network(url: str, wanted: str) -> None:
         raise UserError(f"{wanted} could not be downloaded: {url} does not answer ({reason}).") from None
 
 
-def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
+def _read_sheet(dataset: str, kind: str, split: str) -> ImageSet:
     """An embedded set: a lossless sheet of tiles, read row by row; tile i shows class i mod C."""
-    known = DATASETS[dataset]
-    sheet = np.array(Image.open(places.ASSETS / f"{name}.webp").convert("RGB"))
-    rows, columns = sheet.shape[0] // known.size, sheet.shape[1] // known.size
-    tiles = sheet.reshape(rows, known.size, columns, known.size, 3).transpose(0, 2, 4, 1, 3)
-    pixels = torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, known.size, known.size))
+    known = DATASETS[check_choice("dataset", dataset, EMBEDDED_PER_CLASS)]
+    with Image.open(places.ASSETS / f"{dataset}-{kind}.webp") as file:
+        sheet = torch.from_numpy(np.array(file.convert("RGB")))
+    tiles = sheet.unflatten(0, (-1, known.size)).unflatten(2, (-1, known.size))  # rows, y, columns, x, RGB
+    pixels = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous()
     source = f"the package's balanced subset of {len(pixels):,} {dataset} {split} images"
-    return ImageSet(name, pixels, torch.arange(len(pixels)) % known.class_count, known.classes, source)
+    return ImageSet(f"{dataset}-{kind}", pixels, torch.arange(len(pixels)) % known.class_count, known.classes, source)
 
 
 def check_folder(dataset: str, data_folder: str | Path) -> None:
@@ -213,20 +211,19 @@ def _find_split(known: Dataset, split: str, folder: Path, told: str) -> Path:
     """Where in ``folder`` the class folders of the split are, or the folder of torchvision's layout."""
     if not folder.is_dir():
         raise UserError(f"{told} is not a folder.")
-    if known.name in DATASETS and (folder / known.name).is_dir():
-        folder = folder / known.name
-    if known.torchvision_folder and (folder / known.torchvision_folder).is_dir():
-        folder = folder / known.torchvision_folder
+    for name in (known.name if known.name in DATASETS else None, known.torchvision_folder):
+        folder = folder / name if name and (folder / name).is_dir() else folder
     if folder.name == known.torchvision_folder:
         return folder
     inside = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not inside:
         raise UserError(f"{told} is empty.")
-    wanted, splits = places.SPLIT_FOLDERS[split], set().union(*places.SPLIT_FOLDERS.values())
-    here = [name for name in wanted if name in inside]
-    if not here and inside <= splits:
+    wanted = places.SPLIT_FOLDERS[split]
+    if here := [name for name in wanted if name in inside]:
+        return folder / here[0]
+    if inside <= set().union(*places.SPLIT_FOLDERS.values()):
         raise UserError(f"{told} has no {' or '.join(f'{name}/' for name in wanted)} beside {min(inside)}/.")
-    return folder / here[0] if here else folder
+    return folder
 
 
 def _torchvision_class(known: Dataset) -> type:

@@ -56,21 +56,17 @@ class BatchNormInputs:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.layers: list[BatchNormInput] = []
-        modules = network.named_modules()
-        self._norms = [
-            (name, norm) for name, norm in modules if isinstance(norm, BATCH_NORMS) and norm.running_mean is not None
-        ]
+        norms = ((name, module) for name, module in network.named_modules() if isinstance(module, BATCH_NORMS))
+        self._norms = [(name, norm) for name, norm in norms if norm.running_mean is not None]
         if not self._norms:
-            raise UserError(
-                f"network={type(network).__name__} has no batch norm with running statistics; "
-                "data-free methods read the training data's statistics there."
-            )
+            held = f"network={type(network).__name__} has no batch norm with running statistics"
+            raise UserError(f"{held}; data-free methods read the training data's statistics there.")
 
     def __enter__(self) -> Self:
         self._handles = [self.network.register_forward_pre_hook(self._start)]
         for name, norm in self._norms:
-            collect = functools.partial(self._collect, name)
-            self._handles.append(norm.register_forward_pre_hook(collect, with_kwargs=True))
+            hook = functools.partial(self._collect, name)
+            self._handles.append(norm.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:

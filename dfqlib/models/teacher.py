@@ -67,7 +67,7 @@ class Teacher:
         ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]. The network is copied: the one given keeps
         its mode and its gradients.
         """
-        if not len(mean) == len(std) > 0 or min(std) <= 0:
+        if not len(mean) == len(std) > 0 or not all(value > 0 for value in std):
             raise UserError(f"mean={mean!r}, std={std!r} do not fit; allowed: one number per channel, std above 0.")
         entry = ModelEntry(name, dataset, "own", input_size, classes, tuple(mean), tuple(std))
         digest = hashlib.sha256()
@@ -117,11 +117,10 @@ def load_teacher(
     given = places.weights_file(name, weights or "")
     path = given or _download_weights(entry, download)
     state, told = read_weights(path), f"weights={str(path)!r}"
+    origin = "the package" if path.parent == places.ASSETS else f"the file {path}"
     if given is None:  # a library's file may hold more than the network, such as auxiliary classifiers
         state = {key: value for key, value in state.items() if key in network.state_dict()}
         origin = f"{entry.library}'s pretrained weights ({path.name})"
-    else:
-        origin = "the package" if path.parent == places.ASSETS else f"the file {path}"
     # Eval mode does not use batch norm's step counter, and files of other tools leave it out.
     expected, found = (
         {key: tuple(value.shape) for key, value in each.items() if not key.endswith("num_batches_tracked")}
@@ -133,10 +132,10 @@ def load_teacher(
             wanted = expected.get(key, "no such tensor")
             raise UserError(f"{told} is of another architecture than {name}: {key} {has}, expected {wanted}.")
     network.load_state_dict(state, strict=False)
-    digest, card_file = files.sha256(path), path.with_suffix(".json")
-    card = json.loads(card_file.read_text(encoding="utf-8")) if card_file.is_file() else None
+    digest, beside = files.sha256(path), path.with_suffix(".json")
+    card = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
     if card and card.get("sha256", digest) != digest:
-        raise UserError(f"{told} is not the file that its card {card_file.name} describes (sha256).")
+        raise UserError(f"{told} is not the file that its card {beside.name} describes (sha256).")
     network = channels_last(network.to(pick_device(device)))
     return Teacher(network, entry, f"{name} with weights from {origin}", digest, card)
 
@@ -175,9 +174,7 @@ def _download_weights(entry: ModelEntry, download: bool) -> Path:
     """The library's pretrained weights file, fetched unless an earlier call left it in the library's own folder."""
     told, architecture = f"model={entry.name!r}", entry.factory.partition(":")[2]
     if entry.library == "dfqlib":
-        raise UserError(
-            f"{told} has no published weights; train it with notebooks/00_teachers.ipynb, or give weights=."
-        )
+        raise UserError(f"{told} has no published weights; train it with notebooks/00_teachers.ipynb or give weights=.")
     if entry.library == "torchvision":
         url = importlib.import_module("torchvision.models").get_model_weights(architecture).IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name

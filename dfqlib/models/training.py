@@ -86,14 +86,14 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T, steps).T
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
-    x = x / (x.norm() + 1e-7)
+    x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.T
+    return x
 
 
 class FilterMuon(torch.optim.Optimizer):
@@ -158,9 +158,8 @@ def train_teacher(
     ``pixels`` are uint8 (N, 3, H, W), ``labels`` int64 (N,); ``normalise`` turns a batch of pixels into the network's
     input; ``evaluate`` gives the top-1 in per cent recorded after each epoch (nothing is selected by it). Averaged
     weights get batch-norm statistics of their own, from one pass over all images, augmented (Izmailov et al.,
-    "Averaging weights leads to wider optima and better generalization", UAI 2018, section 3.1).
-    The checkpoint is written after every epoch. Raises Diverged, naming the epoch, if the loss is no longer finite:
-    the checkpoint is then that of the epoch before.
+    "Averaging weights leads to wider optima and better generalization", UAI 2018, section 3.1). The checkpoint is
+    written after every epoch; Diverged, naming the epoch, if its loss is not finite: no checkpoint of it is written.
     """
     checkpoint, settings = Path(checkpoint), asdict(recipe)
     device = next(network.parameters()).device
