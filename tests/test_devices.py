@@ -1,8 +1,7 @@
 """The methods on an accelerator: no operation mixes devices, and no step of a loop waits for the host.
 
-No GPU is needed: torch's "meta" device stands in for one. Its tensors have shapes and types but no values, so every
-operation can be checked for the devices it mixes, and reading a value on the host is detected. What CUDA and MPS
-compute is not tested here.
+torch's "meta" device stands in for a GPU: its tensors have shapes and types but no values, so operations that mix
+devices or read a value on the host are detected. What CUDA and MPS compute is not tested here.
 """
 
 import contextlib
@@ -83,12 +82,6 @@ class Accelerator(TorchDispatchMode):
         return result
 
 
-class ItsGenerator(torch.Generator):
-    """Random numbers of the accelerator."""
-
-    device = ACCELERATOR
-
-
 class Calls(TorchFunctionMode):
     """Raises Refused where random numbers come from another device's generator, and for float64, which Apple's lack."""
 
@@ -109,6 +102,10 @@ def at_work():
     """Watches everything inside; gives the :class:`Accelerator`."""
     with Accelerator() as accelerator, Calls():
         yield accelerator
+
+
+class ItsGenerator(torch.Generator):
+    device = ACCELERATOR
 
 
 class Generators(torch.Generator):

@@ -22,18 +22,11 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.models.zoo import MODELS, build
 from dfqlib.papers import published
 from dfqlib.quantizers import calibrate
-from dfqlib.schedules import (
-    AlignmentWeights,
-    DiverseImageSchedule,
-    GeneratorSchedule,
-    HardImageSchedule,
-    ImageSchedule,
-    TuningSchedule,
-)
+from dfqlib.schedules import AlignmentWeights, DiverseImageSchedule, GeneratorSchedule, HardImageSchedule, ImageSchedule
 
 IMAGENET = published.models_of("imagenet")
-SPANS = {"iterations": 2, "observe_iterations": 1, "train_from": 1, "batch": 2}
-SCHEDULE = GeneratorSchedule(**SPANS, generator_iterations=1)
+SPANS = {"iterations": 2, "observe_iterations": 1, "train_from": 1, "generator_iterations": 1}
+SCHEDULE = GeneratorSchedule(**SPANS, batch=2)
 
 
 @pytest.fixture(scope="module", params=IMAGENET)
@@ -91,6 +84,6 @@ def test_alignment_with_hard_images_runs(teacher):
     weights = AlignmentWeights() if probe.units else AlignmentWeights(attention_weight=0.0)  # Inception has no units
     student = saft.make_student(teacher, probe, BitWidths(6, 6), weights)
     stream = saft.WithTeacherView(ImageStream(teacher.network, made.images, made.labels, batch=2), probe)
-    history = finetune(stream, {"W6A6": student}, TuningSchedule(**SPANS))
+    history = finetune(stream, {"W6A6": student}, SCHEDULE)
     assert len(made.images) == 2 and len(history.students["W6A6"]) == 1
     assert all(map(math.isfinite, [*made.losses[0], *history.students["W6A6"]]))

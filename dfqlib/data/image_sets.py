@@ -13,6 +13,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,7 +227,7 @@ def _find_split(known: Dataset, split: str, folder: Path, told: str) -> Path:
     return folder
 
 
-def _torchvision_class(known: Dataset) -> type:
+def _torchvision_class(known: Dataset) -> Any:
     return getattr(importlib.import_module("torchvision.datasets"), known.name.upper())  # here: it takes seconds
 
 

@@ -201,17 +201,17 @@ def batch_gaps(layers: Sequence[BatchNormInput], weights: Tensor | None = None) 
     return mean - running_mean, variance - running_variance
 
 
-def _concatenated(statistics: Sequence[tuple[Tensor, Tensor]], layers: Sequence[BatchNormInput]) -> list[Tensor]:
+def _concatenated(statistics: Sequence[tuple[Tensor, Tensor]], layers: Sequence[BatchNormInput]) -> tuple[Tensor, ...]:
     """Mean and variance (..., sum of C) of the batch norms' inputs, and the running ones (sum of C,).
 
     ``statistics`` are the mean and variance (..., C) of each layer's tensor.
     """
-    running = [(layer.norm.running_mean, layer.norm.running_var) for layer in layers]
     affine = [layer.affine for layer in layers]
-    means, variances, gains, shifts, *running = (
+    running = [(layer.norm.running_mean, layer.norm.running_var) for layer in layers]
+    mean, variance, gain, shift, running_mean, running_variance = (
         torch.cat(each, -1) for pairs in (statistics, affine, running) for each in zip(*pairs, strict=True)
     )
-    return [*undo_affine_statistics(means, variances, gains, shifts), *running]
+    return *undo_affine_statistics(mean, variance, gain, shift), running_mean, running_variance
 
 
 def over_channels(values: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
