@@ -65,9 +65,6 @@ def torchvision_layout(folder, monkeypatch):
     return folder
 
 
-# What comes with the package
-
-
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_pixels_are_the_ones_described(name):
     dataset, kind = name.split("-")
@@ -125,9 +122,6 @@ def test_real_images_are_named_test_images_where_they_are_no_training_images(tmp
     pets = load_test("pets", tree(tmp_path / "pets", ("cat", "dog")))
     assert image_sets.real_images("cifar10", load_test("cifar10")).name == "cifar10-10shot"
     assert image_sets.real_images("pets", pets).name == "pets, test images"
-
-
-# Where a data set is found
 
 
 def test_order_is_folder_then_environment_then_package(tmp_path, monkeypatch):
@@ -218,27 +212,19 @@ def test_imagenet_is_a_validation_folder_of_1000_classes(tmp_path, monkeypatch):
     refuse("holds 3 class folders .* but imagenet has 1000", dataset="imagenet", data_folder=tmp_path / "short")
 
 
-# Refusals, one sentence each
-
-
-def test_folder_missing_empty_or_without_class_folders(tmp_path):
+def test_wrong_folders_and_images(tmp_path):
     (tmp_path / "empty").mkdir()
     refuse("is empty", data_folder=tmp_path / "empty")
-    (tmp_path / "flat").mkdir()
-    grey(0).save(tmp_path / "flat" / "image.png")
-    refuse("holds 1 images without class folders", data_folder=tmp_path / "flat")
-    tree(tmp_path / "hollow")
-    for image in (tmp_path / "hollow" / "deer").iterdir():
-        image.unlink()
-    refuse("class folder 'deer' holds no images", data_folder=tmp_path / "hollow")
-
-
-def test_wrong_images(tmp_path):
+    grey(0).save(tmp_path / "empty" / "image.png")
+    refuse("holds 1 images without class folders", data_folder=tmp_path / "empty")
     tree(tmp_path / "large", size=(64, 64))
     refuse("has 64 x 64 pixels; allowed: 32 x 32", data_folder=tmp_path / "large")
-    tree(tmp_path / "mixed" / "pets", ("cat",))
-    tree(tmp_path / "mixed" / "pets" / "new", ("dog",), size=(40, 40))
-    refuse("has 40 x 40 pixels; allowed: 32 x 32 like the others", dataset="pets", data_folder=tmp_path / "mixed/pets")
+    for image in (tmp_path / "large" / "deer").iterdir():
+        image.unlink()
+    refuse("class folder 'deer' holds no images", data_folder=tmp_path / "large")
+    tree(tmp_path / "mixed", ("cat",))
+    tree(tmp_path / "mixed" / "new", ("dog",), size=(40, 40))
+    refuse("has 40 x 40 pixels; allowed: 32 x 32 like the others", dataset="pets", data_folder=tmp_path / "mixed")
     refuse("size=64 does not fit cifar10", size=64)
 
 
