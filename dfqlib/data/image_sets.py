@@ -1,8 +1,7 @@
 """Data sets as one uint8 tensor each, and where they are found.
 
-Images are ``pixels`` here, uint8 from 0 to 255; a teacher normalises them (:mod:`dfqlib.models.teacher`). The name of
-an :class:`ImageSet` says which images it holds: ``cifar10`` is the full test set, ``cifar10-2k`` the balanced subset
-in the package, ``cifar10-10shot`` ten real training images per class.
+The name of an :class:`ImageSet` says which images it holds: ``cifar10`` is the full test set, ``cifar10-2k`` the
+balanced subset in the package, ``cifar10-10shot`` ten real training images per class.
 """
 
 import functools
@@ -30,7 +29,7 @@ CROP = 0.875  # centre crop over resized shorter side: 224 of 256, 299 of 342
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: ``pixels`` uint8 (N, 3, H, W), ``labels`` int64 (N,), ``classes`` the names of the classes."""
+    """Labelled images: ``pixels`` uint8 (N, 3, H, W), 0 to 255; ``labels`` int64 (N,); ``classes`` the names."""
 
     name: str
     pixels: Tensor
@@ -104,7 +103,8 @@ def load_test(
         return _read_folder(known, split, place, f"$DFQ_DATA/{dataset}={str(place)!r}", size)
     check_choice("dataset", dataset, [*DATASETS, "or any name with data_folder= an ImageFolder tree"])
     if download and known.torchvision_folder:
-        _download(known, place)
+        if not (place / known.torchvision_folder).is_dir():
+            _download(known, place)
         return _read_folder(known, split, place, f"data_folder={str(place)!r}", size)
     if split == "test" and dataset in EMBEDDED_PER_CLASS:
         return embedded_test(dataset)
@@ -177,14 +177,14 @@ def _drawn(image_set: ImageSet, seed: int) -> list[list[tuple[bytes, int]]]:
 
 
 def require_network(url: str, wanted: str) -> None:
-    """Raise :class:`UserError` unless ``url`` answers within 15 seconds; ``wanted`` says what it was for."""
+    """Raise :class:`UserError`, which says what is ``wanted``, unless ``url`` answers within 15 seconds."""
     request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "dfqlib"})
     try:
         urllib.request.urlopen(request, timeout=15).close()
     except urllib.error.HTTPError:
         pass  # an answer; what it refuses to a HEAD request it may still give to the download
-    except OSError as error:  # URLError among them
-        reason = getattr(error, "reason", error)
+    except OSError as error:
+        reason = getattr(error, "reason", error)  # of a URLError
         raise UserError(f"{wanted} could not be downloaded: {url} does not answer ({reason}).") from None
 
 
@@ -232,9 +232,7 @@ def _torchvision_class(known: Dataset) -> Any:
 
 
 def _download(known: Dataset, folder: Path) -> None:
-    """The full data set through torchvision, into ``folder`` unless it is there already."""
-    if (folder / known.torchvision_folder).is_dir():
-        return
+    """The full data set through torchvision, into ``folder``."""
     dataset_class = _torchvision_class(known)
     require_network(dataset_class.url, f"dataset={known.name!r}")
     try:

@@ -50,7 +50,7 @@ class BatchNormInputs:
 
     ``layers`` holds a :class:`BatchNormInput` for each call in the latest forward pass, in execution order. Their
     tensors are not detached: a loss on them reaches the images. On exit the hooks are removed and ``layers`` is empty.
-    :class:`UserError` if the network has no batch norm with running statistics: there is nothing to compare with.
+    :class:`UserError` if the network has no batch norm with running statistics.
     """
 
     def __init__(self, network: nn.Module) -> None:

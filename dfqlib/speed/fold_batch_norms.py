@@ -1,7 +1,6 @@
 """Batch norms of a frozen network folded into its convolutions, with their input statistics still available.
 
-Methods that synthesise images compare the input of each batch norm with its running statistics. A folded network
-computes only the output; that is an affine map of the input, so the input's mean and variance follow from it.
+A batch norm's output is an affine map of its input, so the input's mean and variance follow from the output's.
 """
 
 import operator
