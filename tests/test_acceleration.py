@@ -30,12 +30,11 @@ def image_run(make, schedule) -> list[torch.Tensor]:
     return [made.images, torch.tensor(made.losses)]
 
 
+HARD = HardImageSchedule(images=4, synthesis_batch=4, synthesis_iterations=3)
 RUNS = {
     "GDFQ": gdfq_run,
     "ZeroQ": partial(image_run, zeroq.distil_images, ImageSchedule(images=4, synthesis_iterations=3)),
-    "HAST": partial(
-        image_run, hast.hard_images, HardImageSchedule(images=4, synthesis_batch=4, synthesis_iterations=3)
-    ),
+    "HAST": partial(image_run, hast.hard_images, HARD),
 }
 
 

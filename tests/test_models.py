@@ -166,14 +166,13 @@ class Code:
 
 
 def test_pickle_with_code_is_refused_and_not_run(tmp_path):
-    trace = tmp_path / "ran"
-    with open(tmp_path / "raw.pth", "wb") as file:
-        pickle.dump(Code(trace), file, protocol=2)
-    torch.save(Code(trace), tmp_path / "torch.pth")
-    torch.save(tiny(), tmp_path / "module.pth")
-    for name in ("raw.pth", "torch.pth", "module.pth"):
-        refuse(tmp_path / name, "holds code or Python objects")
-    assert not trace.exists()
+    made, path = tmp_path / "made", tmp_path / "weights.pth"
+    for save in (lambda: path.write_bytes(pickle.dumps(Code(made), 2)), lambda: torch.save(Code(made), path)):
+        save()
+        refuse(path, "holds code or Python objects")
+    torch.save(tiny(), path)
+    refuse(path, "holds code or Python objects")
+    assert not made.exists()
 
 
 def test_unknown_models_and_impossible_downloads_are_refused_in_one_sentence(tmp_path, monkeypatch):
