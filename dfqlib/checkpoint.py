@@ -40,8 +40,7 @@ def load_checkpoint(path: Path, settings: dict[str, Any], anew: bool = False) ->
             warnings.warn(f"{broken}: the computation begins anew.", stacklevel=2)
             return None
         raise UserError(f"{broken}; remove it.") from None
-    differing = [key for key in settings if made_by.get(key) != settings[key]]
-    if differing:
+    if differing := [key for key in settings if made_by.get(key) != settings[key]]:
         changes = ", ".join(f"{key}={settings[key]!r} (it has {made_by.get(key)!r})" for key in differing)
         raise UserError(f"checkpoint={str(path)!r} was made with other settings: {changes}; name another file.")
     return state

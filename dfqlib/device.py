@@ -1,8 +1,10 @@
 """Device, memory layout and seeds of a run, and the description of hardware and code in every result."""
 
-import os
+import contextlib
+import functools
 import platform
 import random
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfqlib import __version__
 from dfqlib.errors import UserError, check_choice
 from dfqlib.places import PACKAGE
 from dfqlib.speed.switches import uses
@@ -19,8 +22,10 @@ from dfqlib.speed.switches import uses
 ImagesOrNetwork = TypeVar("ImagesOrNetwork", Tensor, nn.Module)
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """``"auto"`` takes CUDA, else Apple MPS, else the CPU; UserError for a device that is not available."""
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """``"auto"`` takes CUDA, else Apple MPS, else the CPU; UserError for the name of a device that is not available."""
+    if isinstance(device, torch.device):
+        return device
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind, _, index = device.partition(":")
     if kind == "auto":
@@ -41,9 +46,8 @@ def channels_last(x: ImagesOrNetwork) -> ImagesOrNetwork:
     tensor = x if isinstance(x, Tensor) else next(x.parameters(), None)
     if not uses("channels_last") or tensor is None or tensor.device.type == "mps":
         return x
-    if isinstance(x, Tensor):
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.to(memory_format=torch.channels_last)
+    layout = {"memory_format": torch.channels_last}
+    return x.contiguous(**layout) if isinstance(x, Tensor) else x.to(**layout)
 
 
 def fused(parameters: Iterable[Tensor]) -> bool:
@@ -63,26 +67,18 @@ def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [" ".join(line.partition(":")[2].split()) for line in lines if line.startswith("model name")]
-    processor = models[0] if models else platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    processor = " ".join(model[1].split()) if model else platform.processor() or platform.machine()
     return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def code_version() -> str:
     """The git commit of the package's checkout, with ``+changes`` if its code differs; without git, the version."""
-    from dfqlib import __version__
-
-    if not (PACKAGE.parent / ".git").exists():
-        return __version__
-    code = ["dfqlib", "notebooks/*.ipynb", "run_all.py"]  # not results, which runs write
-    try:
-        commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return __version__
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", os.fspath(PACKAGE.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if (PACKAGE.parent / ".git").exists():
+        git = functools.partial(subprocess.check_output, cwd=PACKAGE.parent, text=True, stderr=subprocess.DEVNULL)
+        code = ["dfqlib", "notebooks/*.ipynb", "run_all.py"]  # not results, which runs write
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = git(["git", "rev-parse", "--short=12", "HEAD"]).strip()
+            changes = git(["git", "status", "--porcelain", "--untracked-files=no", "--", *code]).strip()
+            return commit + ("+changes" if changes else "")
+    return __version__

@@ -11,7 +11,7 @@ class UserError(ValueError):
     """Input a user can correct; the message names the parameter, its value and what is allowed."""
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in place of a traceback: where the library noticed the mistake helps nobody correct it."""
+        """What IPython shows in place of a traceback, which does not help to correct the input."""
         return [f"{type(self).__name__}: {self}"]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.json"  # in a run's folder: its rows, parameters and provenance
-# Environment variables of a notebook in a batch: the folder of its checkpoints, and the seconds between two of them.
-CHECKPOINTS = "DFQ_CHECKPOINTS"
-CHECKPOINT_SECONDS = "DFQ_CHECKPOINT_SECONDS"
+# Environment variables of a notebook in a batch.
+CHECKPOINTS = "DFQ_CHECKPOINTS"  # the folder of its checkpoints
+CHECKPOINT_SECONDS = "DFQ_CHECKPOINT_SECONDS"  # between two of them
 
 
 @contextlib.contextmanager
@@ -27,8 +27,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

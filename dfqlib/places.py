@@ -8,8 +8,7 @@ from dfqlib.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "data" / "assets"
-#: Parameters of notebooks that name a file or a folder.
-PATH_PARAMETERS = ("data_folder", "weights", "start", "checkpoint")
+PATH_PARAMETERS = ("data_folder", "weights", "start", "checkpoint")  # those of notebooks that name a file or a folder
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 #: The folders of class folders that hold a split, in the order in which they are looked for.
 SPLIT_FOLDERS = {"test": ("test", "val", "validation"), "train": ("train",)}
@@ -57,7 +56,7 @@ def data_folder(dataset: str, parameters: dict[str, Any]) -> Path | None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files anywhere below ``folder``, sorted; hidden files and folders (.ipynb_checkpoints) are no data."""
+    """The image files anywhere below ``folder``, sorted; hidden files and folders (.ipynb_checkpoints) are skipped."""
     images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(path for path in images if not any(part[0] == "." for part in path.relative_to(folder).parts))
 

@@ -19,8 +19,6 @@ COLOURS = ("#14213d", "#b5380b", "#35ab9c", "#eeb422", "#7b2d8b", "#8d99ae")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 COLOUR_MAP = "cividis"  # lightness rises steadily
-IMAGES_PER_ROW = 16
-MOST_MARKERS = 60
 
 
 def style() -> None:
@@ -51,10 +49,10 @@ def style() -> None:
     )
 
 
-def show_images(pixels: "Tensor", labels: Sequence[object] | None = None, title: str = "", columns: int = 0) -> Figure:
-    """A grid of ``pixels`` (N, 3, H, W) uint8, in rows of ``columns`` (16 unless given), with labels above them."""
+def show_images(pixels: "Tensor", labels: Sequence[object] | None = None, title: str = "", columns: int = 16) -> Figure:
+    """A grid of ``pixels`` (N, 3, H, W) uint8, in rows of ``columns``, with labels above them."""
     count, _, height, width = pixels.shape
-    columns = min(count, columns or IMAGES_PER_ROW)
+    columns = min(count, columns)
     rows = -(-count // columns)
     gap = max(1, height // 16)  # white between images
     top = gap if labels is None else gap + height // 3
@@ -76,7 +74,7 @@ def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[f
     """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with about ten markers if it is long, else all."""
     for name, values in curves.items():
         positions = np.arange(len(values)) if x is None else x
-        axes.plot(positions, values, label=name, markevery=1 if len(values) <= MOST_MARKERS else len(values) // 10)
+        axes.plot(positions, values, label=name, markevery=1 if len(values) <= 60 else len(values) // 10)
     if len(curves) > 1:
         axes.legend()
 

@@ -1,4 +1,4 @@
-"""Errors, files and runtime: what every other part leans on."""
+"""Errors, files, hardware and seeds: what every other part relies on."""
 
 import json
 
@@ -18,10 +18,10 @@ def test_unknown_choice_names_parameter_value_and_what_is_allowed():
     assert check_choice("dataset", "imagenet", ["cifar10", "imagenet"]) == "imagenet"
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5", False])
-def test_values_out_of_range_are_refused(value):
-    with pytest.raises(UserError, match=r"p=.*from 0 to 1"):
-        check_range("p", value, 0, 1)
+def test_values_out_of_range_are_refused():
+    for value in (-0.1, 1.1, float("nan"), "0.5", False):
+        with pytest.raises(UserError, match=r"p=.*from 0 to 1"):
+            check_range("p", value, 0, 1)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -39,13 +39,13 @@ def test_json_round_trip_and_hash(tmp_path):
     write_json(tmp_path / "a.json", {"top1": 91.5, "name": "é"})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"top1": 91.5, "name": "é"}
     write_text(tmp_path / "b.txt", "abc")
-    assert sha256(tmp_path / "b.txt") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path / "b.txt").startswith("ba7816bf8f01cfea")
 
 
-@pytest.mark.parametrize(("threads", "told"), [(1, ", 1 thread"), (2, ", 2 threads")])
-def test_a_processor_is_told_with_its_threads(threads, told, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert describe_hardware(torch.device("cpu")).endswith(told)
+def test_a_processor_is_named_with_its_threads(monkeypatch):
+    for threads, told in ((1, ", 1 thread"), (2, ", 2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert describe_hardware(torch.device("cpu")).endswith(told)
 
 
 def test_a_seed_repeats_the_numbers():

@@ -20,17 +20,12 @@ def plain_look():
         plt.close("all")
 
 
-def lightness(colour):
-    red, green, blue = to_rgb(colour)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
 def test_curves_differ_in_colour_marker_and_dash_and_the_first_four_in_greyscale():
     axes = plt.figure().subplots()
     plotting.plot_curves(axes, {name: [1, 2, 3] for name in "abcdef"})
     looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines]
     assert len(set(looks)) == len({marker for _, marker, _ in looks}) == 6
-    shades = [lightness(colour) for colour in plotting.COLOURS[:4]]
+    shades = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(to_rgb, plotting.COLOURS[:4])]
     assert all(later - earlier > 0.1 for earlier, later in itertools.pairwise(shades))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list("abcdef")
     axes = plt.figure().subplots()
@@ -38,17 +33,14 @@ def test_curves_differ_in_colour_marker_and_dash_and_the_first_four_in_greyscale
     assert axes.lines[0].get_markevery() == 50 and axes.get_legend() is None
 
 
-@pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 0, 2, 16), (5, 0, 1, 5), (7, 3, 3, 3)])
-def test_images_stand_in_rows_with_their_labels(count, columns, rows, per_row):
+@pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 16, 2, 16), (5, 16, 1, 5), (7, 3, 3, 3)])
+def test_images_are_in_rows_with_their_labels(count, columns, rows, per_row):
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 3, 4, 4)
     (axes,) = plotting.show_images(images, labels=range(count), title="synthetic", columns=columns).axes
     assert [text.get_text() for text in axes.texts] == [str(index) for index in range(count)]
-    sheet = axes.images[0].get_array()
-    heights, widths = sheet.shape[0] // rows, sheet.shape[1] // per_row
-    for index in range(count):
-        row, column = divmod(index, per_row)
-        tile = sheet[row * heights : (row + 1) * heights, column * widths : (column + 1) * widths]
-        assert (tile == index).sum() == images[index].numel()
+    tiles = axes.images[0].get_array()
+    tiles = tiles.reshape(rows, len(tiles) // rows, per_row, -1, 3).swapaxes(1, 2).reshape(rows * per_row, -1)
+    assert [(tile == index).sum() for index, tile in enumerate(tiles[:count])] == [3 * 4 * 4] * count
 
 
 def test_short_names_keep_what_tells_layers_apart():

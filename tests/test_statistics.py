@@ -33,10 +33,10 @@ def test_statistics_by_hand():
     assert sample_mean_square(x).tolist() == [[5.0, 0.0], [37.0, 32.0]]
 
 
-def test_a_sample_without_space_has_no_spread():
-    for shape in ((4, 3), (4, 3, 1, 1)):
-        with pytest.raises(ValueError, match="no spread over space"):
-            sample_mean_std(torch.zeros(shape))
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1, 1)])
+def test_a_sample_without_space_has_no_spread(shape):
+    with pytest.raises(ValueError, match="no spread over space"):
+        sample_mean_std(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -53,24 +53,18 @@ def test_large_offset_does_not_cancel():
 
 def test_inputs_come_in_execution_order_and_those_of_an_earlier_pass_stay():
     network = RegisteredBackwards().eval()
-    with BatchNormInputs(network) as taps:
+    with BatchNormInputs(network) as norms:
         network(torch.randn(5, 3, 4, 4))
-        earlier = taps.layers
+        earlier = norms.layers
         images = torch.randn(2, 3, 4, 4)
         network(images)
-        assert [len(x) for _, x, _ in earlier] == [5, 5, 5]
-        assert [name for name, _, _ in taps.layers] == ["a", "b", "a"]
-        assert [module for _, _, module in taps.layers] == [network.a, network.b, network.a]
-        torch.testing.assert_close(taps.layers[0].tensor, network.conv(images))
-        torch.testing.assert_close(taps.layers[1].tensor, network.a(network.conv(images)))
-
-
-def test_hooks_are_removed_also_after_an_error():
-    network = RegisteredBackwards().eval()
-    with pytest.raises(RuntimeError), BatchNormInputs(network) as taps:
+        assert [len(layer.tensor) for layer in earlier] == [5, 5, 5]
+        assert [(layer.name, layer.norm) for layer in norms.layers] == [(n, getattr(network, n)) for n in "aba"]
+        torch.testing.assert_close(norms.layers[0].tensor, network.conv(images))
+        torch.testing.assert_close(norms.layers[1].tensor, network.a(network.conv(images)))
+    with pytest.raises(RuntimeError), norms:
         network(torch.zeros(1, 4, 4, 4))  # four channels do not fit
-    assert taps.layers == []
-    assert not any(module._forward_pre_hooks for module in network.modules())
+    assert norms.layers == [] and not any(module._forward_pre_hooks for module in network.modules())
 
 
 def test_a_network_without_running_statistics_is_refused():

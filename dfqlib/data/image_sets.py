@@ -1,18 +1,18 @@
 """Data sets as one uint8 tensor each, and where they are found.
 
-Images are ``pixels`` here, uint8 from 0 to 255; a teacher normalises them (:mod:`dfqlib.models.teacher`). The name of
-an :class:`ImageSet` says which images it holds: ``cifar10`` is the full test set, ``cifar10-2k`` the balanced subset
-in the package, ``cifar10-10shot`` ten real training images per class.
+The name of an :class:`ImageSet` says which images it holds: ``cifar10`` is the full test set, ``cifar10-2k`` the
+balanced subset in the package, ``cifar10-10shot`` ten real training images per class.
 """
 
+import functools
 import hashlib
 import importlib
 import math
 import urllib.request
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ CROP = 0.875  # centre crop over resized shorter side: 224 of 256, 299 of 342
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: ``pixels`` uint8 (N, 3, H, W), ``labels`` int64 (N,), ``classes`` the names of the classes."""
+    """Labelled images: ``pixels`` uint8 (N, 3, H, W), 0 to 255; ``labels`` int64 (N,); ``classes`` the names."""
 
     name: str
     pixels: Tensor
@@ -47,24 +47,20 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known about a data set before it is read; ``classes`` is empty where only their number is known."""
+    """What is known about a data set before it is read; only its name if it is not among ``DATASETS``."""
 
     name: str
-    size: int
-    class_count: int
-    counts: dict[str, int]  # images of each full split
-    classes: tuple[str, ...] = ()
-
-    @property
-    def torchvision_folder(self) -> str:
-        """The folder of torchvision's layout of CIFAR; "" for other data sets."""
-        return places.TORCHVISION_FOLDERS.get(self.name, "")
+    size: int | None = None  # height and width in pixels
+    class_count: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # images of each full split
+    classes: tuple[str, ...] = ()  # their names in label order; empty where only their number is known
+    torchvision_folder: str | None = None  # of CIFAR's batches
 
 
 def _cifar(name: str) -> Dataset:
-    """CIFAR-10 or CIFAR-100, with the official class names in the official label order."""
     names = tuple((places.ASSETS / f"{name}-classes.txt").read_text(encoding="utf-8").split())
-    return Dataset(name, 32, len(names), {"train": 50_000, "test": 10_000}, names)
+    counts = {"train": 50_000, "test": 10_000}
+    return Dataset(name, 32, len(names), counts, names, places.TORCHVISION_FOLDERS[name])
 
 
 DATASETS: dict[str, Dataset] = {
@@ -75,56 +71,77 @@ DATASETS: dict[str, Dataset] = {
 
 
 def load_test(
-    dataset: str = "cifar10", data_folder: str | Path | None = None, download: bool = False, size: int | None = None
+    dataset: str = "cifar10",
+    data_folder: str | Path | None = None,
+    download: bool = False,
+    size: int | None = None,
+    split: str = "test",
 ) -> ImageSet:
     """Test (validation) images, from the first of: ``data_folder``, ``$DFQ_DATA/<dataset>``, the package, a download.
 
     ``data_folder`` is a torchvision layout (``cifar-10-batches-py`` or ``cifar-100-python``) or an ImageFolder tree
     (class folders, or ``test/`` or ``val/`` with class folders inside), or holds one in a folder named ``dataset``;
-    ``$DFQ_DATA/<dataset>`` likewise. The package carries 2,000 test images of CIFAR-10 and of CIFAR-100;
-    ``download=True`` asks for all 10,000 instead, through torchvision. A name beside those of ``DATASETS`` stands for
+    ``$DFQ_DATA/<dataset>`` likewise. The package has 2,000 test images of CIFAR-10 and of CIFAR-100;
+    ``download=True`` asks for all 10,000 instead, through torchvision. A name that is not in ``DATASETS`` stands for
     an ImageFolder tree with any classes.
 
     ``size`` (pixels, default 224 for imagenet) is the centre crop of an ImageFolder tree's images after their shorter
     side is resized to ``size / 0.875``; images that already have that size are left as they are. All of ImageNet's
-    validation images at 224 pixels take 7.5 GB. Raises :class:`UserError` for what cannot be found or has the wrong
-    classes.
+    validation images at 224 pixels take 7.5 GB. Raises :class:`UserError` for data that cannot be found or has the
+    wrong classes.
     """
-    return _load(dataset, "test", data_folder, download, size)
+    known = DATASETS.get(dataset, Dataset(dataset))
+    if known.torchvision_folder and size not in (None, known.size):
+        raise UserError(f"size={size!r} does not fit {dataset}, whose images have {known.size} pixels; leave it out.")
+    if size is not None:
+        check_range("size", size, 1, 4096)
+    if data_folder:
+        return _read_folder(known, split, places.expand(data_folder), f"data_folder={str(data_folder)!r}", size)
+    root = places.data_root()
+    place = (root or places.cache_folder()) / dataset
+    if root and place.is_dir():
+        return _read_folder(known, split, place, f"$DFQ_DATA/{dataset}={str(place)!r}", size)
+    check_choice("dataset", dataset, [*DATASETS, "or any name with data_folder= an ImageFolder tree"])
+    if download and known.torchvision_folder:
+        if not (place / known.torchvision_folder).is_dir():
+            _download(known, place)
+        return _read_folder(known, split, place, f"data_folder={str(place)!r}", size)
+    if split == "test" and dataset in EMBEDDED_PER_CLASS:
+        return embedded_test(dataset)
+    ways = "download=True, " if known.torchvision_folder else ""
+    raise UserError(
+        f"dataset={dataset!r}: its {split} images are neither on this machine nor in the package; allowed: {ways}"
+        f"data_folder= their folder, or the environment variable DFQ_DATA= a folder that holds {dataset}/."
+    )
 
 
-def load_train(
-    dataset: str = "cifar10", data_folder: str | Path | None = None, download: bool = False, size: int | None = None
-) -> ImageSet:
-    """All training images, found as :func:`load_test` finds test images; the package has only :func:`few_shot`."""
-    return _load(dataset, "train", data_folder, download, size)
+#: All training images, found as :func:`load_test` finds test images; the package has only those of :func:`few_shot`.
+load_train = functools.partial(load_test, split="train")
 
 
 def embedded_test(dataset: str = "cifar10") -> ImageSet:
     """The package's 2,000 test images, ``cifar10-2k`` or ``cifar100-2k``, whatever else is on this machine."""
-    check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
-    return _read_sheet(dataset, f"{dataset}-2k", "test")
+    return _read_sheet(dataset, "2k", "test")
 
 
 def few_shot(dataset: str = "cifar10", per_class: int = FEW_SHOT) -> ImageSet:
     """The package's real training images, ``per_class`` (1 to 10) of each class, class by class in turn."""
-    check_choice("dataset", dataset, EMBEDDED_PER_CLASS)
     check_range("per_class", per_class, 1, FEW_SHOT)
-    shots = _read_sheet(dataset, f"{dataset}-{FEW_SHOT}shot", "training")
+    shots = _read_sheet(dataset, f"{FEW_SHOT}shot", "training")
     source = f"the package's {per_class} real {dataset} training images per class"
     shots = replace(shots, name=f"{dataset}-{per_class}shot", source=source)
     return shots.select(slice(per_class * len(shots.classes)))
 
 
 def real_images(dataset: str, test: ImageSet) -> ImageSet:
-    """Real images to compare made ones with: the package's training images, else ``test``, then named test images."""
+    """Real images to compare synthetic ones with: the package's training images, else ``test``, named as such."""
     return few_shot(dataset) if dataset in EMBEDDED_PER_CLASS else replace(test, name=f"{test.name}, test images")
 
 
 def balanced_subset(image_set: ImageSet, per_class: int, name: str, seed: int = 0) -> ImageSet:
     """``per_class`` images of each of the C classes in turn, so that any multiple of C from the front is balanced.
 
-    Which ones, ``seed`` and the images' pixels decide (:func:`_drawn`).
+    The choice depends on ``seed`` and the images' pixels (:func:`_drawn`).
     """
     drawn = _drawn(image_set, seed)
     for label, members in zip(image_set.classes, drawn, strict=True):
@@ -149,9 +166,9 @@ def some(image_set: ImageSet, count: int, seed: int = 0) -> ImageSet:
 
 
 def _drawn(image_set: ImageSet, seed: int) -> list[list[tuple[bytes, int]]]:
-    """For each class (digest, index) of its images, in the order of the SHA-256 of seed and pixels.
+    """The (digest, index) of each class's images, sorted by the digest: the SHA-256 of seed and pixels.
 
-    So a choice depends neither on the order of the images nor on the version of a random generator.
+    Thus a choice depends neither on the order of the images nor on the version of a random generator.
     """
     drawn: list[list[tuple[bytes, int]]] = [[] for _ in image_set.classes]
     for i, (label, pixels) in enumerate(zip(image_set.labels.tolist(), image_set.pixels, strict=True)):
@@ -160,181 +177,128 @@ def _drawn(image_set: ImageSet, seed: int) -> list[list[tuple[bytes, int]]]:
 
 
 def require_network(url: str, wanted: str) -> None:
-    """Raise :class:`UserError` unless ``url`` answers within 15 seconds; ``wanted`` says what it was for."""
+    """Raise :class:`UserError`, which says what is ``wanted``, unless ``url`` answers within 15 seconds."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "dfqlib"})
     try:
-        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "dfqlib"})
-        with urllib.request.urlopen(request, timeout=15):
-            pass
+        urllib.request.urlopen(request, timeout=15).close()
     except urllib.error.HTTPError:
         pass  # an answer; what it refuses to a HEAD request it may still give to the download
-    except OSError as error:  # URLError among them
-        reason = getattr(error, "reason", error)
+    except OSError as error:
+        reason = getattr(error, "reason", error)  # of a URLError
         raise UserError(f"{wanted} could not be downloaded: {url} does not answer ({reason}).") from None
 
 
-def _load(dataset: str, split: str, folder: str | Path | None, download: bool, size: int | None) -> ImageSet:
-    known = DATASETS.get(dataset)
-    if known and known.torchvision_folder and size not in (None, known.size):
-        raise UserError(f"size={size!r} does not fit {dataset}, whose images have {known.size} pixels; leave it out.")
-    if size is not None:
-        check_range("size", size, 1, 4096)
-    if folder:
-        return _read_folder(dataset, split, places.expand(folder), f"data_folder={str(folder)!r}", size)
-    root = places.data_root()
-    place = (root or places.cache_folder()) / dataset
-    if root and place.is_dir():
-        return _read_folder(dataset, split, place, f"$DFQ_DATA/{dataset}={str(place)!r}", size)
-    if known is None:
-        check_choice("dataset", dataset, [*DATASETS, "or any name with data_folder= an ImageFolder tree"])
-    if download and known.torchvision_folder:
-        return _download(known, split, place)
-    if split == "test" and dataset in EMBEDDED_PER_CLASS:
-        return embedded_test(dataset)
-    ways = "download=True, " if known.torchvision_folder else ""
-    raise UserError(
-        f"dataset={dataset!r}: its {split} images are neither on this machine nor in the package; allowed: {ways}"
-        f"data_folder= their folder, or the environment variable DFQ_DATA= a folder that holds {dataset}/."
-    )
-
-
-def _read_sheet(dataset: str, name: str, split: str) -> ImageSet:
+def _read_sheet(dataset: str, kind: str, split: str) -> ImageSet:
     """An embedded set: a lossless sheet of tiles, read row by row; tile i shows class i mod C."""
-    known = DATASETS[dataset]
-    sheet = np.array(Image.open(places.ASSETS / f"{name}.webp").convert("RGB"))
-    rows, columns = sheet.shape[0] // known.size, sheet.shape[1] // known.size
-    tiles = sheet.reshape(rows, known.size, columns, known.size, 3).transpose(0, 2, 4, 1, 3)
-    pixels = torch.from_numpy(np.ascontiguousarray(tiles).reshape(-1, 3, known.size, known.size))
+    known = DATASETS[check_choice("dataset", dataset, EMBEDDED_PER_CLASS)]
+    with Image.open(places.ASSETS / f"{dataset}-{kind}.webp") as file:
+        sheet = torch.from_numpy(np.array(file.convert("RGB")))
+    tiles = sheet.unflatten(0, (-1, known.size)).unflatten(2, (-1, known.size))  # rows, y, columns, x, RGB
+    pixels = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous()
     source = f"the package's balanced subset of {len(pixels):,} {dataset} {split} images"
-    return ImageSet(name, pixels, torch.arange(len(pixels)) % known.class_count, known.classes, source)
+    return ImageSet(f"{dataset}-{kind}", pixels, torch.arange(len(pixels)) % known.class_count, known.classes, source)
 
 
 def check_folder(dataset: str, data_folder: str | Path) -> None:
     """Raise the :class:`UserError` that :func:`load_test` would for ``data_folder``, but read one image only."""
-    told = f"data_folder={str(data_folder)!r}"
-    known, place = DATASETS.get(dataset), _find_split(dataset, "test", places.expand(data_folder), told)
-    if not _is_torchvision(known, place):
+    known, told = DATASETS.get(dataset, Dataset(dataset)), f"data_folder={str(data_folder)!r}"
+    place = _find_split(known, "test", places.expand(data_folder), told)
+    if place.name != known.torchvision_folder:
         _, files, _ = _list_tree(known, place, told)
-        _read_image(files[0], None)
+        _read_image(files[0])
 
 
-def _read_folder(dataset: str, split: str, folder: Path, told: str, size: int | None) -> ImageSet:
-    """The split in ``folder``, a torchvision layout or an ImageFolder tree; ``told`` names the folder in errors."""
-    known, place = DATASETS.get(dataset), _find_split(dataset, split, folder, told)
-    if _is_torchvision(known, place):
-        return _read_torchvision(known, split, place, told)
-    return _read_tree(dataset, split, place, told, size)
-
-
-def _is_torchvision(known: Dataset | None, folder: Path) -> bool:
-    return bool(known and known.torchvision_folder and (folder / known.torchvision_folder).is_dir())
-
-
-def _find_split(dataset: str, split: str, folder: Path, told: str) -> Path:
+def _find_split(known: Dataset, split: str, folder: Path, told: str) -> Path:
     """Where in ``folder`` the class folders of the split are, or the folder of torchvision's layout."""
     if not folder.is_dir():
         raise UserError(f"{told} is not a folder.")
-    known = DATASETS.get(dataset)
-    if known and (folder / dataset).is_dir():
-        folder = folder / dataset
-    if known and folder.name == known.torchvision_folder:
-        folder = folder.parent
-    if _is_torchvision(known, folder):
+    for name in (known.name if known.name in DATASETS else None, known.torchvision_folder):
+        folder = folder / name if name and (folder / name).is_dir() else folder
+    if folder.name == known.torchvision_folder:
         return folder
     inside = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not inside:
         raise UserError(f"{told} is empty.")
-    wanted, splits = places.SPLIT_FOLDERS[split], set().union(*places.SPLIT_FOLDERS.values())
-    here = [name for name in wanted if name in inside]
-    if not here and inside <= splits:
+    wanted = places.SPLIT_FOLDERS[split]
+    if here := [name for name in wanted if name in inside]:
+        return folder / here[0]
+    if inside <= set().union(*places.SPLIT_FOLDERS.values()):
         raise UserError(f"{told} has no {' or '.join(f'{name}/' for name in wanted)} beside {min(inside)}/.")
-    return folder / here[0] if here else folder
+    return folder
 
 
-def _read_torchvision(known: Dataset, split: str, folder: Path, told: str) -> ImageSet:
-    """CIFAR's own batches; torchvision compares each file with its published MD5 before it reads it."""
-    try:
-        read = _torchvision_class(known)(folder, train=split == "train")
-    except RuntimeError:
-        damaged = f"{told} holds an incomplete or damaged {known.torchvision_folder}"
-        raise UserError(f"{damaged}; download it again.") from None
-    pixels = torch.from_numpy(np.ascontiguousarray(read.data.transpose(0, 3, 1, 2)))
-    source = f"all {len(pixels):,} {known.name} {split} images in {folder / known.torchvision_folder}"
-    return ImageSet(known.name, pixels, torch.tensor(read.targets), known.classes, source)
+def _torchvision_class(known: Dataset) -> Any:
+    return getattr(importlib.import_module("torchvision.datasets"), known.name.upper())  # here: it takes seconds
 
 
-def _torchvision_class(known: Dataset) -> type:
-    """Imported when it is needed, since torchvision takes seconds."""
-    return getattr(importlib.import_module("torchvision.datasets"), known.name.upper())
-
-
-def _download(known: Dataset, split: str, folder: Path) -> ImageSet:
-    """The full data set through torchvision, into ``folder`` unless it is there already."""
+def _download(known: Dataset, folder: Path) -> None:
+    """The full data set through torchvision, into ``folder``."""
     dataset_class = _torchvision_class(known)
-    if not _is_torchvision(known, folder):
-        require_network(dataset_class.url, f"dataset={known.name!r}")
-        try:
-            dataset_class(folder, download=True)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"dataset={known.name!r} could not be downloaded to {folder}: {error}") from None
-    return _read_torchvision(known, split, folder, f"data_folder={str(folder)!r}")
+    require_network(dataset_class.url, f"dataset={known.name!r}")
+    try:
+        dataset_class(folder, download=True)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"dataset={known.name!r} could not be downloaded to {folder}: {error}") from None
 
 
-def _read_tree(dataset: str, split: str, folder: Path, told: str, size: int | None) -> ImageSet:
-    """The images of an ImageFolder tree, in the order of :func:`_list_tree`."""
-    known = DATASETS.get(dataset)
-    names, files, labels = _list_tree(known, folder, told)
-    cropped = known is None or not known.torchvision_folder
-    crop = (size or (known.size if known else None)) if cropped else None
+def _read_folder(known: Dataset, split: str, folder: Path, told: str, size: int | None) -> ImageSet:
+    """The split in ``folder``, a torchvision layout or an ImageFolder tree; ``told`` names the folder in errors."""
+    place = _find_split(known, split, folder, told)
+    if place.name == known.torchvision_folder:
+        try:  # torchvision compares each file with its published MD5 before it reads it
+            read = _torchvision_class(known)(place.parent, train=split == "train")
+        except RuntimeError:
+            raise UserError(f"{told} holds an incomplete or damaged {place.name}; download it again.") from None
+        pixels = torch.from_numpy(np.ascontiguousarray(read.data.transpose(0, 3, 1, 2)))
+        source = f"all {len(pixels):,} {known.name} {split} images in {place}"
+        return ImageSet(known.name, pixels, torch.tensor(read.targets), known.classes, source)
+    names, files, labels = _list_tree(known, place, told)
+    cropped = not known.torchvision_folder
+    read_image = functools.partial(_read_image, size=(size or known.size) if cropped else None)
+    first = read_image(files[0])
+    _, height, width = first.shape if cropped else (3, known.size, known.size)
+    pixels = torch.empty(len(files), *first.shape, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
-        first = _read_image(files[0], crop)
-        pixels = torch.empty(len(files), *first.shape, dtype=torch.uint8)
-        height, width = first.shape[1:] if cropped else (known.size, known.size)
-        for i, image in enumerate(pool.map(lambda path: _read_image(path, crop), files)):
+        for i, image in enumerate(pool.map(read_image, files)):
             if image.shape != (3, height, width):
                 allowed = f"{width} x {height}" + (" like the others, or size= a crop" if cropped else "")
                 found = f"{image.shape[2]} x {image.shape[1]} pixels"
                 raise UserError(f"{told}: image {files[i]} has {found}; allowed: {allowed}.")
             pixels[i] = image
-    full = known is None or len(files) == known.counts[split]
-    name = dataset if full else f"{dataset}-{len(files)}"
-    return ImageSet(name, pixels, torch.tensor(labels), tuple(names), f"{len(files):,} {split} images in {folder}")
+    name = known.name if known.counts.get(split) in (None, len(files)) else f"{known.name}-{len(files)}"
+    return ImageSet(name, pixels, torch.tensor(labels), tuple(names), f"{len(files):,} {split} images in {place}")
 
 
-def _list_tree(known: Dataset | None, folder: Path, told: str) -> tuple[list[str], list[Path], list[int]]:
+def _list_tree(known: Dataset, folder: Path, told: str) -> tuple[list[str], list[Path], list[int]]:
     """Class names (class folders in alphabetical order), and the image files of all of them with their labels.
 
-    Not torchvision's ImageFolder: what is hidden is no class and no image, and a run's identity lists the same files.
+    Not torchvision's ImageFolder, which takes hidden files and folders for images and classes; a run's identity lists
+    the same files as this.
     """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    _check_classes(known, names, folder, told)
-    members = [places.image_files(folder / name) for name in names]
-    if empty := [name for name, found in zip(names, members, strict=True) if not found]:
-        suffixes = ", ".join(sorted(places.IMAGE_SUFFIXES))
-        raise UserError(f"{told}: class folder {empty[0]!r} holds no images ({suffixes}).")
-    labels = [label for label, found in enumerate(members) for _ in found]
-    return names, [file for found in members for file in found], labels
-
-
-def _check_classes(known: Dataset | None, names: Sequence[str], folder: Path, told: str) -> None:
     if not names:
         loose = len(places.image_files(folder))
         held = f"{loose} images without class folders" if loose else "no class folders"
         raise UserError(f"{told} holds {held}; allowed: one folder of images per class.")
-    if known and known.classes and tuple(names) != known.classes:
-        missing = [name for name in known.classes if name not in names]
-        extra = [name for name in names if name not in known.classes]
-        parts = [
-            f"{word} {', '.join(which[:3])}{f' and {len(which) - 3} more' if len(which) > 3 else ''}"
-            for word, which in (("missing", missing), ("unexpected", extra))
-            if which
-        ]
-        raise UserError(f"{told} does not hold the {known.class_count} classes of {known.name}: {'; '.join(parts)}.")
-    if known and len(names) != known.class_count:
+    if known.classes and tuple(names) != known.classes:
+        wrong = []
+        for word, ours, others in (("missing", known.classes, names), ("unexpected", names, known.classes)):
+            if odd := [name for name in ours if name not in others]:
+                more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+                wrong.append(f"{word} {', '.join(odd[:3])}{more}")
+        raise UserError(f"{told} does not hold the {known.class_count} classes of {known.name}: {'; '.join(wrong)}.")
+    if known.class_count not in (0, len(names)):
         held = f"{len(names)} class folders ({', '.join(names[:3])}, ..)"
         raise UserError(f"{told} holds {held} but {known.name} has {known.class_count}.")
+    labelled = [(file, label) for label, name in enumerate(names) for file in places.image_files(folder / name)]
+    files, labels = [file for file, _ in labelled], [label for _, label in labelled]
+    if empty := set(range(len(names))).difference(labels):
+        suffixes = ", ".join(sorted(places.IMAGE_SUFFIXES))
+        raise UserError(f"{told}: class folder {names[min(empty)]!r} holds no images ({suffixes}).")
+    return names, files, labels
 
 
-def _read_image(path: Path, size: int | None) -> Tensor:
+def _read_image(path: Path, size: int | None = None) -> Tensor:
     """One image as uint8 (3, H, W); with ``size``, shorter side resized to size / 0.875, then the centre crop.
 
     Of 16 bits the upper 8 are kept, which is what Pillow does in colour; in grey it would clip them.

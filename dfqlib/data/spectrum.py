@@ -6,10 +6,9 @@ from torch import Tensor
 from dfqlib.errors import check_range
 
 
-def radius(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Distance (height, width) of each entry of an unshifted spectrum from frequency 0, in cycles per image."""
-    y = torch.fft.fftfreq(height, 1 / height, device=device)
-    x = torch.fft.fftfreq(width, 1 / width, device=device)
+def radius(images: Tensor) -> Tensor:
+    """Distance (H, W) of each entry of an unshifted spectrum of ``images`` from frequency 0, in cycles per image."""
+    y, x = (torch.fft.fftfreq(side, 1 / side, device=images.device) for side in images.shape[-2:])
     return torch.hypot(y[:, None], x[None, :])
 
 
@@ -21,7 +20,7 @@ def low_pass(images: Tensor, cutoff: float = 80.0) -> Tensor:
     Gaussian low-pass filter.
     """
     check_range("cutoff", cutoff, 1e-6, 1e9)
-    gain = torch.exp(-radius(*images.shape[-2:], images.device).square() / (2 * cutoff**2))
+    gain = torch.exp(-radius(images).square() / (2 * cutoff**2))
     return torch.fft.ifft2(torch.fft.fft2(images) * gain).real
 
 
@@ -31,9 +30,8 @@ def radial_power(images: Tensor) -> Tensor:
     Power is that of an orthonormal Fourier transform, so white noise of variance 1 has power 1 everywhere. Distances go
     to half the shorter side, the highest frequency that every direction has.
     """
-    height, width = images.shape[-2:]
     power = torch.fft.fft2(images, norm="ortho").abs().square().flatten(0, -3).mean(0).flatten()
-    ring = radius(height, width, images.device).round().long().flatten()
+    ring = radius(images).round().long().flatten()
     rings = int(ring.max()) + 1
     sums = power.new_zeros(rings).scatter_add_(0, ring, power)
-    return (sums / torch.bincount(ring, minlength=rings))[: min(height, width) // 2 + 1]
+    return (sums / torch.bincount(ring, minlength=rings))[: min(images.shape[-2:]) // 2 + 1]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -38,10 +38,6 @@ class BatchNormInput(NamedTuple):
         return mean, (variance + EPSILON).sqrt()
 
     @property
-    def channels(self) -> int:
-        return self.tensor.shape[1]
-
-    @property
     def affine(self) -> tuple[Tensor, Tensor]:
         """Gain and shift (C,) of the affine map from the batch norm's input to ``tensor``."""
         if isinstance(self.norm, FoldedNorm):
@@ -54,28 +50,23 @@ class BatchNormInputs:
 
     ``layers`` holds a :class:`BatchNormInput` for each call in the latest forward pass, in execution order. Their
     tensors are not detached: a loss on them reaches the images. On exit the hooks are removed and ``layers`` is empty.
-    :class:`UserError` if the network has no batch norm with running statistics: there is nothing to compare with.
+    :class:`UserError` if the network has no batch norm with running statistics.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.layers: list[BatchNormInput] = []
-        self._norms = {
-            name: module
-            for name, module in network.named_modules()
-            if isinstance(module, BATCH_NORMS) and module.running_mean is not None
-        }
+        norms = ((name, module) for name, module in network.named_modules() if isinstance(module, BATCH_NORMS))
+        self._norms = [(name, norm) for name, norm in norms if norm.running_mean is not None]
         if not self._norms:
-            raise UserError(
-                f"network={type(network).__name__} has no batch norm with running statistics; "
-                "data-free methods read the training data's statistics there."
-            )
+            held = f"network={type(network).__name__} has no batch norm with running statistics"
+            raise UserError(f"{held}; data-free methods read the training data's statistics there.")
 
     def __enter__(self) -> Self:
         self._handles = [self.network.register_forward_pre_hook(self._start)]
-        for name, norm in self._norms.items():
-            collect = functools.partial(self._collect, name)
-            self._handles.append(norm.register_forward_pre_hook(collect, with_kwargs=True))
+        for name, norm in self._norms:
+            hook = functools.partial(self._collect, name)
+            self._handles.append(norm.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -84,14 +75,14 @@ class BatchNormInputs:
         self.layers = []
 
     def _start(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.layers = []  # a new list: one taken from the pass before keeps its tensors
+        self.layers = []  # a new list: a caller may still hold the one of the pass before
 
     def _collect(self, name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         self.layers.append(BatchNormInput(name, inputs[0] if inputs else named["input"], norm))
 
 
 class _MeanVariance(torch.autograd.Function):
-    """Mean and variance over ``dims``, kept as size 1, with the gradient in one pass over the tensor.
+    """:func:`_mean_var` with the gradient in one pass over the tensor.
 
     On a CPU torch.var_mean takes seven times as long (Welford's update is not vectorised over strided dimensions), and
     its gradient takes five elementwise passes.
@@ -132,8 +123,7 @@ def _mean_var(x: Tensor, dims: Sequence[int], correction: int) -> tuple[Tensor, 
 
 def batch_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of ``x`` (B, C, ...) over everything but channels: what a batch norm computes."""
-    dims = (0, *range(2, x.dim()))
-    mean, variance = _mean_var(x, dims, 0)
+    mean, variance = _mean_var(x, (0, *range(2, x.dim())), 0)
     return mean.flatten(), variance.flatten()
 
 
@@ -193,8 +183,8 @@ def sample_gaps(layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
 
     The channels of all ``layers`` are concatenated, so that a loss computes once for all layers.
     """
-    mean, variance = _of_inputs([sample_mean_var(layer.tensor) for layer in layers], layers)
-    running_mean, running_variance = _running_statistics(layers)
+    statistics = [sample_mean_var(layer.tensor) for layer in layers]
+    mean, variance, running_mean, running_variance = _concatenated(statistics, layers)
     return mean - running_mean, (variance + EPSILON).sqrt() - (running_variance + EPSILON).sqrt()
 
 
@@ -207,33 +197,29 @@ def batch_gaps(layers: Sequence[BatchNormInput], weights: Tensor | None = None) 
         statistics = [batch_mean_var(layer.tensor) for layer in layers]
     else:
         statistics = [weighted_mean_var(layer.tensor, weight) for layer, weight in zip(layers, weights, strict=True)]
-    mean, variance = _of_inputs(statistics, layers)
-    running_mean, running_variance = _running_statistics(layers)
+    mean, variance, running_mean, running_variance = _concatenated(statistics, layers)
     return mean - running_mean, variance - running_variance
 
 
-def _of_inputs(statistics: Iterable[tuple[Tensor, Tensor]], layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
-    """Means and variances (..., sum of C) of the batch norms' inputs, from those (..., C) of each layer's tensor."""
-    return undo_affine_statistics(*_concatenated(statistics), *_concatenated(layer.affine for layer in layers))
+def _concatenated(statistics: Sequence[tuple[Tensor, Tensor]], layers: Sequence[BatchNormInput]) -> tuple[Tensor, ...]:
+    """Mean and variance (..., sum of C) of the batch norms' inputs, and the running ones (sum of C,).
 
-
-def _running_statistics(layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
-    """Running means and variances, (sum of C,) each."""
-    return _concatenated((layer.norm.running_mean, layer.norm.running_var) for layer in layers)
-
-
-def _concatenated(statistics: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Two statistics (..., C) of each layer as (..., sum of C) each."""
-    first, second = zip(*statistics, strict=True)
-    return torch.cat(first, -1), torch.cat(second, -1)
+    ``statistics`` are the mean and variance (..., C) of each layer's tensor.
+    """
+    affine = [layer.affine for layer in layers]
+    running = [(layer.norm.running_mean, layer.norm.running_var) for layer in layers]
+    mean, variance, gain, shift, running_mean, running_variance = (
+        torch.cat(each, -1) for pairs in (statistics, affine, running) for each in zip(*pairs, strict=True)
+    )
+    return *undo_affine_statistics(mean, variance, gain, shift), running_mean, running_variance
 
 
 def over_channels(values: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
     """``values`` (..., L), one per layer, repeated for each of its channels: (..., sum of C)."""
     each = zip(values.unbind(-1), layers, strict=True)
-    return torch.cat([value.unsqueeze(-1).expand(*value.shape, layer.channels) for value, layer in each], -1)
+    return torch.cat([value.unsqueeze(-1).expand(*value.shape, layer.tensor.shape[1]) for value, layer in each], -1)
 
 
 def by_layer(values: Tensor, layers: Sequence[BatchNormInput]) -> Sequence[Tensor]:
     """``values`` (..., sum of C) of concatenated channels, split by layer: (..., C) each."""
-    return values.split([layer.channels for layer in layers], -1)
+    return values.split([layer.tensor.shape[1] for layer in layers], -1)

@@ -11,10 +11,10 @@ from dfqlib.errors import UserError
 from dfqlib.models.teacher import Teacher
 from dfqlib.speed.scale_weights import scale_weights
 
+Normalise = Teacher | Callable[[Tensor], Tensor]
 
-def top1(
-    network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
-) -> float:
+
+def top1(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> float:
     """Percentage of ``image_set`` that ``network`` classifies correctly; parameters are those of :func:`predict`."""
     logits = predict(network, image_set, normalise, batch)
     if logits.shape[1] != len(image_set.classes):
@@ -23,27 +23,23 @@ def top1(
     return 100 * (logits.argmax(1) == image_set.labels).sum().item() / len(image_set)
 
 
-def predict(
-    network: nn.Module, image_set: ImageSet, normalise: Teacher | Callable[[Tensor], Tensor], batch: int | None = None
-) -> Tensor:
+def predict(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> Tensor:
     """Logits (N, classes) on the CPU, computed in eval mode; the network's mode is restored afterwards.
 
     ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` defaults to
     :func:`images_per_pass`.
     """
     prepare = normalise.normalise if isinstance(normalise, Teacher) else normalise
-    device = next(network.parameters()).device
+    device, training = next(network.parameters()).device, network.training
     batch = batch or images_per_pass(image_set.pixels.shape[-1])
-    training = network.training
-    network.eval()
-    scaled = scale_weights(network)
+    scaled = scale_weights(network.eval())
     try:
         with torch.inference_mode():
-            logits = [scaled(channels_last(prepare(x).to(device))) for x in image_set.pixels.split(batch)]
-            return torch.cat(logits).cpu()
+            return torch.cat(
+                [scaled(channels_last(prepare(x).to(device))) for x in image_set.pixels.split(batch)]
+            ).cpu()
     finally:
-        if training:
-            network.train()
+        network.train(training)
 
 
 def images_per_pass(size: int) -> int:

@@ -29,16 +29,16 @@ from dfqlib.speed.switches import uses
 
 @dataclass(eq=False, repr=False)
 class Teacher:
-    """A frozen network in eval mode, with its normalisation, and a record of where its weights came from.
+    """A frozen network in eval mode, with its normalisation and the origin of its weights.
 
     ``source`` is one sentence, ``sha256`` the digest of the weights file, ``card`` the training record beside it
-    (recipe, epochs, seed, hardware, commit, accuracy) or None. Any network becomes a teacher with :meth:`from_module`.
+    (recipe, epochs, seed, hardware, commit, accuracy) or None.
 
-    Which network to pass: ``network`` wherever a network is looked into or copied (to quantize, to describe, to probe
-    with a :class:`~dfqlib.finetuning.network_views.NetworkProbe`) and to measure it; ``folded`` to the loops that only
-    ask for its logits, its batch-norm inputs and the gradient of the images (synthesis, generators, fine-tuning
-    batches). A student is passed as :func:`~dfqlib.quantizers.convert.quantize_model` made it: the loops that run it
-    scale its weights themselves (:func:`~dfqlib.speed.scale_weights.scale_weights`), and hand out no scaled network.
+    Pass ``network`` wherever a network is inspected, copied (to quantize, to describe, to probe with a
+    :class:`~dfqlib.finetuning.network_views.NetworkProbe`) or measured; ``folded`` to the loops that only need its
+    logits, its batch-norm inputs and the gradient of the images (synthesis, generators, fine-tuning batches). Pass a
+    student as :func:`~dfqlib.quantizers.convert.quantize_model` made it: the loops that run it scale its weights
+    themselves (:func:`~dfqlib.speed.scale_weights.scale_weights`) and hand out no scaled network.
     """
 
     network: nn.Module
@@ -64,18 +64,17 @@ class Teacher:
     ) -> Self:
         """A teacher from any network that maps normalised images (N, len(mean), H, W) to logits (N, ``classes``).
 
-        ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]. The network is copied, so the one given
-        keeps its mode and its gradients.
+        ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]. The network is copied: the one given keeps
+        its mode and its gradients.
         """
         if not len(mean) == len(std) > 0 or not all(value > 0 for value in std):
-            allowed = "one number per channel each, std above 0"
-            raise UserError(f"mean={mean!r}, std={std!r} do not fit; allowed: {allowed}.")
+            raise UserError(f"mean={mean!r}, std={std!r} do not fit; allowed: one number per channel, std above 0.")
         entry = ModelEntry(name, dataset, "own", input_size, classes, tuple(mean), tuple(std))
         digest = hashlib.sha256()
         for key, value in network.state_dict().items():
             digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-        source = f"a network given as {type(network).__name__}"
-        return cls(_to_device(copy.deepcopy(network), device), entry, source, digest.hexdigest())
+        network = channels_last(copy.deepcopy(network).to(pick_device(device)))
+        return cls(network, entry, f"a network given as {type(network).__name__}", digest.hexdigest())
 
     @property
     def name(self) -> str:
@@ -87,7 +86,7 @@ class Teacher:
 
     @property
     def folded(self) -> nn.Module:
-        """The same function with its batch norms folded into its convolutions; see the class for where to pass it."""
+        """The same function with its batch norms folded into its convolutions."""
         return self._folded if uses("folded_batch_norms") else self.network
 
     @functools.cached_property
@@ -117,15 +116,28 @@ def load_teacher(
     network = build(name)
     given = places.weights_file(name, weights or "")
     path = given or _download_weights(entry, download)
-    state = read_weights(path)
+    state, told = read_weights(path), f"weights={str(path)!r}"
+    origin = "the package" if path.parent == places.ASSETS else f"the file {path}"
     if given is None:  # a library's file may hold more than the network, such as auxiliary classifiers
         state = {key: value for key, value in state.items() if key in network.state_dict()}
         origin = f"{entry.library}'s pretrained weights ({path.name})"
-    else:
-        origin = "the package" if path.parent == places.ASSETS else f"the file {path}"
-    _load_state(network, state, f"weights={str(path)!r}", name)
-    source = f"{name} with weights from {origin}"
-    return Teacher(_to_device(network, device), entry, source, files.sha256(path), _read_card(path))
+    # Eval mode does not use batch norm's step counter, and files of other tools leave it out.
+    expected, found = (
+        {key: tuple(value.shape) for key, value in each.items() if not key.endswith("num_batches_tracked")}
+        for each in (network.state_dict(), state)
+    )
+    for key in expected | found:
+        if found.get(key) != expected.get(key):
+            has = f"has shape {found[key]}" if key in found else "is missing"
+            wanted = expected.get(key, "no such tensor")
+            raise UserError(f"{told} is of another architecture than {name}: {key} {has}, expected {wanted}.")
+    network.load_state_dict(state, strict=False)
+    digest, beside = files.sha256(path), path.with_suffix(".json")
+    card = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+    if card and card.get("sha256", digest) != digest:
+        raise UserError(f"{told} is not the file that its card {beside.name} describes (sha256).")
+    network = channels_last(network.to(pick_device(device)))
+    return Teacher(network, entry, f"{name} with weights from {origin}", digest, card)
 
 
 def save_teacher(network: nn.Module, path: str | Path, card: Mapping[str, Any]) -> None:
@@ -141,22 +153,20 @@ def save_teacher(network: nn.Module, path: str | Path, card: Mapping[str, Any]) 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a safetensors file, or from a file of torch that holds tensors only; never runs its code."""
-    path = Path(path)
+    path, told = Path(path), f"weights={str(path)!r}"
     if not path.is_file():
-        raise UserError(f"weights={str(path)!r} is not a file.")
+        raise UserError(f"{told} is not a file.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"weights={str(path)!r} is truncated or not a weights file ({_first_line(error)}).") from None
+        raise UserError(f"{told} is truncated or not a weights file ({_first_line(error)}).") from None
     except pickle.UnpicklingError:
-        raise UserError(
-            f"weights={str(path)!r} holds code or Python objects beside tensors, so it is not loaded; allowed: "
-            "safetensors, or a state dict of tensors."
-        ) from None
+        held = "holds code or Python objects beside tensors, so it is not loaded"
+        raise UserError(f"{told} {held}; allowed: safetensors, or a state dict of tensors.") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"weights={str(path)!r} is not a state dict of tensors.")
+        raise UserError(f"{told} is not a state dict of tensors.")
     return dict(state)
 
 
@@ -164,8 +174,7 @@ def _download_weights(entry: ModelEntry, download: bool) -> Path:
     """The library's pretrained weights file, fetched unless an earlier call left it in the library's own folder."""
     told, architecture = f"model={entry.name!r}", entry.factory.partition(":")[2]
     if entry.library == "dfqlib":
-        ways = "train it with notebooks/00_teachers.ipynb, or give weights="
-        raise UserError(f"{told} has no published weights; {ways}.")
+        raise UserError(f"{told} has no published weights; train it with notebooks/00_teachers.ipynb or give weights=.")
     if entry.library == "torchvision":
         url = importlib.import_module("torchvision.models").get_model_weights(architecture).IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
@@ -187,37 +196,6 @@ def _download_weights(entry: ModelEntry, download: bool) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{told}: {url} could not be downloaded ({_first_line(error)}).") from None
     return path
-
-
-def _load_state(network: nn.Module, state: Mapping[str, Tensor], told: str, name: str) -> None:
-    expected, found = _shapes(network.state_dict()), _shapes(state)
-    for key in expected | found:
-        if found.get(key) != expected.get(key):
-            has = f"has shape {found[key]}" if key in found else "is missing"
-            wanted = expected.get(key, "no such tensor")
-            raise UserError(f"{told} is of another architecture than {name}: {key} {has}, expected {wanted}.")
-    network.load_state_dict(state, strict=False)
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Without batch norm's step counter, which eval mode does not use and files of other tools leave out."""
-    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
-
-
-def _read_card(path: Path) -> dict[str, Any] | None:
-    """The training record ``<weights>.json`` beside the weights, checked to be about this very file."""
-    card_path = path.with_suffix(".json")
-    if not card_path.is_file():
-        return None
-    card = json.loads(card_path.read_text(encoding="utf-8"))
-    digest = files.sha256(path)
-    if card.get("sha256", digest) != digest:
-        raise UserError(f"weights={str(path)!r} is not the file that its card {card_path.name} describes (sha256).")
-    return card
-
-
-def _to_device(network: nn.Module, device: str | torch.device) -> nn.Module:
-    return channels_last(network.to(pick_device(device) if isinstance(device, str) else device))
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,8 +24,8 @@ class Recipe:
     The rate rises over ``warmup`` epochs to its peak and falls along ``knots``: (fraction of the epochs, fraction of
     the peak), linear in between. It falls fast when the images first grow: the peak suits coarse features, and there
     the loss soon stops falling. The images' ``sizes`` take equal parts of the epochs: most of what such a network
-    learns costs a fraction of the full resolution. For the fraction ``full`` of the epochs, images of less than the
-    mean loss are left out with probability ``prune``. The result is the mean of the weights after each of the last
+    learns costs a fraction of the full resolution. For the fraction ``full`` of the epochs, images whose loss is below
+    the mean are left out with probability ``prune``. The result is the mean of the weights after each of the last
     ``average`` of the epochs; 0 takes the last epoch's.
     """
 
@@ -53,18 +53,14 @@ class Recipe:
         return self.sizes[epoch * len(self.sizes) // self.epochs]
 
     def pruned(self, epoch: int) -> float:
-        """Probability that ``epoch`` leaves out an image of less than the mean loss."""
+        """Probability that ``epoch`` leaves out an image whose loss is below the mean."""
         return self.prune if epoch < self.full * self.epochs else 0.0
-
-    def averaged(self, epoch: int) -> bool:
-        """Whether the weights after ``epoch`` count in the mean that is the result."""
-        return epoch >= (1 - self.average) * self.epochs
 
 
 def next_cycle(epochs: int, batch: int, seed: int) -> Recipe:
     """Recipe to train trained weights further: from a lower peak the rate falls linearly to zero.
 
-    Most images are learnt by then, so each epoch leaves out two thirds of the easy ones. The mean over the last epochs
+    Most images are learnt by then, so each epoch leaves out two thirds of the easy ones; the mean over the last epochs
     is nearer to the centre of the minimum than any single epoch.
     """
     rates = {"filter_lr": 0.015, "lr": 0.03, "knots": ((0.0, 1.0), (1.0, 0.0))}
@@ -90,14 +86,14 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T, steps).T
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
-    x = x / (x.norm() + 1e-7)
+    x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.T
+    return x
 
 
 class FilterMuon(torch.optim.Optimizer):
@@ -146,20 +142,6 @@ def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer
     return [FilterMuon(filters, recipe.filter_lr, recipe.momentum), sgd]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
-    """Set every group's learning rate to ``fraction`` of the one it was created with."""
-    for group in optimizer.param_groups:
-        group["lr"] = fraction * group.setdefault("peak_lr", group["lr"])
-
-
-def accept_any_size(network: nn.Module) -> nn.Module:
-    """Replace the final average pooling of fixed size by pooling over the whole map (the same at the native size)."""
-    for name, module in list(network.named_modules()):
-        if name.endswith("final_pool") and isinstance(module, nn.AvgPool2d):
-            network.set_submodule(name, nn.AdaptiveAvgPool2d(1))
-    return network
-
-
 def train_teacher(
     network: nn.Module,
     pixels: Tensor,
@@ -176,20 +158,19 @@ def train_teacher(
     ``pixels`` are uint8 (N, 3, H, W), ``labels`` int64 (N,); ``normalise`` turns a batch of pixels into the network's
     input; ``evaluate`` gives the top-1 in per cent recorded after each epoch (nothing is selected by it). Averaged
     weights get batch-norm statistics of their own, from one pass over all images, augmented (Izmailov et al.,
-    "Averaging weights leads to wider optima and better generalization", UAI 2018, section 3.1).
-    The checkpoint is written after every epoch. Raises Diverged, naming the epoch, if the loss is no longer finite:
-    the checkpoint is then that of the epoch before.
+    "Averaging weights leads to wider optima and better generalization", UAI 2018, section 3.1). The checkpoint is
+    written after every epoch; Diverged, naming the epoch, if its loss is not finite: no checkpoint of it is written.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, settings = Path(checkpoint), asdict(recipe)
     device = next(network.parameters()).device
-    network = channels_last(accept_any_size(network))
-    mean = AveragedModel(network)
-    steppers = optimizers(network, recipe)
+    for name, module in list(network.named_modules()):  # pooling over the whole map takes images of any size
+        if name.endswith("final_pool") and isinstance(module, nn.AvgPool2d):
+            network.set_submodule(name, nn.AdaptiveAvgPool2d(1))
+    network = channels_last(network)
+    mean, steppers = AveragedModel(network), optimizers(network, recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
-    losses = torch.zeros(len(pixels))
-    history: list[dict[str, float]] = []
-    state = load_checkpoint(checkpoint, asdict(recipe))
-    if state is not None:
+    losses, history = torch.zeros(len(pixels)), []
+    if state := load_checkpoint(checkpoint, settings):
         network.load_state_dict(state["network"])
         mean.load_state_dict(state["mean"])
         for optimizer, saved in zip(steppers, state["optimizers"], strict=True):
@@ -205,30 +186,29 @@ def train_teacher(
         steps = max(len(order) // recipe.batch, 1)
         for step in track(range(steps), f"teacher, epoch {epoch + 1} of {recipe.epochs}"):
             batch = slice(step * recipe.batch, (step + 1) * recipe.batch)
-            chosen = order[batch]
-            rate = recipe.rate(epoch + step / steps)
+            chosen, rate = order[batch], recipe.rate(epoch + step / steps)
             logits = forward(augment(normalise(pixels[chosen]), size, generator))
             loss = F.cross_entropy(logits, labels[chosen], reduction="none")
             for optimizer in steppers:
-                set_rate(optimizer, rate)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group.setdefault("peak_lr", group["lr"])
                 optimizer.zero_grad()
             (loss * weights[batch]).mean().backward()
             for optimizer in steppers:
                 optimizer.step()
             losses[chosen] = loss.detach()
         network.eval()
-        if recipe.averaged(epoch):
+        if epoch >= (1 - recipe.average) * recipe.epochs:
             mean.update_parameters(network)
         mean_loss = float(losses.mean())
         if not math.isfinite(mean_loss):
             raise Diverged(f"the teacher diverged: its loss is {mean_loss} in epoch {epoch + 1}; lower its lr.")
         entry = {"epoch": epoch + 1, "size": size, "images": steps * recipe.batch, "loss": mean_loss}
         history.append(entry | {"top1": evaluate(network)})
-        state = {"network": network.state_dict(), "mean": mean.state_dict()}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in steppers]
-        state |= {"generator": generator.get_state(), "losses": losses.cpu(), "history": history}
-        save_checkpoint(checkpoint, asdict(recipe), state)
-        if on_epoch is not None:
+        state = {"network": network.state_dict(), "mean": mean.state_dict(), "generator": generator.get_state()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in steppers]}
+        save_checkpoint(checkpoint, settings, state | {"losses": losses.cpu(), "history": history})
+        if on_epoch:
             on_epoch(history[-1])
     if recipe.average:
         views = (augment(normalise(part), recipe.sizes[-1], generator) for part in pixels.split(recipe.batch))

@@ -16,16 +16,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model's architecture (``factory``) and the input its weights expect.
-
-    ``factory`` is ``module:function``. ``input_size`` is the height and width in pixels; ``mean`` and ``std`` are per
-    channel, for pixels scaled to [0, 1].
-    """
+    """A model's architecture and the input its weights expect; ``mean`` and ``std`` are for pixels scaled to [0, 1]."""
 
     name: str
     dataset: str
-    factory: str
-    input_size: int
+    factory: str  # "module:function"
+    input_size: int  # height and width in pixels
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -52,27 +48,25 @@ def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
     return torch.tensor([mean, std], device=device).view(2, 1, -1, 1, 1)
 
 
-def _cifar(name: str, dataset: str, factory: str) -> ModelEntry:
-    return ModelEntry(name, dataset, factory, 32, 100 if dataset == "cifar100" else 10, CIFAR_MEAN, CIFAR_STD)
-
-
-def _imagenet(name: str, factory: str, input_size: int = 224) -> ModelEntry:
-    return ModelEntry(name, "imagenet", factory, input_size, 1000, IMAGENET_MEAN, IMAGENET_STD)
+def _entry(name: str, dataset: str, factory: str, input_size: int = 224) -> ModelEntry:
+    if dataset == "imagenet":
+        return ModelEntry(name, dataset, factory, input_size, 1000, IMAGENET_MEAN, IMAGENET_STD)
+    return ModelEntry(name, dataset, factory, 32, int(dataset.removeprefix("cifar")), CIFAR_MEAN, CIFAR_STD)
 
 
 MODELS: dict[str, ModelEntry] = {
     entry.name: entry
     for entry in (
-        _cifar("resnet20_cifar10", "cifar10", "pytorchcv.models.resnet_cifar:resnet20_cifar10"),
-        _cifar("resnet20_cifar100", "cifar100", "pytorchcv.models.resnet_cifar:resnet20_cifar100"),
-        _cifar("resnet34_cifar100", "cifar100", "dfqlib.models.zoo:resnet34_cifar100"),
-        _imagenet("resnet18", "pytorchcv.models.resnet:resnet18"),
-        _imagenet("resnet50", "pytorchcv.models.resnet:resnet50"),
-        _imagenet("inceptionv3", "pytorchcv.models.inceptionv3:inceptionv3", 299),
-        _imagenet("mobilenetv2_w1", "pytorchcv.models.mobilenetv2:mobilenetv2_w1"),
-        _imagenet("shufflenet_g1_w1", "pytorchcv.models.shufflenet:shufflenet_g1_w1"),
-        _imagenet("sqnxt23_w2", "pytorchcv.models.squeezenext:sqnxt23_w2"),
-        _imagenet("torchvision/resnet18", "torchvision.models:resnet18"),
+        _entry("resnet20_cifar10", "cifar10", "pytorchcv.models.resnet_cifar:resnet20_cifar10"),
+        _entry("resnet20_cifar100", "cifar100", "pytorchcv.models.resnet_cifar:resnet20_cifar100"),
+        _entry("resnet34_cifar100", "cifar100", "dfqlib.models.zoo:resnet34_cifar100"),
+        _entry("resnet18", "imagenet", "pytorchcv.models.resnet:resnet18"),
+        _entry("resnet50", "imagenet", "pytorchcv.models.resnet:resnet50"),
+        _entry("inceptionv3", "imagenet", "pytorchcv.models.inceptionv3:inceptionv3", 299),
+        _entry("mobilenetv2_w1", "imagenet", "pytorchcv.models.mobilenetv2:mobilenetv2_w1"),
+        _entry("shufflenet_g1_w1", "imagenet", "pytorchcv.models.shufflenet:shufflenet_g1_w1"),
+        _entry("sqnxt23_w2", "imagenet", "pytorchcv.models.squeezenext:sqnxt23_w2"),
+        _entry("torchvision/resnet18", "imagenet", "torchvision.models:resnet18"),
     )
 }
 

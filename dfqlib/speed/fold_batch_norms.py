@@ -1,7 +1,6 @@
 """Batch norms of a frozen network folded into its convolutions, with their input statistics still available.
 
-Methods that synthesise images compare the input of each batch norm with its running statistics. A folded network
-computes only the output; that is an affine map of the input, so the input's mean and variance follow from it.
+A batch norm's output is an affine map of its input, so the input's mean and variance follow from the output's.
 """
 
 import operator
@@ -19,9 +18,9 @@ SMALLEST_GAIN = 1e-3
 
 
 class FoldedNorm(nn.Module):
-    """The identity in place of a batch norm that was folded into the convolution before it.
+    """The identity in place of a folded batch norm, whose running statistics (C,) and affine map it holds.
 
-    Holds its running statistics (C,) and the affine map ``gain`` x + ``shift`` (C,) that it computed.
+    The map is ``gain`` x + ``shift`` (C,).
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
@@ -58,13 +57,14 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         return network
     calls = Counter(node.target for node in folded.graph.nodes)
     for node in folded.graph.nodes:
-        if not _may_fold(folded, node, calls):
-            continue
-        (source,) = node.all_input_nodes
-        convolution, norm = folded.get_submodule(source.target), folded.get_submodule(node.target)
-        folded.set_submodule(source.target, fuse_conv_bn_eval(convolution, norm))
-        folded.set_submodule(node.target, FoldedNorm(norm))
-    _overwrite_sums(folded, calls)
+        module = folded.get_submodule(node.target) if node.op == "call_module" else None
+        source = next(iter(node.all_input_nodes), None)
+        if follows_alone(folded, node, calls) and (module.weight.abs() > SMALLEST_GAIN * module.bias.abs()).all():
+            folded.set_submodule(source.target, fuse_conv_bn_eval(folded.get_submodule(source.target), module))
+            folded.set_submodule(node.target, FoldedNorm(module))
+        elif isinstance(module, nn.ReLU) and calls[node.target] == 1:
+            # It may overwrite the sum of a residual unit that nothing else reads: the same numbers in less memory.
+            module.inplace = source.target in (operator.add, torch.add) and len(source.users) == 1
     return folded.requires_grad_(False)
 
 
@@ -88,21 +88,6 @@ def _keep_tensors(network: fx.GraphModule) -> bool:
     return True
 
 
-def _overwrite_sums(network: fx.GraphModule, calls: Counter[object]) -> None:
-    """Let a ReLU overwrite the sum of a residual unit that nothing else reads: the same numbers in less memory."""
-    for node in network.graph.nodes:
-        module = network.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.ReLU) and calls[node.target] == 1:
-            (source,) = node.all_input_nodes
-            module.inplace = source.target in (operator.add, torch.add) and len(source.users) == 1
-
-
-def _may_fold(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> bool:
-    """Whether ``node`` is a batch norm after a convolution of its own, with gains that leave enough digits."""
-    norm = network.get_submodule(node.target) if follows_alone(network, node, calls) else None
-    return norm is not None and bool((norm.weight.abs() > SMALLEST_GAIN * norm.bias.abs()).all())
-
-
 def follows_alone(network: fx.GraphModule, node: fx.Node, calls: Counter[object]) -> bool:
     """Whether ``node`` is a batch norm, called once, after a convolution that is called once and only for it.
 
@@ -112,6 +97,5 @@ def follows_alone(network: fx.GraphModule, node: fx.Node, calls: Counter[object]
     if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.running_mean is None:
         return False
     (source,) = node.all_input_nodes
-    convolution = network.get_submodule(source.target) if source.op == "call_module" else None
-    alone = len(source.users) == calls[source.target] == calls[node.target] == 1
-    return alone and isinstance(convolution, nn.Conv2d)
+    alone = source.op == "call_module" and len(source.users) == calls[source.target] == calls[node.target] == 1
+    return alone and isinstance(network.get_submodule(source.target), nn.Conv2d)

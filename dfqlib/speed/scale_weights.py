@@ -1,7 +1,6 @@
-"""Frozen batch norms that scale a student's weights instead of its activations.
+"""Frozen batch norms that scale a student's weights, which are quantized at every forward pass anyway.
 
-Quantized weights are computed at every forward anyway; a batch norm in eval mode only scales them by channel and adds
-a bias. This saves a pass over every activation, forward and backward.
+This saves a pass over every activation, forward and backward.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Accelerations, each of which can be turned off by name.
 
 ``$DFQ_WITHOUT``, a comma-separated list, turns some off for a whole process; :func:`without` for a few lines. The plain
-computation stands beside each use. Nothing here imports torch, so that planning can ask what is off.
+computation is beside each use. Nothing here imports torch, so that planning can ask what is off.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ _off: set[str] = set()
 @functools.cache
 def off_from_start() -> frozenset[str]:
     """What ``$DFQ_WITHOUT`` turns off; UserError for a name that is none of :data:`ACCELERATIONS`."""
-    names = [name.strip() for name in os.environ.get(OFF_VARIABLE, "").split(",")]
-    return frozenset(check_choice(OFF_VARIABLE, name, ACCELERATIONS) for name in names if name)
+    names = os.environ.get(OFF_VARIABLE, "").replace(",", " ").split()
+    return frozenset(check_choice(OFF_VARIABLE, name, ACCELERATIONS) for name in names)
 
 
 def uses(name: str) -> bool:

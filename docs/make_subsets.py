@@ -1,7 +1,7 @@
-"""Make the embedded image sets from the full CIFAR data sets: ``python -m dfqlib.data.assets.make_subsets FOLDER``.
+"""Make the embedded image sets from the full CIFAR data sets: ``python docs/make_subsets.py FOLDER``.
 
-FOLDER holds ``cifar10`` and ``cifar100``, each as torchvision layout or as ImageFolder tree. The choice depends on the
-pixels alone (:func:`dfqlib.data.image_sets.balanced_subset`), so every copy of CIFAR gives the same sheets.
+FOLDER holds ``cifar10`` and ``cifar100``, each in torchvision's layout or as an ImageFolder tree. The choice depends
+on the pixels alone (:func:`dfqlib.data.image_sets.balanced_subset`), so every copy of CIFAR gives the same sheets.
 """
 
 import argparse
