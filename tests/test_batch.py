@@ -99,6 +99,7 @@ def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):
         folder = run.folder(tmp_path)
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps({"run": {"seconds": seconds}}))
+        (folder / "notebook.ipynb").touch()
     broken = zeroq[2].folder(tmp_path)
     broken.mkdir()
     (broken / "metrics.json").write_text('{"run": {"sec')

@@ -53,7 +53,7 @@ def beside(line: Mapping[str, Any]) -> dict[str, Any]:
         value = published.teacher_top1(line["dataset"], line["model"])
         source = "papers' teacher" if value else ""
     elif not line["variant"]:
-        found = published.find(*(line[name] for name in published.SETTING), line["scheme"])
+        found = published.find(*(line[name] for name in published.SETTING), scheme=line["scheme"])
         if found and found[0].top1 is not None:
             # Where sources disagree, the method's own comes first; the others are named with the source.
             value, teacher = found[0].top1, found[0].fp32_top1

@@ -17,7 +17,7 @@ from dfqlib import places
 from dfqlib.files import sha256, write_json
 from dfqlib.papers.notebook_source import notebook_sources
 
-#: Modules and packages that show results and compute none: a change in them does not make a finished run an older one.
+#: Modules and packages that show results and compute none: a change in them leaves finished runs valid.
 DISPLAY_MODULES = ("dfqlib.progress", "dfqlib.papers", "dfqlib.report")
 #: Calls that only show their texts.
 MESSAGES = ("print", "warn", "warnings.warn")
@@ -36,8 +36,8 @@ def code_identity(notebook: Path) -> str:
     :data:`DISPLAY_MODULES` and what :func:`normalise` leaves out.
     """
     cells = notebook_sources(notebook)
-    modules = sorted(modules_of(cells, without=DISPLAY_MODULES).items())
-    return digest(*map(normalise, cells), *(f"{name} {normalise(source)}" for name, source in modules))
+    modules, _ = follow_imports(cells, without=DISPLAY_MODULES)
+    return digest(*map(normalise, cells), *(f"{name} {normalise(source)}" for name, source in sorted(modules.items())))
 
 
 def torch_version() -> str:
@@ -47,22 +47,26 @@ def torch_version() -> str:
 
 def imports_of(notebook: Path) -> set[str]:
     """The modules that a notebook and the kit's part of it import, and names that only look like modules."""
-    cells = notebook_sources(notebook)
-    names = [imported(source, package_of(name)) for name, source in modules_of(cells).items()]
-    return set().union(*map(imported, cells), *names)
+    return follow_imports(notebook_sources(notebook))[1]
 
 
-def modules_of(sources: Iterable[str], without: Iterable[str] = ()) -> dict[str, str]:
-    """Name and source of the kit's modules that some sources import, directly or not, ``without`` some of them."""
+def follow_imports(sources: Iterable[str], without: Iterable[str] = ()) -> tuple[dict[str, str], set[str]]:
+    """What some sources import, directly or through the kit: the kit's modules with their sources, and all names.
+
+    Modules and packages in ``without`` are not followed.
+    """
     todo = [name for source in sources for name in imported(source)]
     modules: dict[str, str] = {}
+    names: set[str] = set()
     while todo:
-        name = todo.pop()
+        if (name := todo.pop()) in names:
+            continue
+        names.add(name)
         left_out = any(f"{name}.".startswith(f"{other}.") for other in without)
-        if name not in modules and not left_out and (file := module_file(name)):
+        if not left_out and (file := module_file(name)):
             modules[name] = file.read_text(encoding="utf-8")
-            todo += imported(modules[name], package_of(name))
-    return modules
+            todo += imported(modules[name], name if file.name == "__init__.py" else name.rpartition(".")[0])
+    return modules, names
 
 
 def module_file(name: str) -> Path | None:
@@ -71,11 +75,6 @@ def module_file(name: str) -> Path | None:
     path = places.PACKAGE.joinpath(*parts)
     files = path / "__init__.py", path.with_suffix(".py")
     return next((file for file in files if kit == "dfqlib" and file.is_file()), None)
-
-
-def package_of(module: str) -> str:
-    """The package to which the relative imports in a module of the kit refer."""
-    return module if module_file(module).name == "__init__.py" else module.rpartition(".")[0]
 
 
 @functools.cache
@@ -96,7 +95,7 @@ def imported(source: str, package: str = "") -> frozenset[str]:
 
 @functools.cache
 def normalise(source: str) -> str:
-    """Python source without what only people read; as it is where it is not Python.
+    """Python source without what only people read; unchanged if it is not Python.
 
     Left out are comments, layout, docstrings, ``__version__``, every string in a ``raise`` statement, and strings and
     f-strings given to ``print`` or ``warnings.warn``. All other strings stay: they may be keys or choices.
@@ -108,7 +107,8 @@ def normalise(source: str) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node) is not None:
                 del node.body[0]
-            node.body = [line for line in node.body if not _is_version(line)] or [ast.Pass()]
+            assigned = {line: ast.unparse(line.targets[0]) for line in node.body if isinstance(line, ast.Assign)}
+            node.body = [line for line in node.body if assigned.get(line) != "__version__"] or [ast.Pass()]
         elif isinstance(node, ast.Raise):
             _blank(ast.walk(node))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in MESSAGES:
@@ -117,15 +117,11 @@ def normalise(source: str) -> str:
 
 
 def parse(source: str) -> ast.Module | None:
-    """The tree of a source in which IPython's magic lines are texts; None if it is no Python all the same."""
+    """The tree of a source, IPython's magic lines as strings; None if it is not Python."""
     for text in (source, MAGIC.sub(r"\1(r'''\2''',)", source)):
         with contextlib.suppress(SyntaxError):
             return ast.parse(text)
     return None
-
-
-def _is_version(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
 
 
 def _blank(nodes: Iterable[ast.AST]) -> None:
