@@ -12,8 +12,8 @@ from dfqlib.errors import UserError, check_choice
 from dfqlib.settings import Settings, setting
 
 #: Where in a run (0 to 1) the learning rate is divided by 10.
-FALLS = {"step": (0.25, 0.5, 0.75), "late_step": (0.4, 0.8), "constant": ()}
-DECAYS = (*FALLS, "cosine")
+FALLS = {"step": (0.25, 0.5, 0.75), "late_step": (0.4, 0.8), "cosine": (), "constant": ()}
+DECAYS = tuple(FALLS)
 SALIENCY_LAYERS = ("activations", "convolution")
 FOREVER = 10**9  # iterations
 
@@ -21,10 +21,9 @@ FOREVER = 10**9  # iterations
 def decay_factor(decay: str, progress: float) -> float:
     """What the learning rate is multiplied by at ``progress`` (0 to 1) of its run.
 
-    ``"step"``: 0.1 at a quarter, a half and three quarters, which is epochs 100, 200, 300 of the published 400;
-    ``"late_step"``: 0.1 at two fifths and at four fifths, which is epochs 20 and 40 of SaFT's 50;
-    ``"cosine"``: half a cosine from 1 to 0, under a linear rise from 0.1 over the first tenth, without which the loss
-    of students of many bits first rises; ``"constant"``: 1.
+    ``"step"``: 0.1 at epochs 100, 200 and 300 of the published 400; ``"late_step"``: 0.1 at epochs 20 and 40 of SaFT's
+    50; ``"cosine"``: half a cosine from 1 to 0, with a linear warm-up from 0.1 over the first tenth, without which the
+    loss of students of many bits first rises; ``"constant"``: 1.
     """
     check_choice("decay", decay, DECAYS)
     if decay == "cosine":
@@ -72,13 +71,10 @@ class HardImageSchedule(ImageSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSchedule(Settings):
-    """The fine-tuning of students. The defaults are SaFT's: 50 epochs of 200 iterations.
-
-    In the first ``observe_iterations`` students only see images, to learn their activation ranges.
-    """
+    """The fine-tuning of students. The defaults are SaFT's: 50 epochs of 200 iterations."""
 
     iterations: int = setting(10_000, 2, FOREVER)  # the observing ones included
-    observe_iterations: int = setting(800, 1, FOREVER)
+    observe_iterations: int = setting(800, 1, FOREVER)  # in which students only learn their activation ranges
     train_from: int = setting(800, 1, FOREVER)  # the iteration at which students begin to train
     batch: int = setting(64, 2, 2**20)
     student_lr: float = setting(1e-5, 1e-12, 1e3)  # SGD, Nesterov momentum 0.9, weight decay 1e-4

@@ -72,8 +72,7 @@ def collect(results: Path, names: Iterable[str], papers: Iterable[Paper], presen
     if rows.empty:
         return rows
     rows = rows.sort_values("rank", kind="stable")
-    latest = rows.groupby(GROUP, sort=False, dropna=False)["version"].transform("last")
-    rows = rows[rows["version"] == latest]
+    rows = rows[rows["version"] == rows.groupby(GROUP, dropna=False)["version"].transform("last")]
     rows = rows.drop_duplicates([*tables.SETTING, "profile", "seed"], keep="last")
     return rows.sort_values([*GROUP, "order", "seed"], kind="stable")
 
@@ -85,17 +84,12 @@ def _rows(results: Path, paper: Paper, profile: str, present: Collection[str]) -
         run, provenance = metrics["run"], metrics["provenance"]
         current = run["depends"]["code"] == code
         own = {name: value for name, value in metrics["parameters"].items() if name not in RUN_PARAMETERS}
-        context = {
-            "paper": paper.key,
-            "profile": profile,
-            "schedule": metrics["schedule"],
-            "rank": (run["identity"] in present, current, provenance["finished"]),
-            "version": digest(json.dumps([own, run["depends"]], sort_keys=True)),
-            "run": run["id"],
-            **{name: provenance[name] for name in ("commit", "hardware", "finished")},
-            "folder": str(folder),
-            "figures": [str(folder / f"{name}.png") for name in metrics["figures"]],
-        }
+        figures = [str(folder / f"{name}.png") for name in metrics["figures"]]
+        context = {"paper": paper.key, "profile": profile, "schedule": metrics["schedule"]}
+        context["rank"] = (run["identity"] in present, current, provenance["finished"])
+        context["version"] = digest(json.dumps([own, run["depends"]], sort_keys=True))
+        context |= {"run": run["id"]} | {name: provenance[name] for name in ("commit", "hardware", "finished")}
+        context |= {"folder": str(folder), "figures": figures}
         for order, row in enumerate(metrics["rows"]):
             line = context | row | {"order": order}
             kind, colon, details = line["schedule"].partition(":")

@@ -32,8 +32,8 @@ def digest(*parts: str) -> str:
 def code_identity(notebook: Path) -> str:
     """Hash of the notebook's code cells and of every module of the kit that they import, directly or not.
 
-    The cell of parameters is not part of it, since a run's parameters are hashed by their values; nor are
-    :data:`DISPLAY_MODULES` and what :func:`normalise` leaves out.
+    Excluded are the parameters cell, whose values are hashed with the run, :data:`DISPLAY_MODULES`, and what
+    :func:`normalise` leaves out.
     """
     cells = notebook_sources(notebook)
     modules, _ = follow_imports(cells, without=DISPLAY_MODULES)
@@ -41,7 +41,7 @@ def code_identity(notebook: Path) -> str:
 
 
 def torch_version() -> str:
-    """The version of torch without its build, such as 2.6.0: the last digits of sums may change with it."""
+    """The version of torch without its build, such as 2.6.0: sums may differ between versions in the last digits."""
     return importlib.metadata.version("torch").partition("+")[0]
 
 
@@ -73,16 +73,13 @@ def module_file(name: str) -> Path | None:
     """The file of a module or package of the kit; None where there is none of this name."""
     kit, *parts = name.split(".")
     path = places.PACKAGE.joinpath(*parts)
-    files = path / "__init__.py", path.with_suffix(".py")
-    return next((file for file in files if kit == "dfqlib" and file.is_file()), None)
+    files = (path / "__init__.py", path.with_suffix(".py")) if kit == "dfqlib" else ()
+    return next(filter(Path.is_file, files), None)
 
 
 @functools.cache
 def imported(source: str, package: str = "") -> frozenset[str]:
-    """What a source in ``package`` imports, also inside functions, with the packages that this runs first.
-
-    ``from a import b`` gives ``a`` and ``a.b``, which is a module or not.
-    """
+    """What a source in ``package`` imports, also inside functions: ``from a import b`` gives ``a`` and ``a.b``."""
     tree, names = parse(source), []
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Import):
@@ -103,6 +100,7 @@ def normalise(source: str) -> str:
     tree = parse(source)
     if tree is None:
         return source
+    texts: list[ast.AST] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node) is not None:
@@ -110,9 +108,12 @@ def normalise(source: str) -> str:
             assigned = {line: ast.unparse(line.targets[0]) for line in node.body if isinstance(line, ast.Assign)}
             node.body = [line for line in node.body if assigned.get(line) != "__version__"] or [ast.Pass()]
         elif isinstance(node, ast.Raise):
-            _blank(ast.walk(node))
+            texts += ast.walk(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in MESSAGES:
-            _blank(part for argument in node.args for part in (argument, *getattr(argument, "values", ())))
+            texts += [part for argument in node.args for part in (argument, *getattr(argument, "values", ()))]
+    for node in texts:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
     return ast.unparse(tree)
 
 
@@ -122,12 +123,6 @@ def parse(source: str) -> ast.Module | None:
         with contextlib.suppress(SyntaxError):
             return ast.parse(text)
     return None
-
-
-def _blank(nodes: Iterable[ast.AST]) -> None:
-    for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            node.value = ""
 
 
 def teacher_identity(model: str, weights: str) -> str:
@@ -145,9 +140,9 @@ def data_identity(dataset: str, folder: Path | None, training: bool = False) -> 
 
 
 def _content(folder: Path, files: list[Path]) -> str:
-    """Hash of the names and content of a folder's files, kept on disk until a name, a size or a time changes."""
-    names, stats = [file.relative_to(folder).as_posix() for file in files], [file.stat() for file in files]
-    times = (f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats)
+    """Hash of the names and content of a folder's files, cached on disk until a name, a size or a time changes."""
+    names = [file.relative_to(folder).as_posix() for file in files]
+    times = (f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in (file.stat() for file in files))
     state, store = digest(str(folder.resolve()), *names, *times), places.cache_folder() / "data.json"
     kept: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # no cache, or a broken one
