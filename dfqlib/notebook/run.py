@@ -98,10 +98,9 @@ class Run:
         self.rows = [*others, row]
 
     def checkpoint(self, name: str) -> Checkpoint | None:
-        """The checkpoint of this run's fine-tuning ``name``; None outside a batch.
+        """The checkpoint of this run's fine-tuning ``name``; None outside a batch, which sets folder and interval.
 
-        ``run_all.py`` sets its folder in ``DFQ_CHECKPOINTS``, which is kept until the run is complete, and the interval
-        in ``DFQ_CHECKPOINT_SECONDS``. An unreadable checkpoint is discarded with a warning: a batch cannot ask.
+        An unreadable checkpoint is discarded with a warning: a batch cannot ask.
         """
         folder = os.environ.get(CHECKPOINTS)
         if not folder:
@@ -116,8 +115,7 @@ class Run:
     def figure(self, figure: Figure, name: str) -> Image:
         """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder and return the image.
 
-        Make it the last expression of a cell: the notebook shows the saved file, so the figure is drawn once. The name
-        is the image's alternative text.
+        As the last expression of a cell it is shown, with ``name`` as alternative text; the figure is drawn once.
         """
         if layout := figure.get_layout_engine():
             layout.execute(figure)

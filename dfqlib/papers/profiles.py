@@ -53,10 +53,7 @@ class Paper:
         return self.declared or declared_by(notebook_parameters(self.notebook))
 
     def values(self, profile: str, dataset: str = "", model: str = "") -> dict[str, Any]:
-        """All parameters under ``profile``; values for the data set, then those for the model, override it.
-
-        The notebook's own ``parameters`` cell holds those of quick, the declared defaults are the published ones.
-        """
+        """All parameters under ``profile``; values for the data set, then those for the model, override it."""
         base = self.parameters().values() | ({} if profile == "paper" else notebook_parameters(self.notebook))
         table = self.tables.get(profile, {})
         own = {name: value for name, value in table.items() if not isinstance(value, dict)}
@@ -70,9 +67,8 @@ def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
 
 @functools.cache
 def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
-    folder = Path(__file__).resolve().parent
-    path = Path(table).resolve() if table else folder / "profiles.toml"
-    notebooks = path.parent if table else folder.parents[1] / "notebooks"
+    path = Path(table or Path(__file__).with_name("profiles.toml")).resolve()
+    notebooks = path.parent if table else path.parents[2] / "notebooks"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:

@@ -166,7 +166,7 @@ def _write_tables(root: Path, section: Section) -> None:
 def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
     """A paper's figures in ``root/figures``, copied from the run of the lowest seed of each data set and model.
 
-    Those of rows without a run in this folder are there already.
+    Those of rows without a run in this folder are already there.
     """
     copies = []
     for place, group in rows.groupby(["paper", "profile", "dataset", "model"], sort=False, dropna=False):

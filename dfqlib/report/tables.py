@@ -45,17 +45,15 @@ def beside(line: Mapping[str, Any]) -> dict[str, Any]:
     """What is published for a line: value, drop, source, and the difference of the line's top-1 from it.
 
     Empty for variants of a method and where nothing is published. The full-precision network is compared with the
-    papers' teacher.
+    papers' teacher. Where sources disagree, the method's own counts; the others are named with the source.
     """
-    value = drop = None
-    source = ""
+    value, drop, source = None, None, ""
     if line["weight_bits"] == line["activation_bits"] == 32 and not line["variant"]:
         value = published.teacher_top1(line["dataset"], line["model"])
         source = "papers' teacher" if value else ""
     elif not line["variant"]:
         found = published.find(*(line[name] for name in published.SETTING), scheme=line["scheme"])
         if found and found[0].top1 is not None:
-            # Where sources disagree, the method's own comes first; the others are named with the source.
             value, teacher = found[0].top1, found[0].fp32_top1
             drop = teacher - value if teacher else None
             source = "; ".join([found[0].source, *(f"{row.top1:.2f} in {row.source}" for row in found[1:])])

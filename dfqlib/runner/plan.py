@@ -52,11 +52,10 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """For messages, such as ``gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0``, without what the notebook lacks."""
+        """For messages, such as ``gdfq cifar10 resnet20_cifar10 W4A4 W3A3 seed 0``, without what the notebook lacks."""
         p = self.parameters
         seed = f"seed {p['seed']}" if "seed" in p else ""
-        parts = [self.paper.key, p.get("dataset"), p.get("model"), *p.get("bits", []), seed]
-        return " ".join(part for part in parts if part)
+        return " ".join(filter(None, [self.paper.key, p.get("dataset"), p.get("model"), *p.get("bits", []), seed]))
 
     @property
     def identity(self) -> str:
@@ -81,10 +80,9 @@ def plan(selection: Selection) -> list[PlannedRun]:
     profile = profiles[check_choice("profile", selection.profile, profiles)]
     for key in selection.papers:
         check_choice("papers", key, papers)
-    known = dict.fromkeys(row.dataset for row in published.rows())
     for dataset in selection.datasets:
         if "data_folder" not in selection.settings and not data_folder(dataset, {}):
-            check_choice("datasets", dataset, known)
+            check_choice("datasets", dataset, dict.fromkeys(row.dataset for row in published.rows()))
     for model in selection.models:
         check_choice("models", model, dict.fromkeys(row.model for row in published.rows()))
     widths = [str(BitWidths.parse(text)) for text in selection.bits or profile.bits]
