@@ -198,7 +198,7 @@ def run(console: Console, runs: Runs, results: Path, options: argparse.Namespace
     if warning := batch.check_folder(results):
         say(warning)
     examined = examine(runs, results, options)
-    failures = {}
+    failures: Failures = {}
     for planned, _, why in examined:
         if why:
             failures |= rows_of(planned, why)
@@ -252,7 +252,7 @@ def origins(runs: list[plan.PlannedRun]) -> list[str]:
 def forecast(missing: list[plan.PlannedRun], able: int, seconds: dict[str, float | None], at_once: int) -> str:
     """How many of the ``able`` runs are missing, and how long they will take ``at_once``."""
     text = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {able - len(missing)} already there"
-    known = [seconds[run.identity] for run in missing if seconds[run.identity] is not None]
+    known = [each for run in missing if (each := seconds[run.identity]) is not None]
     if not known:
         return f"{text}."
     minutes = run_folder.makespan(known, at_once) / 60
@@ -278,8 +278,8 @@ def show(console: Console, runs: Runs, results: Path, failures: Failures) -> Non
         for column in ("method", "best", "seconds", "published drop", "ranges", "data"):  # the files have them all
             if tables.width(shown) > console.width:
                 shown = shown.drop(columns=column, errors="ignore")
-        texts = {"title": paper.title, "caption": tables.caption(rows)}
-        table = Table(*shown.columns, **texts, title_justify="left", caption_justify="left", box=None)
+        table = Table(*shown.columns, title=paper.title, title_justify="left", caption_justify="left", box=None)
+        table.caption = tables.caption(rows)
         for line in shown.itertuples(index=False):
             table.add_row(*line)
         console.print(table, "")

@@ -31,7 +31,7 @@ def start(key: str, values: Mapping[str, Any]) -> Started:
     figures have the kit's look, all random generators are seeded, and the teacher's accuracy is known and printed.
     """
     paper = profiles.paper(key)
-    settings = paper.parameters.of(values)
+    settings: Any = paper.parameters.of(values)
     check_choice("profile", settings.profile, profiles.load()[0])
     plotting.style()
     seed_everything(settings.seed)

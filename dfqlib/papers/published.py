@@ -4,6 +4,7 @@ import csv
 import functools
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from dfqlib.bits import BitWidths
 
@@ -37,9 +38,10 @@ def rows() -> tuple[Published, ...]:
     widths, accuracies = ("weight_bits", "activation_bits"), ("top1", "fp32_top1")
     lines = []
     for line in csv.DictReader(text.splitlines()):
-        numbers = {name: int(line[name]) for name in widths}
-        numbers |= {name: float(line[name]) if line[name] else None for name in accuracies}
-        lines.append(Published(**line | numbers))
+        values: dict[str, Any] = dict(line)
+        values |= {name: int(line[name]) for name in widths}
+        values |= {name: float(line[name]) if line[name] else None for name in accuracies}
+        lines.append(Published(**values))
     return tuple(lines)
 
 

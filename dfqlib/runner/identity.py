@@ -105,8 +105,8 @@ def normalise(source: str) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node) is not None:
                 del node.body[0]
-            assigned = {line: ast.unparse(line.targets[0]) for line in node.body if isinstance(line, ast.Assign)}
-            node.body = [line for line in node.body if assigned.get(line) != "__version__"] or [ast.Pass()]
+            names: dict[ast.stmt, str] = {s: ast.unparse(s.targets[0]) for s in node.body if isinstance(s, ast.Assign)}
+            node.body = [s for s in node.body if names.get(s) != "__version__"] or [ast.Pass()]
         elif isinstance(node, ast.Raise):
             texts += ast.walk(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in MESSAGES:

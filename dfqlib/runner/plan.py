@@ -93,10 +93,10 @@ def plan(selection: Selection) -> list[PlannedRun]:
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
         code = code_identity(paper.notebook)
+        rows = [row for row in published.rows() if row.method in paper.methods and not profile.datasets]
         for dataset, model in pairs_of(paper, profile, selection):
             values = paper.values(profile.name, dataset, model)
-            reported = [] if profile.datasets else [row for row in published.rows() if row.method in paper.methods]
-            reported = [row.bits for row in reported if (row.dataset, row.model) == (dataset, model)]
+            reported = [row.bits for row in rows if (row.dataset, row.model) == (dataset, model)]
             # A notebook without published rows runs the bit widths of its parameters cell.
             bits = widths or list(dict.fromkeys(reported)) or values.get("bits")
             values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings[paper.key]
@@ -120,7 +120,7 @@ def plan(selection: Selection) -> list[PlannedRun]:
         keys = ", ".join(paper.key for paper in chosen)
         raise UserError(f"the options leave nothing to run: {keys} has none of these data sets and models.")
     for parameter, use in (("data_folder", "dataset"), ("weights", "model")):  # one file or folder serves one of them
-        several = sorted({run.parameters.get(use) for run in runs.values()} - {None, ""})
+        several = sorted({run.parameters.get(use, "") for run in runs.values()} - {""})
         if selection.settings.get(parameter) and len(several) > 1:
             names = ", ".join(several)
             raise UserError(f"--set {parameter} would serve {names}; choose one with --datasets and --models.")

@@ -36,7 +36,7 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
 def finished(folder: Path, kind: str = "") -> list[tuple[Path, dict[str, Any]]]:
     """Folder and metrics of each finished run in ``folder``, by name; ``kind`` is how their ids begin."""
     folders = [each for each in sorted(folder.glob(f"{kind}[!.]*")) if each.suffix not in LEFTOVER_SUFFIXES]
-    return [(each, read_metrics(each)) for each in folders if complete(each)]
+    return [(each, metrics) for each in folders if complete(each) and (metrics := read_metrics(each))]
 
 
 def broken_files(results: Path) -> Iterable[str]:
