@@ -33,6 +33,8 @@ from dfqlib.runner import plan, preflight, run_folder
 HERE = Path(__file__).resolve().parent
 MAX_SEED = 2**32 - 1  # of NumPy
 MAX_SEEDS = 1000  # of one range
+Runs = list[plan.PlannedRun]
+Failures = dict[tuple[str, str, str], str]  # (method, data set, model) of published rows -> why they were not run
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,8 +123,8 @@ def selection(options: argparse.Namespace) -> plan.Selection:
         if not equals or not name:
             raise UserError(f"--set {text} is not NAME=VALUE, such as --set iterations=200.")
         settings[name] = value
-    o = options
-    return plan.Selection(o.profile, o.papers, o.datasets, o.models, o.bits, seeds(o.seeds), settings)
+    own = {name: getattr(options, name) for name in ("profile", "papers", "datasets", "models", "bits")}
+    return plan.Selection(**own, seeds=seeds(options.seeds), settings=settings)
 
 
 def seeds(texts: list[str]) -> list[int]:
@@ -132,24 +134,19 @@ def seeds(texts: list[str]) -> list[int]:
         found = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
         if not first <= last <= MAX_SEED or last - first >= MAX_SEEDS:
-            raise UserError(
-                f"seeds={text!r} is not a seed; allowed: whole numbers from 0 to {MAX_SEED}, and ranges such as 0-2 of "
-                f"at most {MAX_SEEDS} seeds."
-            )
+            allowed = f"whole numbers from 0 to {MAX_SEED}, and ranges such as 0-2 of at most {MAX_SEEDS} seeds"
+            raise UserError(f"seeds={text!r} is not a seed; allowed: {allowed}.")
         chosen += range(first, last + 1)
     return chosen
 
 
 def list_rows(console: Console, chosen: plan.Selection) -> None:
     """Every published row (of the requested papers, data sets, models and bits), and whether it can run here."""
-    from dfqlib.report.collect import paper_of
-
-    bits = [text.lower() for text in chosen.bits]
+    requested = chosen.papers, chosen.datasets, chosen.models, [text.upper() for text in chosen.bits]
     table = Table("paper", "data set", "model", "bits", "scheme", "top-1", "runs here", "needs", box=None)
     for row in published.rows():
-        paper = paper_of(row)
-        requested = chosen.papers, chosen.datasets, chosen.models, bits
-        values = paper and paper.key, row.dataset, row.model, row.bits.lower()
+        paper = profiles.paper_of(row.method)
+        values = paper and paper.key, row.dataset, row.model, row.bits
         if any(wanted and value not in wanted for wanted, value in zip(requested, values, strict=True)):
             continue
         lacking = preflight.missing(row.dataset, row.model) if paper else "no notebook for this paper yet"
@@ -158,18 +155,15 @@ def list_rows(console: Console, chosen: plan.Selection) -> None:
         here = Text("no", "red") if lacking else Text("yes", "green")
         needs = lacking.removeprefix("needs ") or download
         table.add_row(row.method, row.dataset, row.model, row.bits, row.scheme, top1, here, needs)
+    command = "python run_all.py --profile paper --papers PAPER --models MODEL --bits BITS"
     console.print(table)
-    console.print(
-        "\nA row runs as python run_all.py --profile paper --papers PAPER --models MODEL --bits BITS", soft_wrap=True
-    )
+    console.print(f"\nTo run a row: {command}", soft_wrap=True)
 
 
-def examine(
-    runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace
-) -> list[tuple[plan.PlannedRun, bool, str]]:
-    """Each run, whether it is already there, and why it cannot start, if so.
+def examine(runs: Runs, results: Path, options: argparse.Namespace) -> list[tuple[plan.PlannedRun, bool, str]]:
+    """Each run, whether it is finished, and what prevents its start, if so; UserError if that prevents a requested run.
 
-    Raises UserError if that is a run the options name, or if no run can start.
+    ``--datasets``, ``--models`` and ``--set`` request runs; without them, only if no run can start it is an error.
     """
     examined = []
     for planned in runs:
@@ -183,7 +177,7 @@ def examine(
     return examined
 
 
-def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace) -> int:
+def dry_run(console: Console, runs: Runs, results: Path, options: argparse.Namespace) -> int:
     """Show what a call without --dry-run would run, and refuse what it would refuse."""
     from dfqlib.runner import batch
 
@@ -195,23 +189,24 @@ def dry_run(console: Console, runs: list[plan.PlannedRun], results: Path, option
     return 0
 
 
-def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: argparse.Namespace) -> int:
+def run(console: Console, runs: Runs, results: Path, options: argparse.Namespace) -> int:
     """Check everything, run what is missing, write and print the tables."""
     from dfqlib.runner import batch, execute
     from dfqlib.runner.screen import Screen
 
+    say = functools.partial(console.print, soft_wrap=True)
     if warning := batch.check_folder(results):
-        console.print(warning, soft_wrap=True)
+        say(warning)
     examined = examine(runs, results, options)
-    failures = {}
+    failures: Failures = {}
     for planned, _, why in examined:
         if why:
             failures |= rows_of(planned, why)
-            console.print(f"{planned.name}: not run; {why}", soft_wrap=True)
+            say(f"{planned.name}: not run; {why}")
     able = [planned for planned, _, why in examined if not why]
     missing = [planned for planned, there, why in examined if not there and not why]
     for sentence in run_folder.broken_files(results):
-        console.print(sentence, soft_wrap=True)
+        say(sentence)
     with contextlib.ExitStack() as stack:
         executor: batch.Executor = execute.LocalExecutor(options.jobs or 2, options.checkpoint_every)
         if options.executor == "dask" and missing:
@@ -220,10 +215,10 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
             settings = options.scheduler, options.workers or 2, options.jobs, options.checkpoint_every
             executor = stack.enter_context(Cluster(*settings))
             if executor.empty:
-                console.print(f"No worker has come to {executor.address} yet: the runs wait for one.", soft_wrap=True)
+                say(f"No worker is connected to {executor.address} yet; runs start when one joins.")
         seconds = run_folder.expected_seconds(able, results)
         for sentence in (*origins(able), forecast(missing, len(able), seconds, executor.places)):
-            console.print(sentence, soft_wrap=True)
+            say(sentence)
         screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
         work = batch.Batch(results, screen, executor, options.force, options.keep_going)
         # While the last runs compute, what the report needs is imported, which takes seconds.
@@ -236,11 +231,8 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
     try:
         show(console, runs, results, failures)
     except OSError as error:
-        print(
-            f"run_all.py: the tables could not be written ({error}); the last complete tables and all runs are kept, "
-            "and the next call writes the tables again.",
-            file=sys.stderr,
-        )
+        kept = "the last complete tables and all runs are kept, and the next call writes the tables again"
+        print(f"run_all.py: the tables could not be written ({error}); {kept}.", file=sys.stderr)
         return 1
     return 130 if work.stopping else 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
 
@@ -260,7 +252,7 @@ def origins(runs: list[plan.PlannedRun]) -> list[str]:
 def forecast(missing: list[plan.PlannedRun], able: int, seconds: dict[str, float | None], at_once: int) -> str:
     """How many of the ``able`` runs are missing, and how long they will take ``at_once``."""
     text = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {able - len(missing)} already there"
-    known = [seconds[run.identity] for run in missing if seconds[run.identity] is not None]
+    known = [each for run in missing if (each := seconds[run.identity]) is not None]
     if not known:
         return f"{text}."
     minutes = run_folder.makespan(known, at_once) / 60
@@ -268,24 +260,20 @@ def forecast(missing: list[plan.PlannedRun], able: int, seconds: dict[str, float
     return f"{text}: about {max(1, round(minutes))} min, {at_once} at once{unknown}."
 
 
-def rows_of(run: plan.PlannedRun, why: str) -> dict[tuple[str, str, str], str]:
-    """The published rows that a run would have covered, as (method, data set, model), each with ``why`` it has not."""
+def rows_of(run: plan.PlannedRun, why: str) -> Failures:
+    """The published rows that a run would have covered, each with ``why`` it has not."""
     return {(m, run.parameters.get("dataset", ""), run.parameters.get("model", "")): why for m in run.paper.methods}
 
 
-def show(
-    console: Console, runs: list[plan.PlannedRun], results: Path, failures: dict[tuple[str, str, str], str]
-) -> None:
+def show(console: Console, runs: Runs, results: Path, failures: Failures) -> None:
     """Write the tables and print those of the papers of this call."""
     from dfqlib.report import collect, tables
 
     profile = profiles.load()[0][runs[0].profile]
     written = collect.write(results, profile, {run.identity for run in runs}, failures)
-    root = results / profile.name if profile.rehearsal else results
-    for paper in {run.paper.key: run.paper for run in runs}.values():
-        if paper.key not in written:
-            continue
-        _, rows, missing, _ = written[paper.key]
+    root = profile.overview_folder(results)
+    for key in [key for key in dict.fromkeys(run.paper.key for run in runs) if key in written]:
+        paper, rows, missing, _ = written[key]
         shown = tables.present(rows)
         for column in ("method", "best", "seconds", "published drop", "ranges", "data"):  # the files have them all
             if tables.width(shown) > console.width:

@@ -1,6 +1,6 @@
-"""How long, how fast and by what loss a method works: a small dataclass for each thing that is scheduled.
+"""Schedules: one small dataclass each for image synthesis, generators and fine-tuning, without torch.
 
-The defaults are the published values for CIFAR; a profile overrides them by name. Nothing here imports torch.
+The defaults are the published values for CIFAR; a profile overrides them by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from dfqlib.errors import UserError, check_choice
 from dfqlib.settings import Settings, setting
 
-DECAYS = ("step", "late_step", "cosine", "constant")
+#: Where in a run (0 to 1) the learning rate is divided by 10.
+FALLS = {"step": (0.25, 0.5, 0.75), "late_step": (0.4, 0.8), "cosine": (), "constant": ()}
+DECAYS = tuple(FALLS)
 SALIENCY_LAYERS = ("activations", "convolution")
 FOREVER = 10**9  # iterations
 
@@ -19,19 +21,14 @@ FOREVER = 10**9  # iterations
 def decay_factor(decay: str, progress: float) -> float:
     """What the learning rate is multiplied by at ``progress`` (0 to 1) of its run.
 
-    ``"step"``: 0.1 at a quarter, a half and three quarters, which is epochs 100, 200, 300 of the published 400;
-    ``"late_step"``: 0.1 at two fifths and at four fifths, which is epochs 20 and 40 of SaFT's 50;
-    ``"cosine"``: half a cosine from 1 to 0, under a linear rise from 0.1 over the first tenth, without which the loss
-    of students of many bits first rises; ``"constant"``: 1.
+    ``"step"``: 0.1 at epochs 100, 200 and 300 of the published 400; ``"late_step"``: 0.1 at epochs 20 and 40 of SaFT's
+    50; ``"cosine"``: half a cosine from 1 to 0, with a linear warm-up from 0.1 over the first tenth, without which the
+    loss of students of many bits first rises; ``"constant"``: 1.
     """
     check_choice("decay", decay, DECAYS)
-    if decay == "step":
-        return 0.1 ** sum(progress >= quarter for quarter in (0.25, 0.5, 0.75))
-    if decay == "late_step":
-        return 0.1 ** sum(progress >= fifth for fifth in (0.4, 0.8))
     if decay == "cosine":
         return min(1, 0.1 + 9 * progress) * 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0
+    return 0.1 ** sum(progress >= fall for fall in FALLS[decay])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +43,9 @@ class ImageSchedule(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.synthesis_min_lr > self.synthesis_lr:
-            raise UserError(
-                f"synthesis_min_lr={self.synthesis_min_lr!r} is above synthesis_lr={self.synthesis_lr!r}; allowed: at "
-                "most that."
-            )
+        end, begin = self.synthesis_min_lr, self.synthesis_lr
+        if end > begin:
+            raise UserError(f"synthesis_min_lr={end!r} is above synthesis_lr={begin!r}; allowed: at most {begin!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +61,20 @@ class DiverseImageSchedule(ImageSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class HardImageSchedule(ImageSchedule):
-    """HAST's images, made some at a time."""
+    """HAST's images, made in batches."""
 
     images: int = setting(5120, 1, 10**7)
-    synthesis_batch: int = setting(256, 2, 2**20)  # images made at a time
+    synthesis_batch: int = setting(256, 2, 2**20)
     synthesis_iterations: int = setting(1000, 1, FOREVER)
     synthesis_patience: int = setting(50, 0, FOREVER)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSchedule(Settings):
-    """The fine-tuning of students. The defaults are SaFT's: 50 epochs of 200 iterations.
-
-    In the first ``observe_iterations`` students only see images, to learn their activation ranges.
-    """
+    """The fine-tuning of students. The defaults are SaFT's: 50 epochs of 200 iterations."""
 
     iterations: int = setting(10_000, 2, FOREVER)  # the observing ones included
-    observe_iterations: int = setting(800, 1, FOREVER)
+    observe_iterations: int = setting(800, 1, FOREVER)  # in which students only learn their activation ranges
     train_from: int = setting(800, 1, FOREVER)  # the iteration at which students begin to train
     batch: int = setting(64, 2, 2**20)
     student_lr: float = setting(1e-5, 1e-12, 1e3)  # SGD, Nesterov momentum 0.9, weight decay 1e-4
@@ -90,7 +82,12 @@ class TuningSchedule(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_spans(self.iterations, self.observe_iterations, self.train_from)
+        iterations, observe_iterations, train_from = self.iterations, self.observe_iterations, self.train_from
+        if not 0 < observe_iterations <= train_from < iterations:
+            raise UserError(
+                f"{observe_iterations=}, {train_from=}, {iterations=} leave nothing to observe or to train; allowed: "
+                "0 < observe_iterations <= train_from < iterations."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +144,7 @@ class Mixture(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Settings):
-    """What every source and every use of a comparison may spend; the same for all, which is what makes them comparable.
+    """What every source and every use of a comparison may spend: the same for all, or they could not be compared.
 
     No paper has this table: the defaults are what the two-stage papers share, within an hour on a GPU.
     """
@@ -160,12 +157,3 @@ class Budget(Settings):
     tuning_iterations: int = setting(10_000, 2, FOREVER)
     student_lr: float = setting(1e-5, 1e-12, 1e3)
     kl_weight: float = setting(100.0, 0, 1e9)  # of GDFQ's fine-tuning, whose KL is not divided by the classes here
-
-
-def check_spans(iterations: int, observe_iterations: int, train_from: int) -> None:
-    """UserError if a fine-tuning of these numbers has nothing to observe or nothing to train."""
-    if not 0 < observe_iterations <= train_from < iterations:
-        raise UserError(
-            f"observe_iterations={observe_iterations}, train_from={train_from}, iterations={iterations} leave nothing "
-            "to observe or to train; allowed: 0 < observe_iterations <= train_from < iterations."
-        )

@@ -24,31 +24,28 @@ def names(selection: Selection) -> list[str]:
 
 def test_profiles_choose_data_models_and_bits(kit):
     assert names(Selection()) == [
-        "zeroq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0",
-        "gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0",
+        "zeroq cifar10 resnet20_cifar10 W4A4 W3A3 seed 0",
+        "gdfq cifar10 resnet20_cifar10 W4A4 W3A3 seed 0",
     ]
-    assert names(Selection("smoke", papers=["gdfq"])) == ["gdfq cifar10 resnet20_cifar10 w4a4 seed 0"]
+    assert names(Selection("smoke", papers=["gdfq"])) == ["gdfq cifar10 resnet20_cifar10 W4A4 seed 0"]
     assert names(Selection("paper", papers=["gdfq"])) == [
-        "gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0",
-        "gdfq cifar100 resnet20_cifar100 w4a4 w3a3 seed 0",
-        "gdfq imagenet resnet18 w4a4 w3a3 seed 0",
-        "gdfq imagenet resnet50 w4a4 seed 0",
-        "gdfq imagenet mobilenetv2_w1 w4a4 seed 0",
+        "gdfq cifar10 resnet20_cifar10 W4A4 W3A3 seed 0",
+        "gdfq cifar100 resnet20_cifar100 W4A4 W3A3 seed 0",
+        "gdfq imagenet resnet18 W4A4 W3A3 seed 0",
+        "gdfq imagenet resnet50 W4A4 seed 0",
+        "gdfq imagenet mobilenetv2_w1 W4A4 seed 0",
     ]
 
 
 def test_selection_overrides_the_profile(kit):
     assert names(Selection(papers=["gdfq"], datasets=["cifar100"], seeds=[0, 2], bits=["W5A5"])) == [
-        "gdfq cifar100 resnet20_cifar100 w5a5 seed 0",
-        "gdfq cifar100 resnet20_cifar100 w5a5 seed 2",
+        "gdfq cifar100 resnet20_cifar100 W5A5 seed 0",
+        "gdfq cifar100 resnet20_cifar100 W5A5 seed 2",
     ]
-    assert names(Selection("paper", papers=["gdfq"], datasets=["imagenet"], bits=["w4a4"])) == [
-        "gdfq imagenet resnet18 w4a4 seed 0",
-        "gdfq imagenet resnet50 w4a4 seed 0",
-        "gdfq imagenet mobilenetv2_w1 w4a4 seed 0",
-    ]
+    given = Selection("paper", papers=["gdfq"], datasets=["imagenet"], models=["resnet50"], bits=["w4a4"])
+    assert names(given) == ["gdfq imagenet resnet50 W4A4 seed 0"]
     # A model alone says its data set.
-    assert names(Selection("paper", papers=["zeroq"], models=["resnet50"])) == ["zeroq imagenet resnet50 w8a8 seed 0"]
+    assert names(Selection("paper", papers=["zeroq"], models=["resnet50"])) == ["zeroq imagenet resnet50 W8A8 seed 0"]
     (run,) = plan.plan(Selection(papers=["gdfq"], settings={"iterations": "7", "cosine": "false", "device": "cpu"}))
     assert (run.parameters["iterations"], run.parameters["cosine"], run.parameters["device"]) == (7, False, "cpu")
 
@@ -72,13 +69,10 @@ def test_every_published_row_has_its_run(kit):
             assert run.parameters["dataset"] == row.dataset and run.parameters["bits"] == [row.bits]
 
 
-def test_schedules_of_data_set_and_model_are_laid_over_the_profile(kit):
+def test_schedules_of_data_set_and_model_override_the_profile_and_departures_are_named(kit):
     parameters = {run.parameters["model"]: run.parameters for run in plan.plan(Selection("paper", papers=["zeroq"]))}
     assert (parameters["resnet18"]["iterations"], parameters["resnet18"]["lr"]) == (200, 0.1)
     assert (parameters["resnet50"]["iterations"], parameters["resnet50"]["lr"]) == (200, 0.5)
-
-
-def test_departures_from_the_published_schedule_are_named(kit):
     assert profiles.describe_schedule("gdfq", {"iterations": 100, "seed": 3}) == "as published"
     assert profiles.describe_schedule("gdfq", {"iterations": 10}) == "reduced: iterations 10 (published 100)"
 
@@ -99,6 +93,7 @@ def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):
         folder = run.folder(tmp_path)
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps({"run": {"seconds": seconds}}))
+        (folder / "notebook.ipynb").touch()
     broken = zeroq[2].folder(tmp_path)
     broken.mkdir()
     (broken / "metrics.json").write_text('{"run": {"sec')
@@ -107,10 +102,7 @@ def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):
     unknown = run_folder.expected_seconds(plan.plan(Selection(profile="paper", papers=["zeroq"])), tmp_path)
     assert set(unknown.values()) == {None}
 
-
-def test_makespan_takes_the_longest_first():
-    assert run_folder.makespan([1, 2, 3, 4], 2) == 5
-    assert run_folder.makespan([5, 1], 1) == 6 and run_folder.makespan([], 3) == 0
+    assert run_folder.makespan([1, 2, 3, 4], 2) == 5 and run_folder.makespan([], 3) == 0
 
 
 def test_run_id_is_a_folder_name(kit):
@@ -145,13 +137,10 @@ def test_track_reports_nested_loops_to_a_file(tmp_path, monkeypatch):
     assert [loop["label"] for loop in progress.read(file)] == ["next"]
 
 
-def test_track_does_not_mind_a_file_it_cannot_write(tmp_path, monkeypatch):
-    monkeypatch.setenv(progress.FILE_VARIABLE, str(tmp_path / "none" / "progress.json"))
-    assert list(progress.track(range(3), "loop")) == [0, 1, 2]
-
-
-def test_track_draws_nothing_on_a_pipe(capsys, monkeypatch):
+def test_track_draws_nothing_on_a_pipe_nor_minds_a_file_it_cannot_write(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv(progress.FILE_VARIABLE, raising=False)
+    assert list(progress.track(range(3), "loop")) == [0, 1, 2]
+    monkeypatch.setenv(progress.FILE_VARIABLE, str(tmp_path / "none" / "progress.json"))
     assert list(progress.track(range(3), "loop")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
 

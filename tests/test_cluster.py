@@ -127,7 +127,7 @@ def test_a_cluster_without_workers_is_told(kit, tmp_path):
         lines = [batch.stdout.readline() for _ in range(3)]
         kill_family(batch)
         batch.communicate()
-    assert f"No worker has come to {empty.scheduler_address} yet: the runs wait for one.\n" in lines
+    assert f"No worker is connected to {empty.scheduler_address} yet; runs start when one joins.\n" in lines
 
 
 def test_a_gpu_takes_one_run_at_a_time(kit, tmp_path, processes):

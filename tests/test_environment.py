@@ -24,17 +24,8 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 
 def pins(python: str, system: str) -> dict[str, str]:
     """Package -> version that requirements.txt installs on some Python and system."""
-    machine = "arm64" if system == "darwin" else "x86_64"
-    where = {
-        "python_version": python,
-        "python_full_version": f"{python}.0",
-        "sys_platform": system,
-        "platform_system": system.capitalize(),
-        "platform_machine": machine,
-        "os_name": "posix",
-        "platform_python_implementation": "CPython",
-        "implementation_name": "cpython",
-    }
+    where = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": system}
+    where |= {"platform_system": system.capitalize(), "platform_machine": "arm64" if system == "darwin" else "x86_64"}
     found = {}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if line and not line.startswith(("#", " ")):
@@ -100,12 +91,9 @@ def test_no_file_names_a_host_to_install_from():
 
 def test_the_package_carries_its_data_files():
     configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = [
-        f"{package.replace('.', '/')}/{pattern}"
-        for package, patterns in configuration["package-data"].items()
-        for pattern in patterns
-    ]
-    carried = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    carried = set()
+    for package, patterns in configuration["package-data"].items():
+        carried |= {path for pattern in patterns for path in ROOT.joinpath(*package.split(".")).glob(pattern)}
     present = {p for p in (ROOT / "dfqlib").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert present - carried == set()
     found = find_namespace_packages(str(ROOT), **configuration["packages"]["find"])

@@ -43,23 +43,16 @@ def test_all_run_under_smoke(tmp_path):
     for run in runs:
         out = tmp_path / run.paper.key
         out.mkdir()
-        notebook = parameterize_notebook(
-            load_notebook_node(str(run.paper.notebook)),
-            run.parameters | {"out": str(out)},
-            kernel_name="python3",
-            language="python",
-        )
+        notebook = load_notebook_node(str(run.paper.notebook))
+        values = run.parameters | {"out": str(out)}
+        notebook = parameterize_notebook(notebook, values, kernel_name="python3", language="python")
         nbformat.write(notebook, out.with_suffix(".ipynb"))
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
     command += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval.cfg"), "-p", "no:cacheprovider", "-q"]
+    command += ["-p", "forked_kernels", *(f"{run.paper.key}.ipynb" for run in runs)]
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(
-        [*command, "-p", "forked_kernels", *(f"{run.paper.key}.ipynb" for run in runs)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     for run in runs:
         out = tmp_path / run.paper.key

@@ -70,7 +70,7 @@ def test_a_results_file_cut_in_half_gives_its_whole_lines(kit, tmp_path, capsys,
     half = {"half a line": text[:-9], "half the header": text[:9], "all": ""}[cut]
     path.write_text(half)
     assert call(results, "--papers", "gdfq") == 0
-    assert f"{path} is broken" in capsys.readouterr().out
+    assert f"{path} is truncated" in capsys.readouterr().out
     rows = pd.read_csv(path)
     assert list(rows[rows["paper"] == "zeroq"]["top1"]) == [60.0] * kept_lines
     assert list(rows["paper"]).count("gdfq") == 2
@@ -93,7 +93,7 @@ def test_a_broken_checkpoint_in_a_batch_is_begun_anew(tmp_path, monkeypatch, sha
 
     monkeypatch.setenv(CHECKPOINTS, str(tmp_path))
     monkeypatch.setenv(CHECKPOINT_SECONDS, "9")
-    run = Run("gdfq", {}, fp32_top1=90.0)
+    run = Run("gdfq", {})
     checkpoint = run.checkpoint("GDFQ w4a4")
     assert checkpoint.seconds == 9
     save_checkpoint(checkpoint.path, {}, {"a": torch.ones(99)})
@@ -149,7 +149,7 @@ from dfqlib.checkpoint import load_checkpoint
 from dfqlib.finetuning.loop import finetune
 from dfqlib.notebook.run import Run
 
-kept = Run("zeroq", dict(seed=seed), out=out, fp32_top1=90.0).checkpoint("tuning")
+kept = Run("zeroq", dict(seed=seed, out=out)).checkpoint("tuning")
 began_at = (load_checkpoint(kept.path, {{}}) or {{"drawn": 0}})["drawn"]
 student = make_student(small_teacher())
 scored = []

@@ -25,7 +25,7 @@ def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
     results = tmp_path / "results"
     assert call(results) == 0
     printed = capsys.readouterr().out
-    assert "[1/2] zeroq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0: starts" in printed
+    assert "[1/2] zeroq cifar10 resnet20_cifar10 W4A4 W3A3 seed 0: starts" in printed
     assert printed.count("cifar10: the 2,000 test images in the package; for the full set") == 1
     assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
     assert "90.11" in printed  # the published value of GDFQ W4A4 beside ours
@@ -49,11 +49,8 @@ def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
     assert list(ours["seeds"]) == ["0 1", "0 1"] and list(ours["top1"]) == [60.5, 60.5]
     assert list(ours["published"]) == [90.11, 75.11]
 
-    tidy = pd.read_csv(results / "results.csv")
-    assert tidy.groupby("paper", sort=False)["top1"].apply(list).to_dict() == {
-        "zeroq": [60.0, 60.0],
-        "gdfq": [60.0, 61.0, 60.0, 61.0],
-    }
+    tidy = pd.read_csv(results / "results.csv").groupby("paper", sort=False)["top1"].apply(list).to_dict()
+    assert tidy == {"zeroq": [60.0, 60.0], "gdfq": [60.0, 61.0, 60.0, 61.0]}
     shutil.rmtree(results / "quick" / "zeroq")  # as in a fresh clone: the lines are there, the runs are not
     assert call(results, "--papers", "gdfq") == 0
     assert set(pd.read_csv(results / "results.csv")["paper"]) == {"zeroq", "gdfq"}
@@ -69,8 +66,8 @@ def test_tables_name_every_published_row_run_or_not(kit, tmp_path):
     imagenet = missing[missing["dataset"] == "imagenet"]["reason"]
     assert imagenet.str.contains("needs the test images of imagenet").all()
     text = (results / "README.md").read_text()
-    assert "![gdfq: gdfq-quick-resnet20_cifar10-curve](figures/gdfq-quick-resnet20_cifar10-curve.png)" in text
-    assert (results / "figures" / "gdfq-quick-resnet20_cifar10-curve.png").is_file()
+    figure = "gdfq-quick-cifar10-resnet20_cifar10-curve"
+    assert f"![gdfq: {figure}](figures/{figure}.png)" in text and (results / "figures" / f"{figure}.png").is_file()
     for method in ("zeroq", "qimera", "dsg", "hast", "synq", "saft"):
         assert f"| {method} |" in text
 
@@ -186,7 +183,7 @@ def test_dry_run_and_list_write_nothing(kit, tmp_path, capsys):
     results = tmp_path / "results"
     assert call(results, "--dry-run", "--set", "iterations=7", "lr=0.5") == 0
     printed = capsys.readouterr().out
-    assert printed.count(": to run") == 2 and "iterations=7 lr=0.5" in printed
+    assert printed.count(": to run") == 2 and " iterations=7 " in printed and " lr=0.5 " in printed
     assert call(results, "--list") == 0
     printed = capsys.readouterr().out
     assert "the test images of imagenet (in $DFQ_DATA/imagenet" in printed and "no notebook for this paper" in printed
@@ -195,15 +192,12 @@ def test_dry_run_and_list_write_nothing(kit, tmp_path, capsys):
 
 
 def test_planning_does_not_import_torch(kit):
-    code = (
-        "import sys, run_all; run_all.main(['--dry-run']); run_all.main(['--list']); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    calls = "import sys, run_all; run_all.main(['--dry-run']); run_all.main(['--list'])"
+    command = [sys.executable, "-c", f"{calls}; assert 'torch' not in sys.modules"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize(
-    ("stop", "background"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)]
-)
+@pytest.mark.parametrize(("stop", "background"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop, background):
     results, flag = tmp_path / "results", tmp_path / "started"
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
@@ -304,21 +298,15 @@ def test_two_at_once_lose_nothing(kit, tmp_path):
         (["--seeds", "2-0"], "seeds='2-0' is not a seed"),
         (["--seeds", "0-9999999"], "ranges such as 0-2 of at most 1000 seeds"),
         (["--set", "iteration=3"], "--set='iteration' is unknown (did you mean 'iterations'?)"),
-        (
-            ["--set", "iterations=many"],
-            "--set iterations=many is not of the parameter's type; allowed: int, such as 10",
-        ),
-        (["--set", "iterations=-3"], "iterations=-3 is out of range; allowed: a number from 1 to 1000."),
-        (["--set", "lr=nan"], "lr=nan is out of range"),
-        (["--set", "cosine=maybe"], "--set cosine='maybe' is unknown; allowed: true, false"),
+        (["--set", "iterations=many"], "iterations='many' is not a whole number"),
+        (["--set", "lr=nan"], "lr='nan' is not a number"),
+        (["--set", "lr=1e999"], "lr=inf is out of range"),
+        (["--set", "cosine=maybe"], "cosine='maybe' is of another type; allowed: True or False"),
         (["--set", "iterations"], "--set iterations is not NAME=VALUE"),
         (["--set", "seed=3"], "--set seed=3 has an option of its own: use --seeds"),
         (["--sett", "x=1"], "unrecognized arguments: --sett x=1"),
         (["--datasets", "imagenet"], "needs the test images of imagenet"),
-        (
-            ["--datasets", "cifar10", "cifar100", "--set", "data_folder=x"],
-            "--set data_folder would serve cifar10, cifar100",
-        ),
+        (["--datasets", "cifar10", "cifar100", "--set", "data_folder=x"], "data_folder would serve cifar10, cifar100"),
         (["--set", "data_folder=/does/not/exist"], "is not a folder"),
     ],
 )
@@ -330,19 +318,17 @@ def test_wrong_input_is_one_sentence_before_any_work(kit, tmp_path, capsys, argu
         assert not list((tmp_path / "results").glob("*"))
 
 
-@pytest.mark.parametrize("seeds", [["0", "1", "2"], ["0,1,2"], ["0-2"], ["0,", "1-2"]])
-def test_seeds_are_numbers_lists_and_ranges(kit, tmp_path, capsys, seeds):
-    assert call(tmp_path / "results", "--dry-run", "--papers", "gdfq", "--seeds", *seeds) == 0
-    assert re.findall(r"seed (\d): to run", capsys.readouterr().out) == ["0", "1", "2"]
-
-
-def test_bits_are_read_in_any_case(kit, tmp_path, capsys):
+def test_seeds_are_numbers_lists_and_ranges_and_bits_are_read_in_any_case(kit, tmp_path, capsys):
+    for seeds in (["0", "1", "2"], ["0,1,2"], ["0-2"], ["0,", "1-2"]):
+        assert call(tmp_path / "results", "--dry-run", "--papers", "gdfq", "--seeds", *seeds) == 0
+        assert re.findall(r"seed (\d): to run", capsys.readouterr().out) == ["0", "1", "2"]
     for arguments in (["--list"], ["--dry-run"]):
-        printed = []
+        printed = set()
         for bits in ("w4a4", "W4A4"):
             assert call(tmp_path / "results", *arguments, "--papers", "gdfq", "--bits", bits) == 0
-            printed.append(capsys.readouterr().out.lower())
-        assert printed[0] == printed[1] and "w4a4" in printed[0] and "w3a3" not in printed[0]
+            printed.add(capsys.readouterr().out)
+        (text,) = printed
+        assert "W4A4" in text and "W3A3" not in text
 
 
 @pytest.mark.parametrize("folder", ["a [x]", "a[/b]/r", "ä – ✓"])
@@ -374,15 +360,12 @@ def test_data_folder_and_weights_are_checked_before_any_work(kit, tmp_path, caps
     assert not list((tmp_path / "results").glob("*"))
 
 
-def test_results_folder_that_cannot_be_written(kit, tmp_path, capsys):
+def test_results_folder_and_table_that_cannot_be_used(kit, tmp_path, capsys, monkeypatch):
     (tmp_path / "results").write_text("a file")
     for arguments in ([], ["--dry-run"]):
         assert call(tmp_path / "results", *arguments) == 2
         printed = capsys.readouterr()
         assert "cannot be written" in printed.err and printed.err.count("\n") == 1
-
-
-def test_notebooks_table_that_cannot_be_read(kit, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DFQ_PROFILES", str(tmp_path / "none.toml"))
     assert call(tmp_path / "results") == 2
     assert "DFQ_PROFILES=" in capsys.readouterr().err

@@ -1,8 +1,4 @@
-"""What a notebook run keeps: result rows, curves, figures, and where every number comes from.
-
-A notebook makes one :class:`Run`, adds rows and figures as they arise, and ends with ``run.table()`` and
-``run.save()``. With ``out=""`` (interactive work) nothing is written; ``run_all.py`` sets ``out`` to the run's folder.
-"""
+"""What a notebook run keeps: result rows, curves, figures, and where every number comes from."""
 
 import datetime
 import importlib.metadata
@@ -40,53 +36,39 @@ IDENTITY = [*(name for name in tables.SETTING if name != "paper"), "seed"]
 
 
 class Run:
-    """Results of one notebook run.
+    """Results of one notebook run, which ends with ``run.table()`` and ``run.save()``.
 
     ``paper`` is the notebook's key in ``profiles.toml``; ``parameters`` are its checked parameters. ``teacher`` is the
     network that is quantized, ``data`` the test images of every top-1 (``None`` if the notebook has none).
-    ``fp32_top1`` is the teacher's top-1 on ``data`` in percent, measured here unless given.
+    ``fp32_top1`` is the teacher's top-1 on ``data`` in percent. Files go to the folder ``parameters["out"]``; if it is
+    empty (interactive work), nothing is written.
     """
 
     def __init__(
-        self,
-        paper: str,
-        parameters: dict[str, Any],
-        teacher: Teacher | None = None,
-        data: ImageSet | None = None,
-        out: str | Path = "",
-        fp32_top1: float | None = None,
+        self, paper: str, parameters: dict[str, Any], teacher: Teacher | None = None, data: ImageSet | None = None
     ) -> None:
         self.began = time.perf_counter()
         self.paper = profiles.paper(paper)
         self.parameters = {name: plain(value) for name, value in parameters.items() if name != "out"}
+        out = parameters.get("out")
         self.teacher, self.data, self.out = teacher, data, Path(out) if out else None
         if self.out and not self.out.is_dir():
-            raise UserError(f"out={str(out)!r} is not a folder; give an existing one, or '' to write nothing.")
-        self.fp32_top1 = fp32_top1
-        if fp32_top1 is None and teacher is not None and data is not None:
-            self.fp32_top1 = evaluate.top1(teacher.network, data, teacher)
+            raise UserError(f"out={str(out)!r} is not a folder; allowed: an existing one, or '' to write nothing.")
+        self.fp32_top1 = evaluate.top1(teacher.network, data, teacher) if teacher and data is not None else None
         self.rows: list[dict[str, Any]] = []
         self.records: dict[str, Any] = {}
         self.figures: list[str] = []
 
     def row(
-        self,
-        bits: BitWidths | tuple[float, float] = FLOAT,
-        *,
-        top1: float,
-        top1_best: float | None = None,
-        variant: str = "",
-        ranges: str = "",
-        seconds: float | None = None,
-        **extra: Any,
+        self, bits: BitWidths | tuple[float, float] = FLOAT, *, top1: float, top1_best: float | None = None, **own: Any
     ) -> None:
         """Add a row: last and best top-1 in percent at ``bits``; for mixed precision these are mean bits per value.
 
-        ``variant`` names the departure from the paper's method; only rows without one are compared with the published
-        value. ``ranges`` names the source of the activation ranges. Method, scheme, data set, model, seed and the
-        teacher's top-1 are those of the run unless ``extra`` gives them; other entries of ``extra`` are kept as they
-        are. A row of the same ``IDENTITY`` is replaced, since a cell may run twice. Raises ValueError if a top-1 is not
-        a percentage or the bits are not two numbers.
+        ``own`` gives or overrides columns. ``variant`` names the departure from the paper's method; only rows without
+        one are compared with the published value. ``ranges`` names the source of the activation ranges, ``seconds`` the
+        time taken. Method, scheme, data set, model, seed and the teacher's top-1 are by default those of the run; other
+        columns are kept as they are. A row of the same ``IDENTITY`` is replaced, since a cell may run twice. Raises
+        ValueError if a top-1 is not a percentage or the bits are not two numbers.
         """
         widths = bits if isinstance(bits, tuple) else (bits.weight, bits.activation)
         weight_bits, activation_bits = (32 if width is None else width for width in widths)
@@ -98,15 +80,15 @@ class Run:
             "model": self.parameters.get("model", ""),
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
-            "variant": variant,
-            "ranges": ranges,
+            "variant": "",
+            "ranges": "",
             "seed": self.parameters.get("seed"),
             "top1": top1,
             "top1_best": top1 if top1_best is None else top1_best,
             "fp32_top1": self.fp32_top1,
-            "seconds": seconds,
+            "seconds": None,
         }
-        row = plain(filled | extra)
+        row = plain(filled | own)
         if not all(isinstance(row[name], int | float) for name in ("weight_bits", "activation_bits")):
             raise ValueError(f"bits={bits!r} are not two numbers; for mixed precision give means, such as (2.5, 8).")
         for name in ("top1", "top1_best"):
@@ -116,10 +98,9 @@ class Run:
         self.rows = [*others, row]
 
     def checkpoint(self, name: str) -> Checkpoint | None:
-        """The checkpoint of this run's fine-tuning ``name``; None outside a batch.
+        """The checkpoint of this run's fine-tuning ``name``; None outside a batch, which sets folder and interval.
 
-        ``run_all.py`` sets its folder in ``DFQ_CHECKPOINTS``, which is kept until the run is complete, and the interval
-        in ``DFQ_CHECKPOINT_SECONDS``. An unreadable checkpoint is discarded with a warning: a batch cannot ask.
+        An unreadable checkpoint is discarded with a warning: a batch cannot ask.
         """
         folder = os.environ.get(CHECKPOINTS)
         if not folder:
@@ -134,8 +115,7 @@ class Run:
     def figure(self, figure: Figure, name: str) -> Image:
         """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder and return the image.
 
-        Make it the last expression of a cell: the notebook shows the saved file, so the figure is drawn once. The name
-        is the image's alternative text.
+        As the last expression of a cell it is shown, with ``name`` as alternative text; the figure is drawn once.
         """
         if layout := figure.get_layout_engine():
             layout.execute(figure)
@@ -157,25 +137,23 @@ class Run:
         rows = self.frame()
         return tables.styled(tables.present(rows), tables.caption(rows))
 
-    def context(self) -> dict[str, str]:
-        """Paper, profile and schedule: the same for all rows that do not name their own."""
-        schedule = profiles.describe_schedule(self.paper.key, self.parameters)
-        return {"paper": self.paper.key, "profile": self.parameters.get("profile", ""), "schedule": schedule}
-
     def frame(self) -> pd.DataFrame:
         """The rows as tidy data, with all that the tables need."""
-        context = self.context()
-        return pd.DataFrame([context | row for row in self.rows])
+        return pd.DataFrame([self._context() | row for row in self.rows])
+
+    def _context(self) -> dict[str, str]:
+        """Columns that are the same for all rows that do not give their own."""
+        schedule = profiles.describe_schedule(self.paper.key, self.parameters)
+        return {"paper": self.paper.key, "profile": self.parameters.get("profile", ""), "schedule": schedule}
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from: data, teacher, software, hardware, commit, time."""
         device = pick_device(self.parameters.get("device", "auto"))
-        data, teacher = self.data, self.teacher
-        own = {"top1": self.fp32_top1}
+        data, teacher, top1 = self.data, self.teacher, {"top1": self.fp32_top1}
         libraries = ("torch", "torchvision", "pytorchcv", "numpy")
         return {
             "data": data and {"name": data.name, "images": len(data), "source": data.source},
-            "teacher": teacher and {n: getattr(teacher, n) for n in ("name", "source", "sha256")} | own,
+            "teacher": teacher and {n: getattr(teacher, n) for n in ("name", "source", "sha256")} | top1,
             "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in libraries},
             "hardware": describe_hardware(device),
             "device": str(device),
@@ -189,15 +167,13 @@ class Run:
         if self.out is None:
             return None
         kept = {name: getattr(self, name) for name in ("parameters", "rows", "records", "figures")}
-        write_json(self.out / METRICS, self.context() | {"provenance": self.provenance()} | kept)
+        write_json(self.out / METRICS, self._context() | {"provenance": self.provenance()} | kept)
         return self.out / METRICS
 
 
 def plain(value: Any) -> Any:
     """``value`` as JSON knows it: tensors and arrays become lists, tables lists of rows, NaN and infinity null."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().tolist()
-    elif isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         value = value.tolist()
     elif isinstance(value, pd.DataFrame):
         value = value.reset_index().to_dict("records")

@@ -31,7 +31,7 @@ def start(key: str, values: Mapping[str, Any]) -> Started:
     figures have the kit's look, all random generators are seeded, and the teacher's accuracy is known and printed.
     """
     paper = profiles.paper(key)
-    settings = paper.parameters.of(values)
+    settings: Any = paper.parameters.of(values)
     check_choice("profile", settings.profile, profiles.load()[0])
     plotting.style()
     seed_everything(settings.seed)
@@ -41,7 +41,7 @@ def start(key: str, values: Mapping[str, Any]) -> Started:
     test = load_test(settings.dataset, settings.data_folder, download, teacher and teacher.entry.input_size)
     if settings.per_class:
         test = balanced_subset(test, settings.per_class, f"{test.name}, {settings.per_class} per class")
-    run = Run(key, settings.values(), teacher, test, settings.out)
+    run = Run(key, settings.values(), teacher, test)
     if teacher:
         print(f"{teacher.name}: {run.fp32_top1:.2f} % of {test.name} ({len(test):,} images)")
     return Started(teacher, test, run, settings)

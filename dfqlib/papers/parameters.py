@@ -10,19 +10,10 @@ import re
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
+from dfqlib import schedules
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
-from dfqlib.schedules import (
-    FOREVER,
-    AlignmentWeights,
-    Budget,
-    DiverseImageSchedule,
-    GeneratorSchedule,
-    HardImageSchedule,
-    ImageSchedule,
-    Mixture,
-    TuningSchedule,
-)
+from dfqlib.schedules import FOREVER, Mixture
 from dfqlib.settings import Settings, setting
 
 SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
@@ -57,12 +48,12 @@ class Quantizing(Common):
 
 
 #: Parameters that say what is run and where; all others are a method's schedule, which is compared with the published.
-PLACES = tuple(name for name in Quantizing.kinds() if name != "per_class")
+RUN_PARAMETERS = tuple(name for name in Quantizing.kinds() if name != "per_class")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teachers(Common):
-    """00: the published values are the kit's own recipe, since the papers took teachers that others had trained."""
+    """Notebook 00: the published values are the kit's own recipe, since the papers took teachers trained by others."""
 
     start: str = ""
     shots: int = setting(0, 0, 10)
@@ -75,8 +66,8 @@ class Teachers(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroQ(Quantizing, ImageSchedule):
-    """01."""
+class ZeroQ(Quantizing, schedules.ImageSchedule):
+    """Notebook 01."""
 
     layer_bits: list[int] = setting([2, 4, 8], 2, 8, least=2)
     budgets: list[float] = setting([2.5, 3, 3.5, 4, 5], 2, 8, least=1)
@@ -84,8 +75,8 @@ class ZeroQ(Quantizing, ImageSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GDFQ(Quantizing, GeneratorSchedule):
-    """02."""
+class GDFQ(Quantizing, schedules.GeneratorSchedule):
+    """Notebook 02."""
 
     evaluations: int = setting(396, 1, 10**6)
     ablation_generator_iterations: int = setting(4000, 1, FOREVER)
@@ -94,8 +85,8 @@ class GDFQ(Quantizing, GeneratorSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qimera(Quantizing, GeneratorSchedule):
-    """03."""
+class Qimera(Quantizing, schedules.GeneratorSchedule):
+    """Notebook 03."""
 
     published_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])
     ablation: list[Mixture] = setting(
@@ -107,8 +98,8 @@ class Qimera(Quantizing, GeneratorSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSG(Quantizing, DiverseImageSchedule, GeneratorSchedule):
-    """04."""
+class DSG(Quantizing, schedules.DiverseImageSchedule, schedules.GeneratorSchedule):
+    """Notebook 04."""
 
     schemes: list[str] = setting(["ptq", "qat"], choices=("ptq", "qat", "control"), least=1)
     as_released: bool = False
@@ -121,8 +112,8 @@ class DSG(Quantizing, DiverseImageSchedule, GeneratorSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaFT(Quantizing, HardImageSchedule, TuningSchedule, AlignmentWeights):
-    """05."""
+class SaFT(Quantizing, schedules.HardImageSchedule, schedules.TuningSchedule, schedules.AlignmentWeights):
+    """Notebook 05."""
 
     centres: int = setting(0, 0, FOREVER)
     cutoff: float = setting(80.0, 1e-3, 1e6)
@@ -135,23 +126,16 @@ class SaFT(Quantizing, HardImageSchedule, TuningSchedule, AlignmentWeights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Quantizing, Budget):
-    """06."""
+class Compare(Quantizing, schedules.Budget):
+    """Notebook 06."""
 
     sources: list[str] = setting(list(SOURCES), choices=SOURCES, least=1)
     uses: list[str] = setting(list(USES), choices=USES, least=1)
     repeats: int = setting(3, 1, 100)
 
 
-NOTEBOOKS: dict[str, type[Settings]] = {
-    "teachers": Teachers,
-    "zeroq": ZeroQ,
-    "gdfq": GDFQ,
-    "qimera": Qimera,
-    "dsg": DSG,
-    "saft": SaFT,
-    "compare": Compare,
-}
+#: By the notebook's key in ``profiles.toml``.
+NOTEBOOKS = {each.__name__.lower(): each for each in (Teachers, ZeroQ, GDFQ, Qimera, DSG, SaFT, Compare)}
 
 
 def declared_by(defaults: dict[str, Any]) -> type[Settings]:

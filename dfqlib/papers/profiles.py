@@ -14,20 +14,23 @@ from typing import Any
 
 from dfqlib.errors import UserError, check_choice
 from dfqlib.papers.notebook_source import notebook_parameters
-from dfqlib.papers.parameters import NOTEBOOKS, PLACES, declared_by
+from dfqlib.papers.parameters import NOTEBOOKS, RUN_PARAMETERS, declared_by
 from dfqlib.settings import Settings
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How far a call goes without further options: ``datasets``, or every published row where they are empty; and the
-    bit widths where they are not the notebook's own."""
+    """What a call runs by default: ``datasets``, or every published row if empty; ``bits``, or the notebook's own."""
 
     name: str
     about: str
     datasets: list[str] = field(default_factory=list)
     bits: list[str] = field(default_factory=list)
     rehearsal: bool = False
+
+    def overview_folder(self, results: Path) -> Path:
+        """Where tables and pages go: a rehearsal's stay out of the others, in a folder of its own."""
+        return results / self.name if self.rehearsal else results
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,13 @@ class Paper:
     minutes: float = 1.0  # roughly, under quick on 2 cores: a batch begins with the longest
 
     @property
-    def defaults(self) -> dict[str, Any]:
-        """The values of the notebook's own ``parameters`` cell: those of the quick profile."""
-        return notebook_parameters(self.notebook)
-
-    @property
     def parameters(self) -> type[Settings]:
         """Types, limits and published values of all parameters."""
-        return self.declared or declared_by(self.defaults)
+        return self.declared or declared_by(notebook_parameters(self.notebook))
 
     def values(self, profile: str, dataset: str = "", model: str = "") -> dict[str, Any]:
-        """All parameters under ``profile``; those for the data set, then those for the model, are laid over it."""
-        base = self.parameters().values() | ({} if profile == "paper" else self.defaults)
+        """All parameters under ``profile``; values for the data set, then those for the model, override it."""
+        base = self.parameters().values() | ({} if profile == "paper" else notebook_parameters(self.notebook))
         table = self.tables.get(profile, {})
         own = {name: value for name, value in table.items() if not isinstance(value, dict)}
         return base | own | table.get(dataset, {}) | table.get(model, {})
@@ -69,9 +67,8 @@ def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
 
 @functools.cache
 def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
-    folder = Path(__file__).resolve().parent
-    path = Path(table).resolve() if table else folder / "profiles.toml"
-    notebooks = path.parent if table else folder.parents[1] / "notebooks"
+    path = Path(table or Path(__file__).with_name("profiles.toml")).resolve()
+    notebooks = path.parent if table else path.parents[2] / "notebooks"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
@@ -91,19 +88,15 @@ def paper(key: str) -> Paper:
     return papers[check_choice("paper", key, papers)]
 
 
-def departures(key: str, parameters: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Where a run departs from the published schedule: parameter -> (value of the run, published value)."""
-    published = paper(key).values("paper", parameters.get("dataset", ""), parameters.get("model", ""))
-    return {
-        name: (parameters[name], value)
-        for name, value in published.items()
-        if name not in PLACES and name in parameters and parameters[name] != value
-    }
+def paper_of(method: str) -> Paper | None:
+    """The notebook that runs the published rows of ``method``."""
+    return next((paper for paper in load()[1].values() if method in paper.methods), None)
 
 
 def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     """``"as published"``, or ``"reduced: "`` and each parameter that differs with the published value."""
-    differing = departures(key, parameters)
-    if not differing:
-        return "as published"
-    return "reduced: " + ", ".join(f"{name} {ours} (published {paper})" for name, (ours, paper) in differing.items())
+    published = paper(key).values("paper", parameters.get("dataset", ""), parameters.get("model", ""))
+    compared = [name for name in published if name in parameters and name not in RUN_PARAMETERS]
+    differing = [name for name in compared if parameters[name] != published[name]]
+    told = (f"{name} {parameters[name]} (published {published[name]})" for name in differing)
+    return f"reduced: {', '.join(told)}" if differing else "as published"

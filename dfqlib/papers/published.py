@@ -4,6 +4,7 @@ import csv
 import functools
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from dfqlib.bits import BitWidths
 
@@ -35,22 +36,18 @@ def rows() -> tuple[Published, ...]:
     """Every published row, in the order of the file."""
     text = resources.files("dfqlib.papers").joinpath("published.csv").read_text(encoding="utf-8")
     widths, accuracies = ("weight_bits", "activation_bits"), ("top1", "fp32_top1")
-    return tuple(
-        Published(
-            **row
-            | {name: int(row[name]) for name in widths}
-            | {name: float(row[name]) if row[name] else None for name in accuracies}
-        )
-        for row in csv.DictReader(text.splitlines())
-    )
+    lines = []
+    for line in csv.DictReader(text.splitlines()):
+        values: dict[str, Any] = dict(line)
+        values |= {name: int(line[name]) for name in widths}
+        values |= {name: float(line[name]) if line[name] else None for name in accuracies}
+        lines.append(Published(**values))
+    return tuple(lines)
 
 
-def find(
-    method: str, dataset: str, model: str, weight_bits: int, activation_bits: int, scheme: str = ""
-) -> list[Published]:
-    """The published rows of one setting; several where sources disagree, an empty ``scheme`` admits both."""
-    wanted = (method, dataset, model, weight_bits, activation_bits)
-    found = (row for row in rows() if tuple(getattr(row, name) for name in SETTING) == wanted)
+def find(*setting: str | int, scheme: str = "") -> list[Published]:
+    """The rows of a ``SETTING``; several where sources disagree, an empty ``scheme`` admits both."""
+    found = (row for row in rows() if tuple(getattr(row, name) for name in SETTING) == setting)
     return [row for row in found if scheme in ("", row.scheme)]
 
 
@@ -58,11 +55,6 @@ def teacher_top1(dataset: str, model: str) -> float | None:
     """Published full-precision top-1 of a teacher, the highest where papers disagree; ``None`` if no paper tells it."""
     values = [row.fp32_top1 for row in rows() if (row.dataset, row.model) == (dataset, model) and row.fp32_top1]
     return max(values, default=None)
-
-
-def datasets_of(model: str) -> list[str]:
-    """The data sets on which papers report ``model``."""
-    return list(dict.fromkeys(row.dataset for row in rows() if row.model == model))
 
 
 def models_of(dataset: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""``report.html``: everything that a results folder holds, on one page that needs no network.
+"""``report.html``: a results folder on one page that needs no network.
 
-Tables to sort, filter and search (DataTables, from the package itables), figures, accuracy against time, the spread
-over seeds, and for every number the run it came from, with its parameters, software, hardware and executed notebook.
+Tables to sort, filter and search (DataTables, from itables), figures, charts, and for every number the run it came
+from, with its parameters, software, hardware and executed notebook.
 """
 
 import base64
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from itables.utils import find_package_file
+from jinja2 import Environment
 
 from dfqlib.bits import bits_name
 from dfqlib.files import METRICS, write_text
@@ -19,7 +21,7 @@ from dfqlib.report import tables
 from dfqlib.runner.identity import digest
 from dfqlib.runner.run_folder import NOTEBOOK, NOTEBOOK_PAGE, read_metrics
 
-#: What the page is drawn by: a change of it draws the page again.
+#: A change in these files draws the page again.
 SOURCES = [Path(__file__).parent / name for name in ("templates/page.html.jinja", "page.py", "charts.py")]
 #: Columns by which all tables of the page can be filtered, also from its address: ``report.html?bits=W3A3``.
 FILTERS = ("data", "model", "method", "bits")
@@ -36,8 +38,6 @@ class Section(NamedTuple):
 
 def write_page(root: Path, sections: list[Section]) -> None:
     """Write ``root/report.html``; a page that was made from the same content is left, since charts take seconds."""
-    from itables.utils import find_package_file
-
     rows = pd.concat([section.rows for section in sections])
     rows = rows.assign(bits=list(map(bits_name, rows["weight_bits"], rows["activation_bits"])))
     papers = [
@@ -53,20 +53,17 @@ def write_page(root: Path, sections: list[Section]) -> None:
         for paper, own, missing, figures in sections
     ]
     runs = [run_details(root, row) for row in rows.drop_duplicates("run").to_dict("records")]
-    choices = {name: list(rows[name].unique()) for name in FILTERS}
-    content = {"papers": papers, "choices": choices, "runs": runs}
+    content = {"papers": papers, "choices": {name: list(rows[name].unique()) for name in FILTERS}, "runs": runs}
     scripts = [find_package_file("html", name) for name in ("dt_bundle.js", "dt_bundle.css")]
-    sources = [path.read_text(encoding="utf-8") for path in (*scripts, *SOURCES)]
-    made_from = digest(*sources, json.dumps(content), rows.drop(columns="rank", errors="ignore").to_json())
+    script, style, template, *code = (path.read_text(encoding="utf-8") for path in (*scripts, *SOURCES))
+    parts = json.dumps(content), rows.drop(columns="rank", errors="ignore").to_json()
+    made_from = digest(script, style, template, *code, *parts)
     path = root / "report.html"
     before = path.read_text(encoding="utf-8", errors="replace").rstrip() if path.is_file() else ""
-    if made_from in before and before.endswith("</html>"):  # made from this content, and not cut off afterwards
+    if made_from in before and before.endswith("</html>"):  # made from this content, and not truncated afterwards
         return
-    from jinja2 import Environment
+    from dfqlib.report import charts  # here, since it takes seconds
 
-    from dfqlib.report import charts
-
-    script, style, template = sources[:3]
     content["overview"] = [data_address("image/svg+xml", svg) for svg in charts.overview(rows)]
     content |= {"words": tables.WORDS, "made_from": made_from, "style": style}
     content["datatables"] = data_address("text/javascript", script.encode())
@@ -80,14 +77,9 @@ def run_details(root: Path, row: dict[str, Any]) -> dict[str, Any]:
     if metrics is None:
         return details | {"facts": {name: row[name] for name in ("schedule", "commit", "hardware", "finished")}}
     files = [Path(row["folder"], name) for name in (NOTEBOOK_PAGE, NOTEBOOK, METRICS)]
-    return details | {
-        "files": {file.name: Path(os.path.relpath(file, root)).as_posix() for file in files if file.is_file()},
-        "facts": {
-            "schedule": metrics["schedule"],
-            **pd.json_normalize(metrics["provenance"], sep=" ").to_dict("records")[0],
-        },
-        "parameters": metrics["parameters"],
-    }
+    details["files"] = {file.name: Path(os.path.relpath(file, root)).as_posix() for file in files if file.is_file()}
+    provenance = pd.json_normalize(metrics["provenance"], sep=" ").to_dict("records")[0]
+    return details | {"facts": {"schedule": metrics["schedule"], **provenance}, "parameters": metrics["parameters"]}
 
 
 def data_address(kind: str, content: bytes) -> str:

@@ -1,8 +1,4 @@
-"""Tables of results beside the published values, from tidy rows to what people read.
-
-A row's setting is what was run: method, data set, model, bit widths, variant. Runs that differ only in the seed make
-one line, with mean and standard deviation. Teachers differ, so the drop from the teacher is the fair measure.
-"""
+"""Tables of results beside the published values: tidy rows are summarised over seeds and formatted as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +10,10 @@ from pandas.io.formats.style import Styler
 from dfqlib.bits import bits_name
 from dfqlib.papers import published
 
-SETTING = [
-    "paper",
-    "method",
-    "scheme",
-    "dataset",
-    "data",
-    "model",
-    "weight_bits",
-    "activation_bits",
-    "variant",
-    "ranges",
-]
+SETTING = ["paper", "method", "scheme", "dataset", "data", "model"]
+SETTING += ["weight_bits", "activation_bits", "variant", "ranges"]
+#: What the rows of one line of a table share: they differ in the seed alone.
+LINE = [*SETTING, "profile", "schedule"]
 #: Columns of text, aligned left; numbers are aligned right.
 WORDS = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule", "source", "reason"}
 NOTE = (
@@ -36,12 +24,12 @@ NOTE = (
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per setting and schedule: mean and spread over seeds, with the published values beside them."""
+    """One line per setting and schedule: mean and standard deviation over seeds, with the published values."""
     lines = []
     for setting, group in groups(rows):
-        line = dict(zip([*SETTING, "profile", "schedule"], setting, strict=True))
+        line = dict(zip(LINE, setting, strict=True))
+        line["seeds"] = " ".join(f"{seed:.0f}" for seed in sorted(group["seed"].dropna().unique()))
         means = group[["top1", "top1_best", "fp32_top1", "seconds"]].astype(float).mean()
-        line |= {"seeds": " ".join(f"{seed:.0f}" for seed in sorted(group["seed"].dropna().unique()))}
         line |= {"top1": means["top1"], "top1_std": group["top1"].std(), **means}
         line["drop"] = line["fp32_top1"] - line["top1"]
         lines.append(line | beside(line))
@@ -50,23 +38,22 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
 def groups(rows: pd.DataFrame) -> DataFrameGroupBy:
     """The rows of each line: one setting under one schedule, all seeds."""
-    return rows.groupby([*SETTING, "profile", "schedule"], sort=False, dropna=False)
+    return rows.groupby(LINE, sort=False, dropna=False)
 
 
 def beside(line: Mapping[str, Any]) -> dict[str, Any]:
     """What is published for a line: value, drop, source, and the difference of the line's top-1 from it.
 
-    Empty for variants of a method and where nothing is published. The float network stands beside the papers' teacher.
+    Empty for variants of a method and where nothing is published. The full-precision network is compared with the
+    papers' teacher. Where sources disagree, the method's own counts; the others are named with the source.
     """
-    value = drop = None
-    source = ""
+    value, drop, source = None, None, ""
     if line["weight_bits"] == line["activation_bits"] == 32 and not line["variant"]:
         value = published.teacher_top1(line["dataset"], line["model"])
         source = "papers' teacher" if value else ""
     elif not line["variant"]:
-        found = published.find(*(line[name] for name in published.SETTING), line["scheme"])
+        found = published.find(*(line[name] for name in published.SETTING), scheme=line["scheme"])
         if found and found[0].top1 is not None:
-            # Where sources disagree, the method's own comes first; the others are named with the source.
             value, teacher = found[0].top1, found[0].fp32_top1
             drop = teacher - value if teacher else None
             source = "; ".join([found[0].source, *(f"{row.top1:.2f} in {row.source}" for row in found[1:])])
@@ -84,12 +71,11 @@ def present(rows: pd.DataFrame) -> pd.DataFrame:
     lines = summarise(rows)
     several = lines["scheme"].nunique() > 1
     short = lines["schedule"].str.partition(":")[0]  # "reduced"; the caption says what was reduced
-    columns = {name: lines[name] for name in ("method", "data", "model")}
-    columns |= {
+    columns = {
+        **lines[["method", "data", "model"]],
         "scheme": lines["scheme"].str.upper() if several else "",
         "bits": list(map(bits_name, lines["weight_bits"], lines["activation_bits"])),
-        "variant": lines["variant"],
-        "ranges": lines["ranges"],
+        **lines[["variant", "ranges"]],
         "top-1": list(map(number, lines["top1"], lines["top1_std"])),
         "published": lines["published"].map(number),
         "difference": lines["difference"].map(lambda value: number(value, sign="+")),
@@ -105,22 +91,16 @@ def present(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def caption(rows: pd.DataFrame) -> str:
-    """The text below a table: how to read it, and each schedule in full."""
-    schedules = {} if rows.empty else dict.fromkeys(zip(rows["profile"], rows["schedule"], strict=True))
-    described = [f"Schedule {profile}, {schedule}." for profile, schedule in schedules]
-    return " ".join([NOTE, *unpublished(rows), *described])
-
-
-def unpublished(rows: pd.DataFrame) -> list[str]:
-    """A sentence if nothing is published for these methods on any of the data sets in ``rows``."""
+    """The text below a table: how to read it, what no paper reports, and each schedule in full."""
     if rows.empty:
-        return []
-    methods, ours = dict.fromkeys(rows["method"]), set(rows["dataset"])
+        return NOTE
+    sentences, methods = [NOTE], dict.fromkeys(rows["method"])
     theirs = dict.fromkeys(row.dataset for row in published.rows() if row.method in methods)
-    if not theirs or ours & set(theirs):
-        return []
-    names = ", ".join(methods)
-    return [f"No published value to compare with: {names} is published for {', '.join(theirs)} only."]
+    if theirs and not set(rows["dataset"]) & set(theirs):
+        names = ", ".join(methods)
+        sentences.append(f"No published value to compare with: {names} is published for {', '.join(theirs)} only.")
+    schedules = dict.fromkeys(zip(rows["profile"], rows["schedule"], strict=True))
+    return " ".join([*sentences, *(f"Schedule {profile}, {schedule}." for profile, schedule in schedules)])
 
 
 def number(value: float | None, spread: float | None = None, sign: str = "") -> str:
@@ -132,13 +112,9 @@ def number(value: float | None, spread: float | None = None, sign: str = "") -> 
 
 def styled(shown: pd.DataFrame, caption: str) -> Styler:
     """A table for a notebook: no index, cells aligned right, the caption below."""
-    style = shown.style.hide(axis="index").set_caption(caption).set_uuid("results")
-    return style.set_table_styles(
-        [
-            {"selector": "caption", "props": "caption-side: bottom; text-align: left; max-width: 60em"},
-            {"selector": "td, th", "props": "text-align: right; white-space: nowrap"},
-        ]
-    )
+    below = {"selector": "caption", "props": "caption-side: bottom; text-align: left; max-width: 60em"}
+    right = {"selector": "td, th", "props": "text-align: right; white-space: nowrap"}
+    return shown.style.hide(axis="index").set_caption(caption).set_uuid("results").set_table_styles([below, right])
 
 
 def width(shown: pd.DataFrame) -> int:
@@ -147,7 +123,7 @@ def width(shown: pd.DataFrame) -> int:
 
 
 def markdown(shown: pd.DataFrame) -> str:
-    """A GitHub table; numbers aligned right."""
+    """A GitHub table, numbers aligned right; empty for an empty table."""
     if shown.empty:
         return ""
     rule = ["---" if name in WORDS else "---:" for name in shown.columns]

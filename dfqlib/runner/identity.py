@@ -17,7 +17,7 @@ from dfqlib import places
 from dfqlib.files import sha256, write_json
 from dfqlib.papers.notebook_source import notebook_sources
 
-#: Modules and packages that show results and compute none: a change in them does not make a finished run an older one.
+#: Modules and packages that show results and compute none: a change in them leaves finished runs valid.
 DISPLAY_MODULES = ("dfqlib.progress", "dfqlib.papers", "dfqlib.report")
 #: Calls that only show their texts.
 MESSAGES = ("print", "warn", "warnings.warn")
@@ -32,58 +32,54 @@ def digest(*parts: str) -> str:
 def code_identity(notebook: Path) -> str:
     """Hash of the notebook's code cells and of every module of the kit that they import, directly or not.
 
-    The cell of parameters is not part of it, since a run's parameters are hashed by their values; nor are
-    :data:`DISPLAY_MODULES` and what :func:`normalise` leaves out.
+    Excluded are the parameters cell, whose values are hashed with the run, :data:`DISPLAY_MODULES`, and what
+    :func:`normalise` leaves out.
     """
     cells = notebook_sources(notebook)
-    modules = sorted(modules_of(cells, without=DISPLAY_MODULES).items())
-    return digest(*map(normalise, cells), *(f"{name} {normalise(source)}" for name, source in modules))
+    modules, _ = follow_imports(cells, without=DISPLAY_MODULES)
+    return digest(*map(normalise, cells), *(f"{name} {normalise(source)}" for name, source in sorted(modules.items())))
 
 
 def torch_version() -> str:
-    """The version of torch without its build, such as 2.6.0: the last digits of sums may change with it."""
+    """The version of torch without its build, such as 2.6.0: sums may differ between versions in the last digits."""
     return importlib.metadata.version("torch").partition("+")[0]
 
 
 def imports_of(notebook: Path) -> set[str]:
     """The modules that a notebook and the kit's part of it import, and names that only look like modules."""
-    cells = notebook_sources(notebook)
-    names = [imported(source, package_of(name)) for name, source in modules_of(cells).items()]
-    return set().union(*map(imported, cells), *names)
+    return follow_imports(notebook_sources(notebook))[1]
 
 
-def modules_of(sources: Iterable[str], without: Iterable[str] = ()) -> dict[str, str]:
-    """Name and source of the kit's modules that some sources import, directly or not, ``without`` some of them."""
+def follow_imports(sources: Iterable[str], without: Iterable[str] = ()) -> tuple[dict[str, str], set[str]]:
+    """What some sources import, directly or through the kit: the kit's modules with their sources, and all names.
+
+    Modules and packages in ``without`` are not followed.
+    """
     todo = [name for source in sources for name in imported(source)]
     modules: dict[str, str] = {}
+    names: set[str] = set()
     while todo:
-        name = todo.pop()
+        if (name := todo.pop()) in names:
+            continue
+        names.add(name)
         left_out = any(f"{name}.".startswith(f"{other}.") for other in without)
-        if name not in modules and not left_out and (file := module_file(name)):
+        if not left_out and (file := module_file(name)):
             modules[name] = file.read_text(encoding="utf-8")
-            todo += imported(modules[name], package_of(name))
-    return modules
+            todo += imported(modules[name], name if file.name == "__init__.py" else name.rpartition(".")[0])
+    return modules, names
 
 
 def module_file(name: str) -> Path | None:
     """The file of a module or package of the kit; None where there is none of this name."""
     kit, *parts = name.split(".")
     path = places.PACKAGE.joinpath(*parts)
-    files = path / "__init__.py", path.with_suffix(".py")
-    return next((file for file in files if kit == "dfqlib" and file.is_file()), None)
-
-
-def package_of(module: str) -> str:
-    """The package to which the relative imports in a module of the kit refer."""
-    return module if module_file(module).name == "__init__.py" else module.rpartition(".")[0]
+    files = (path / "__init__.py", path.with_suffix(".py")) if kit == "dfqlib" else ()
+    return next(filter(Path.is_file, files), None)
 
 
 @functools.cache
 def imported(source: str, package: str = "") -> frozenset[str]:
-    """What a source in ``package`` imports, also inside functions, with the packages that this runs first.
-
-    ``from a import b`` gives ``a`` and ``a.b``, which is a module or not.
-    """
+    """What a source in ``package`` imports, also inside functions: ``from a import b`` gives ``a`` and ``a.b``."""
     tree, names = parse(source), []
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Import):
@@ -96,7 +92,7 @@ def imported(source: str, package: str = "") -> frozenset[str]:
 
 @functools.cache
 def normalise(source: str) -> str:
-    """Python source without what only people read; as it is where it is not Python.
+    """Python source without what only people read; unchanged if it is not Python.
 
     Left out are comments, layout, docstrings, ``__version__``, every string in a ``raise`` statement, and strings and
     f-strings given to ``print`` or ``warnings.warn``. All other strings stay: they may be keys or choices.
@@ -104,34 +100,29 @@ def normalise(source: str) -> str:
     tree = parse(source)
     if tree is None:
         return source
+    texts: list[ast.AST] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node) is not None:
                 del node.body[0]
-            node.body = [line for line in node.body if not _is_version(line)] or [ast.Pass()]
+            names: dict[ast.stmt, str] = {s: ast.unparse(s.targets[0]) for s in node.body if isinstance(s, ast.Assign)}
+            node.body = [s for s in node.body if names.get(s) != "__version__"] or [ast.Pass()]
         elif isinstance(node, ast.Raise):
-            _blank(ast.walk(node))
+            texts += ast.walk(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in MESSAGES:
-            _blank(part for argument in node.args for part in (argument, *getattr(argument, "values", ())))
+            texts += [part for argument in node.args for part in (argument, *getattr(argument, "values", ()))]
+    for node in texts:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
     return ast.unparse(tree)
 
 
 def parse(source: str) -> ast.Module | None:
-    """The tree of a source in which IPython's magic lines are texts; None if it is no Python all the same."""
+    """The tree of a source, IPython's magic lines as strings; None if it is not Python."""
     for text in (source, MAGIC.sub(r"\1(r'''\2''',)", source)):
         with contextlib.suppress(SyntaxError):
             return ast.parse(text)
     return None
-
-
-def _is_version(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
-
-
-def _blank(nodes: Iterable[ast.AST]) -> None:
-    for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            node.value = ""
 
 
 def teacher_identity(model: str, weights: str) -> str:
@@ -149,9 +140,9 @@ def data_identity(dataset: str, folder: Path | None, training: bool = False) -> 
 
 
 def _content(folder: Path, files: list[Path]) -> str:
-    """Hash of the names and content of a folder's files, kept on disk until a name, a size or a time changes."""
-    names, stats = [file.relative_to(folder).as_posix() for file in files], [file.stat() for file in files]
-    times = (f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats)
+    """Hash of the names and content of a folder's files, cached on disk until a name, a size or a time changes."""
+    names = [file.relative_to(folder).as_posix() for file in files]
+    times = (f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in (file.stat() for file in files))
     state, store = digest(str(folder.resolve()), *names, *times), places.cache_folder() / "data.json"
     kept: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # no cache, or a broken one

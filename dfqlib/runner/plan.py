@@ -1,7 +1,6 @@
-"""Which notebook runs a call of ``run_all.py`` means, and what each run depends on.
+"""Which notebook runs a call of ``run_all.py`` requests, and what each run depends on; without importing torch.
 
-A run is found again by its identity: a hash of its parameters, the code it runs, the teacher's weights, the images and
-torch's version (:mod:`dfqlib.runner.identity`). Nothing here imports torch, so that planning takes no time.
+A finished run is recognised by its identity, see :mod:`dfqlib.runner.identity`.
 """
 
 import functools
@@ -53,11 +52,10 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """For messages, such as ``gdfq cifar10 resnet20_cifar10 w4a4 w3a3 seed 0``, without what the notebook lacks."""
+        """For messages, such as ``gdfq cifar10 resnet20_cifar10 W4A4 W3A3 seed 0``, without what the notebook lacks."""
         p = self.parameters
         seed = f"seed {p['seed']}" if "seed" in p else ""
-        parts = [self.paper.key, p.get("dataset"), p.get("model"), *p.get("bits", []), seed]
-        return " ".join(part for part in parts if part)
+        return " ".join(filter(None, [self.paper.key, p.get("dataset"), p.get("model"), *p.get("bits", []), seed]))
 
     @property
     def identity(self) -> str:
@@ -82,10 +80,9 @@ def plan(selection: Selection) -> list[PlannedRun]:
     profile = profiles[check_choice("profile", selection.profile, profiles)]
     for key in selection.papers:
         check_choice("papers", key, papers)
-    known = dict.fromkeys(row.dataset for row in published.rows())
     for dataset in selection.datasets:
         if "data_folder" not in selection.settings and not data_folder(dataset, {}):
-            check_choice("datasets", dataset, known)
+            check_choice("datasets", dataset, dict.fromkeys(row.dataset for row in published.rows()))
     for model in selection.models:
         check_choice("models", model, dict.fromkeys(row.model for row in published.rows()))
     widths = [str(BitWidths.parse(text)) for text in selection.bits or profile.bits]
@@ -95,11 +92,13 @@ def plan(selection: Selection) -> list[PlannedRun]:
     runs: dict[str, PlannedRun] = {}
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
-        code, own = code_identity(paper.notebook), paper.parameters.kinds()
-        for dataset, model in pairs_of(paper, profile, selection, own):
+        code = code_identity(paper.notebook)
+        rows = [row for row in published.rows() if row.method in paper.methods and not profile.datasets]
+        for dataset, model in pairs_of(paper, profile, selection):
             values = paper.values(profile.name, dataset, model)
+            reported = [row.bits for row in rows if (row.dataset, row.model) == (dataset, model)]
             # A notebook without published rows runs the bit widths of its parameters cell.
-            bits = widths or ([] if profile.datasets else published_widths(paper, dataset, model)) or values.get("bits")
+            bits = widths or list(dict.fromkeys(reported)) or values.get("bits")
             values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings[paper.key]
             for seed in selection.seeds:
                 parameters = paper.parameters.of(values | {"seed": seed}).values()
@@ -118,21 +117,22 @@ def plan(selection: Selection) -> list[PlannedRun]:
                 run = PlannedRun(paper, profile.name, parameters, depends)
                 runs[run.identity] = run
     if not runs:
-        raise UserError(
-            f"the options leave nothing to run: {', '.join(paper.key for paper in chosen)} has none of these data sets "
-            "and models."
-        )
-    check_single("data_folder", selection.settings, {run.parameters.get("dataset") for run in runs.values()})
-    check_single("weights", selection.settings, {run.parameters.get("model") for run in runs.values()})
+        keys = ", ".join(paper.key for paper in chosen)
+        raise UserError(f"the options leave nothing to run: {keys} has none of these data sets and models.")
+    for parameter, use in (("data_folder", "dataset"), ("weights", "model")):  # one file or folder serves one of them
+        several = sorted({run.parameters.get(use, "") for run in runs.values()} - {""})
+        if selection.settings.get(parameter) and len(several) > 1:
+            names = ", ".join(several)
+            raise UserError(f"--set {parameter} would serve {names}; choose one with --datasets and --models.")
     return list(runs.values())
 
 
-def pairs_of(paper: Paper, profile: Profile, selection: Selection, own: dict[str, Any]) -> list[tuple[str, str]]:
+def pairs_of(paper: Paper, profile: Profile, selection: Selection) -> list[tuple[str, str]]:
     """(data set, model) of each run of ``paper``: those requested, else the profile's, else every published pair."""
-    if "dataset" not in own:
+    if "dataset" not in paper.parameters.kinds():
         return [("", "")]
     rows = [row for row in published.rows() if row.method in paper.methods]
-    implied = [dataset for model in selection.models for dataset in published.datasets_of(model)]
+    implied = [row.dataset for row in published.rows() if row.model in selection.models]
     every = paper.datasets or [row.dataset for row in rows]
     pairs = []
     for dataset in dict.fromkeys(selection.datasets or implied or profile.datasets or every):
@@ -143,28 +143,21 @@ def pairs_of(paper: Paper, profile: Profile, selection: Selection, own: dict[str
             raise UserError(f"datasets={dataset!r} is no data set of the papers; name its model with --models.")
         asked = [model for model in selection.models if model in models or not models]
         if selection.datasets and selection.models and not asked:
-            raise UserError(
-                f"models={' '.join(selection.models)!r} has none for {dataset}; allowed: {', '.join(models)}."
-            )
+            given = " ".join(selection.models)
+            raise UserError(f"models={given!r} has none for {dataset}; allowed: {', '.join(models)}.")
         # A profile without data sets means every published row, hence each of its models.
         reported = [row.model for row in rows if row.dataset == dataset and not profile.datasets]
         pairs += [(dataset, model) for model in dict.fromkeys(asked or reported or models[:1])]
     return pairs
 
 
-def published_widths(paper: Paper, dataset: str, model: str) -> list[str]:
-    """The bit widths that the paper reports for this model."""
-    rows = [row for row in published.rows() if (row.dataset, row.model) == (dataset, model)]
-    return list(dict.fromkeys(row.bits for row in rows if row.method in paper.methods))
-
-
 def check_settings(texts: dict[str, str], papers: list[Paper]) -> dict[str, dict[str, Any]]:
-    """The values of ``--set`` for each paper that has such parameters, by its key; unknown names are refused."""
+    """The values of ``--set`` by paper, for those parameters that it has; UserError for unknown names."""
     values: dict[str, dict[str, Any]] = {paper.key: {} for paper in papers}
+    known = dict.fromkeys(name for paper in papers for name in paper.parameters.kinds() if name not in OPTIONS)
     for name, text in texts.items():
         if name in OPTIONS:
             raise UserError(f"--set {name}={text} has an option of its own: use --{OPTIONS[name]}.")
-        known = dict.fromkeys(each for paper in papers for each in paper.parameters.kinds() if each not in OPTIONS)
         check_choice("--set", name, known)
         if name in PATH_PARAMETERS and text:
             text = str(expand(text).resolve())
@@ -172,10 +165,3 @@ def check_settings(texts: dict[str, str], papers: list[Paper]) -> dict[str, dict
             if name in paper.parameters.kinds():
                 values[paper.key][name] = paper.parameters.parse(name, text)
     return values
-
-
-def check_single(parameter: str, settings: dict[str, Any], uses: set[str | None]) -> None:
-    """UserError if one folder or one weights file would be used for several data sets or models."""
-    several = sorted(use for use in uses if use)
-    if settings.get(parameter) and len(several) > 1:
-        raise UserError(f"--set {parameter} would serve {', '.join(several)}; choose one with --datasets and --models.")

@@ -30,7 +30,7 @@ def downloads(model: str) -> bool:
 
 
 def obstacle(run: PlannedRun, download: bool = True) -> str:
-    """Why a run cannot start, as one sentence; empty if it can. May ``download`` a teacher, else takes it for there."""
+    """Why a run cannot start, as one sentence; empty if it can. May ``download`` a teacher, else supposes it."""
     parameters, dataset = run.parameters, run.parameters.get("dataset", "")
     # A notebook that quantizes nothing trains teachers, so it needs none.
     model = parameters.get("model", "") if run.paper.methods else ""

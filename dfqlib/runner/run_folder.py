@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import json
 import statistics
@@ -19,12 +20,12 @@ LEFTOVER_SUFFIXES = (".unfinished", ".broken")
 
 
 def complete(folder: Path) -> bool:
-    """Whether a folder holds a finished run: one without a notebook, or with a broken metrics.json, is none."""
+    """Whether a folder holds a finished run, with its notebook and an intact metrics.json."""
     return (folder / NOTEBOOK).is_file() and read_metrics(folder) is not None
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder measured; None if metrics.json is not there, or not whole."""
+    """What the run in a folder measured; None if metrics.json is missing or broken."""
     try:
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -32,44 +33,40 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     return metrics if isinstance(metrics, dict) and "run" in metrics else None
 
 
+def finished(folder: Path, kind: str = "") -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and metrics of each finished run in ``folder``, by name; ``kind`` is how their ids begin."""
+    folders = [each for each in sorted(folder.glob(f"{kind}[!.]*")) if each.suffix not in LEFTOVER_SUFFIXES]
+    return [(each, metrics) for each in folders if complete(each) and (metrics := read_metrics(each))]
+
+
 def broken_files(results: Path) -> Iterable[str]:
-    """A sentence for each file of a results folder that was cut off in the middle: its name, and what becomes of it."""
+    """A sentence for each truncated file of a results folder: its name, and what becomes of it."""
     for path in sorted(results.glob(f"*/*/[!.]*/{METRICS}")):
         if path.parent.suffix not in LEFTOVER_SUFFIXES and read_metrics(path.parent) is None:
-            yield (
-                f"{path} is broken: its run counts as not finished; a call that asks for it runs it again and keeps "
-                f"this folder as {path.parent.name}.broken."
-            )
+            kept = f"a call that asks for it repeats it and keeps this folder as {path.parent.name}.broken"
+            yield f"{path} is broken: its run counts as not finished; {kept}."
     for path in sorted([*results.glob("results.csv"), *results.glob("*/results.csv")]):
         if not path.read_bytes().endswith(b"\n"):
-            yield f"{path} is broken: its whole lines are kept, and a copy of it as {path.name}.broken."
+            yield f"{path} is truncated: its complete lines are kept, the original is saved as {path.name}.broken."
 
 
 def expected_seconds(runs: Iterable[PlannedRun], results: Path) -> dict[str, float | None]:
-    """How long each run will take, by its identity: what the latest ones of its kind in ``results`` took.
+    """Seconds that each run will take, by its identity: those of the latest of its kind in ``results``.
 
-    A kind is a paper, profile, data set and model. Where none is recorded it is the profile table's guess, which is for
-    quick; None for other profiles.
+    A kind is a paper, profile, data set and model. Without a recorded one, the profile table's guess for quick, else
+    None.
     """
-    kinds: dict[tuple[Path, str], float | None] = {}
-    expected = {}
+    recorded, expected = functools.cache(_recorded), {}
     for run in runs:
-        folder = run.folder(results)
-        kind = folder.parent, run.id.rsplit("-", 2)[0]
-        if kind not in kinds:
-            guess = 60 * run.paper.minutes if run.profile == "quick" else None
-            kinds[kind] = _recorded(*kind) or guess
-        expected[run.identity] = kinds[kind]
+        guess = 60 * run.paper.minutes if run.profile == "quick" else None
+        expected[run.identity] = recorded(run.folder(results).parent, run.id.rsplit("-", 2)[0]) or guess
     return expected
 
 
 def _recorded(folder: Path, kind: str, latest: int = 3) -> float | None:
-    """Median seconds of the latest complete runs in ``folder`` whose ids begin with ``kind``."""
-    files = [file for file in folder.glob(f"{kind}-*/{METRICS}") if file.parent.suffix not in LEFTOVER_SUFFIXES]
-    newest = sorted(files, key=lambda file: file.stat().st_mtime)[-latest:]
-    read = [metrics for file in newest if (metrics := read_metrics(file.parent))]
-    seconds = [metrics["run"]["seconds"] for metrics in read]
-    return statistics.median(seconds) if seconds else None
+    """Median seconds of the latest finished runs in ``folder`` whose ids begin with ``kind``."""
+    runs = sorted(finished(folder, f"{kind}-"), key=lambda run: (run[0] / METRICS).stat().st_mtime)
+    return statistics.median(metrics["run"]["seconds"] for _, metrics in runs[-latest:]) if runs else None
 
 
 def makespan(seconds: Iterable[float], jobs: int) -> float:
