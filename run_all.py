@@ -213,7 +213,7 @@ def run(console: Console, runs: list[plan.PlannedRun], results: Path, options: a
     for sentence in run_folder.broken_files(results):
         console.print(sentence, soft_wrap=True)
     with contextlib.ExitStack() as stack:
-        executor: batch.Executor = execute.LocalExecutor(options.jobs or 2, options.checkpoint_every)
+        executor = execute.LocalExecutor(options.jobs or 2, options.checkpoint_every)
         if options.executor == "dask" and missing:
             from dfqlib.runner.cluster import Cluster
 
