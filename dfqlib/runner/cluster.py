@@ -70,7 +70,7 @@ class Cluster(contextlib.AbstractContextManager):
     ) -> None:
         options = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
         self._local = None if address else LocalCluster(n_workers=workers, **options)
-        self.address = address or self._local.scheduler_address
+        self.address = self._local.scheduler_address if self._local else address
         try:
             Client(self.address, timeout=ANSWER, set_as_default=False).close()
         except (OSError, ValueError) as error:

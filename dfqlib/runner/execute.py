@@ -224,7 +224,7 @@ class LocalExecutor:
 def load_papermill() -> None:
     """Import what executes notebooks and writes pages, which --list and a finished batch need not wait for."""
     # jsonschema, which checks notebooks, imports this URL parser if it is installed; that takes a second or two.
-    sys.modules.setdefault("rfc3987_syntax", None)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill  # noqa: F401
 
     from dfqlib.runner.notebook_page import exporter
