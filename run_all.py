@@ -208,7 +208,7 @@ def run(console: Console, runs: Runs, results: Path, options: argparse.Namespace
     for sentence in run_folder.broken_files(results):
         say(sentence)
     with contextlib.ExitStack() as stack:
-        executor: batch.Executor = execute.LocalExecutor(options.jobs or 2, options.checkpoint_every)
+        executor = execute.LocalExecutor(options.jobs or 2, options.checkpoint_every)
         if options.executor == "dask" and missing:
             from dfqlib.runner.cluster import Cluster
 

@@ -1,7 +1,6 @@
-"""Progress of long loops: a bar for an interactive user, a small file for ``run_all.py``.
+"""Progress of long loops: a bar for an interactive user, or the file named by ``DFQ_PROGRESS_FILE``.
 
-``run_all.py`` starts every notebook's kernel with ``DFQ_PROGRESS_FILE`` set. Loops then write their state to that file
-instead of drawing, so that an executed notebook holds no bars and one screen can show all notebooks.
+``run_all.py`` sets it for every kernel, so that executed notebooks hold no bars and one screen shows all notebooks.
 """
 
 import contextlib
@@ -28,14 +27,24 @@ def track(iterable: Iterable[T], label: str, total: int | None = None) -> Iterat
     ``total`` is the number of items where ``len(iterable)`` does not tell it. Draws one bar in a terminal or a
     notebook, nothing on a pipe; with ``DFQ_PROGRESS_FILE`` set, :func:`read` finds there what this process does.
     """
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
     file = os.environ.get(FILE_VARIABLE)
-    if file:
-        yield from _report(iterable, label, total, Path(file))
-    else:
+    if not file:
         screen = _screen()
         yield from tqdm(iterable, desc=label, total=total, leave=False, file=screen, disable=screen is None)
+        return
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    loop = {"label": label, "done": 0, "total": total}
+    _loops.append(loop)
+    try:
+        _write(Path(file))
+        for item in iterable:
+            yield item
+            loop["done"] += 1
+            _write(Path(file))
+    finally:
+        # By identity: a loop left by `break` ends when it is collected, perhaps after a later one began.
+        _loops[:] = [other for other in _loops if other is not loop]
 
 
 def read(file: str | Path) -> list[dict[str, Any]]:
@@ -46,27 +55,12 @@ def read(file: str | Path) -> list[dict[str, Any]]:
         return []
 
 
-def _report(iterable: Iterable[T], label: str, total: int | None, file: Path) -> Iterator[T]:
-    loop = {"label": label, "done": 0, "total": total}
-    _loops.append(loop)
-    try:
-        _write(file)
-        for item in iterable:
-            yield item
-            loop["done"] += 1
-            _write(file)
-    finally:
-        # By identity: a loop left by `break` ends when it is collected, perhaps after a later one began.
-        _loops[:] = [other for other in _loops if other is not loop]
-
-
 def _write(file: Path) -> None:
     """Replace ``file`` at most five times a second; a full disk or a removed folder must not stop the work."""
     global _last_write
-    now = time.monotonic()
-    if now - _last_write < SECONDS_BETWEEN_WRITES:
+    if time.monotonic() - _last_write < SECONDS_BETWEEN_WRITES:
         return
-    _last_write = now
+    _last_write = time.monotonic()
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         temporary.write_text(json.dumps(_loops), encoding="utf-8")

@@ -24,10 +24,10 @@ class ForkingManager(KernelManager):
 
     def start_kernel(self, **options: Any) -> None:
         self.provisioner = kernels.Forked(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
-        surroundings = {"stdout": options["stderr"], "env": kernels.environment(1)}
+        options |= {"stdout": options["stderr"], "env": kernels.environment(1)}
         self.sockets = tempfile.TemporaryDirectory(prefix="dfqlib-")  # which goes with the manager
         kernels.use_sockets(self, Path(self.sockets.name))
-        super().start_kernel(**(options | surroundings))
+        super().start_kernel(**options)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -81,15 +81,9 @@ paper = {{ iterations = 100, imagenet = {{ iterations = 200 }}, resnet50 = {{ lr
 def write_notebook(path: Path, key: str, scheme: str, body: str) -> None:
     """A notebook with a parameters cell, ``body``, and a cell that writes metrics.json and a figure."""
     sources = [("parameters", PARAMETERS), ("", body), ("", SAVE.format(key=key, scheme=scheme))]
+    common = {"cell_type": "code", "outputs": [], "execution_count": None}
     cells = [
-        {
-            "id": f"c{i}",
-            "cell_type": "code",
-            "metadata": {"tags": [tag]} if tag else {},
-            "source": source,
-            "outputs": [],
-            "execution_count": None,
-        }
+        common | {"id": f"c{i}", "metadata": {"tags": [tag]} if tag else {}, "source": source}
         for i, (tag, source) in enumerate(sources)
     ]
     spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

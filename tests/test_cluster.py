@@ -87,13 +87,14 @@ def notes(tmp_path: Path) -> Counter[str]:
     return Counter(file.read_text().splitlines()) if file.exists() else Counter()
 
 
-def test_workers_started_here(kit, tmp_path, capsys):
+def test_workers_started_here_and_no_cluster_asked_for_when_nothing_is_missing(kit, tmp_path, capsys):
     assert call(tmp_path / "results", "--executor", "dask", "--workers", "2") == 0
     printed = capsys.readouterr().out
     assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
     assert printed.count(": starts") == printed.count(": done") == 2
     assert len(run_folders(tmp_path / "results")) == 2
-    assert call(tmp_path / "results") == 0 and capsys.readouterr().out.count(": found") == 2
+    assert call(tmp_path / "results", "--executor", "dask", "--scheduler", "nowhere") == 0
+    assert capsys.readouterr().out.count(": found") == 2
 
 
 def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes):
@@ -115,9 +116,7 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
         batch.kill()
     assert batch.returncode == 0, errors
     assert len(run_folders(results)) == 12 and not list(results.glob("quick/zeroq/.*"))
-    assert {what: times for what, times in notes(tmp_path).items() if what.startswith("end")} == {
-        f"end {seed}": 1 for seed in seeds
-    }
+    assert all(notes(tmp_path)[f"end {seed}"] == 1 for seed in seeds)
     assert printed.count(": done") + printed.count(": found") == 12
 
 
@@ -153,28 +152,20 @@ def test_a_worker_with_cores_of_its_own_shares_them_with_nobody(monkeypatch, cor
     assert cluster.sharers(worker, {"node7": 16}) == runs
 
 
-def test_an_interrupt_need_not_wait_for_a_lost_scheduler(kit, tmp_path, processes):
-    write_kit(kit, zeroq=diary(tmp_path, seconds=600))
-    batch = start(tmp_path / "results", "--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address)
-    wait_for(lambda: notes(tmp_path).total() == 1, 300, batch)
-    kill_family(processes.scheduler)
-    time.sleep(5)  # the batch notices, and looks for it
-    batch.send_signal(signal.SIGINT)
-    printed, errors = batch.communicate(timeout=60)
-    assert batch.returncode == 130 and "Traceback" not in errors
-    assert printed.count(": stopped") == 1
-
-
-def test_an_interrupt_reaches_the_workers(kit, tmp_path, processes):
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_interrupt_reaches_the_workers_and_need_not_wait_for_a_lost_scheduler(kit, tmp_path, processes, lost):
     write_kit(kit, zeroq=diary(tmp_path, seconds=600))
     options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", processes.address]
     batch = start(tmp_path / "results", *options, "--seeds", "0", "1", "2")
     wait_for(lambda: notes(tmp_path).total() == 2, 300, batch)
+    if lost:
+        kill_family(processes.scheduler)
+        time.sleep(5)  # the batch notices, and looks for it
     batch.send_signal(signal.SIGINT)
-    printed, errors = batch.communicate(timeout=300)
+    printed, errors = batch.communicate(timeout=60)
     assert batch.returncode == 130 and "Traceback" not in errors
     assert printed.count(": stopped") == 3
-    assert len(run_folders(tmp_path / "results", ".unfinished")) == 2
+    assert lost or len(run_folders(tmp_path / "results", ".unfinished")) == 2
 
 
 def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkeypatch):
@@ -208,29 +199,20 @@ def test_a_worker_needs_no_copy_of_the_notebook_but_the_same_kit(kit, tmp_path, 
         cluster.at_home(run, text.replace("1 + 1", "1 + 2"), folder)
 
 
-def test_only_parameters_that_name_places_travel(kit, tmp_path, monkeypatch):
+def test_only_parameters_that_name_places_travel_and_not_too_many_images(kit, tmp_path, monkeypatch):
     (run,) = plan.plan(plan.Selection(papers=["zeroq"]))
     monkeypatch.chdir(tmp_path)
     for text in filter(None, (value for value in run.parameters.values() if isinstance(value, str))):
         Path(text).touch()
     assert cluster.inputs_of(run) == {}
-
-
-def test_too_many_images_do_not_travel(kit, tmp_path, monkeypatch):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "one.png").write_bytes(b"12345")
-    (run,) = plan.plan(plan.Selection(papers=["zeroq"], settings={"data_folder": str(tmp_path / "images")}))
-    assert cluster.inputs_of(run) == {"data_folder": tmp_path / "images"}
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "one.png").write_bytes(b"12345")
+    (run,) = plan.plan(plan.Selection(papers=["zeroq"], settings={"data_folder": str(images)}))
+    assert cluster.inputs_of(run) == {"data_folder": images}
     monkeypatch.setattr(cluster, "MAX_UPLOAD_BYTES", 4)
     with pytest.raises(UserError, match="too many to send"):
         cluster.inputs_of(run)
-
-
-def test_no_cluster_is_asked_for_when_nothing_is_missing(kit, tmp_path, capsys):
-    assert call(tmp_path / "results", "--papers", "zeroq") == 0
-    nobody = ["--executor", "dask", "--scheduler", "nowhere"]
-    assert call(tmp_path / "results", "--papers", "zeroq", *nobody) == 0
-    assert ": found" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

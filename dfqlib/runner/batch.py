@@ -1,39 +1,23 @@
-"""Execute planned runs: several at once, finished ones skipped, a failure limited to its own notebook.
+"""Execute planned runs: several at once, finished ones skipped, a failure limited to its own notebook."""
 
-An :class:`Executor` decides where a run is executed: on this machine (``execute.LocalExecutor``) or on a cluster
-(``cluster.Cluster``).
-"""
-
-import functools
 import tempfile
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from dfqlib.errors import UserError
-from dfqlib.runner.execute import Outcome, Watcher, checkpoints_of, lacks_locks
+from dfqlib.runner.execute import LocalExecutor, Outcome, Watcher, checkpoints_of, lacks_locks
 from dfqlib.runner.plan import PlannedRun
 from dfqlib.runner.run_folder import complete
 from dfqlib.runner.screen import Screen
 
-
-class Executor(Protocol):
-    """Accepts ``jobs`` runs at once, of which it executes ``places`` at the same time and queues the others."""
-
-    jobs: int
-    places: int
-
-    def prepare(self, runs: list[PlannedRun]) -> None:
-        """Called once, in the main thread, with the runs that will be executed."""
-
-    def execute(self, run: PlannedRun, results: Path, force: bool, watcher: Watcher) -> Outcome:
-        """Execute a run into its folder in ``results``; may be called from several threads."""
-
-    def stop(self) -> None:
-        """Stop the running notebooks and start no others; may be called repeatedly."""
+if TYPE_CHECKING:  # its import takes seconds
+    from dfqlib.runner.cluster import Cluster
 
 
 def check_folder(results: Path) -> str:
@@ -52,20 +36,23 @@ def check_folder(results: Path) -> str:
         raise UserError(f"results={str(results)!r} cannot be written ({reason}).") from None
 
 
+@dataclass
 class Batch:
     """The runs of one call of ``run_all.py``, with ``results`` as their destination.
 
-    After a failure the waiting runs of the same notebook are skipped, since they would probably fail too, unless
-    ``keep_going``; other notebooks continue. An interrupt (Ctrl-C) stops the running notebooks and skips the rest.
+    ``executor`` decides where: on this machine or on a cluster. It accepts ``jobs`` runs at once, of which it executes
+    ``places`` at the same time and queues the others. After a failure the waiting runs of the same notebook are
+    skipped, since they would probably fail too, unless ``keep_going``; other notebooks continue. An interrupt (Ctrl-C)
+    stops the running notebooks and skips the rest.
     """
 
-    def __init__(
-        self, results: Path, screen: Screen, executor: Executor, force: bool = False, keep_going: bool = False
-    ) -> None:
-        self.results, self.screen, self.executor = results, screen, executor
-        self.force, self.keep_going = force, keep_going
-        self.broken: set[str] = set()  # papers
-        self.stopping = False
+    results: Path
+    screen: Screen
+    executor: "LocalExecutor | Cluster"
+    force: bool = False
+    keep_going: bool = False
+    broken: set[str] = field(default_factory=set)  # papers
+    stopping: bool = False
 
     def execute(
         self, runs: list[PlannedRun], seconds: Callable[[PlannedRun], float], at_last: Callable[[], object]
@@ -84,30 +71,20 @@ class Batch:
             try:
                 wait(futures.values())
             except KeyboardInterrupt:
-                self.stop(futures.values())
+                self.stopping = True
+                while wait(futures.values(), timeout=0.2).not_done:
+                    self.executor.stop()
         outcomes = [futures[index].result() for index in range(len(runs))]
         if self.stopping:
-            self.screen.say(self.kept(outcomes))
+            finished = sum(outcome.state in ("done", "found") for outcome in outcomes)
+            begun = sum(checkpoints_of(run.folder(self.results)).is_dir() for run in runs)
+            kept = f"finished runs kept: {finished}; runs with a checkpoint to resume from: {begun}"
+            self.screen.say(f"Interrupted: {kept}. The same command continues.")
         return outcomes
 
     def there(self, run: PlannedRun) -> bool:
         """Whether the run is finished and need not be repeated."""
         return not self.force and complete(run.folder(self.results))
-
-    def stop(self, futures: Collection[Future]) -> None:
-        """Stop until every run has ended."""
-        self.stopping = True
-        while wait(futures, timeout=0.2).not_done:
-            self.executor.stop()
-
-    def kept(self, outcomes: list[Outcome]) -> str:
-        """A sentence on what an interrupted batch leaves behind."""
-        finished = sum(outcome.state in ("done", "found") for outcome in outcomes)
-        begun = sum(checkpoints_of(outcome.run.folder(self.results)).is_dir() for outcome in outcomes)
-        return (
-            f"Interrupted: finished runs kept: {finished}; runs with a checkpoint to resume from: {begun}. "
-            "The same command continues."
-        )
 
     def finish(self, index: int, run: PlannedRun) -> Outcome:
         """Execute one run, or return the reason why it was not executed."""
@@ -116,13 +93,10 @@ class Batch:
         elif self.stopping:
             outcome = Outcome(run, "skipped", "after the interrupt")
         elif run.paper.key in self.broken and not self.keep_going:
-            why = f"after another run of {run.paper.notebook.name} failed (--keep-going runs it)"
-            outcome = Outcome(run, "skipped", why)
+            outcome = Outcome(run, "skipped", f"after a run of {run.paper.notebook.name} failed (--keep-going runs it)")
         else:
-            watcher = Watcher(
-                functools.partial(self.screen.run_starts, index), functools.partial(self.screen.cell_ends, index)
-            )
             try:
+                watcher = Watcher(partial(self.screen.run_starts, index), partial(self.screen.cell_ends, index))
                 outcome = self.executor.execute(run, self.results, self.force, watcher)
             except OSError as error:  # a full disk may have no room for the run's folder either
                 outcome = Outcome(run, "failed", str(error))

@@ -1,38 +1,35 @@
 """Runs on the workers of a Dask cluster, started here or found at an address.
 
 Dask keeps the queue and notices lost workers. Where workers see the results folder, a run is executed directly in it
-and resumes from its checkpoints on another worker; otherwise its weights and images are sent to the worker and its
-folder is sent back. A restarted scheduler receives the unfinished runs again.
+and resumes from its checkpoints on another worker; otherwise its inputs are sent to the worker and its folder is sent
+back. A restarted scheduler receives the unfinished runs again.
 """
 
-import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import io
 import logging
 import os
-import secrets
 import shutil
 import tempfile
 import threading
 import time
 import uuid
 import zipfile
+from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from distributed import Client, Event, Future, KilledWorker, LocalCluster, Worker, get_client, get_worker
 from distributed.client import FutureCancelledError
-from distributed.comm import CommClosedError, get_address_host
+from distributed.comm import get_address_host
 from distributed.core import Status
 
 from dfqlib import places
 from dfqlib.errors import UserError
 from dfqlib.files import write_text
-from dfqlib.places import data_folder, weights_file
 from dfqlib.runner import kernels
 from dfqlib.runner.execute import LocalExecutor, Outcome, Watcher, put_in_place
 from dfqlib.runner.identity import code_identity, torch_version
@@ -41,8 +38,7 @@ from dfqlib.runner.plan import PlannedRun
 ANSWER = 10  # seconds in which a scheduler must answer the first time
 PATIENCE = 600  # seconds to wait for one that is being restarted
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them to 1
-MAX_UPLOAD_BYTES = 2**30  # bytes of inputs that may travel to a worker
-LOST = (FutureCancelledError, asyncio.CancelledError, CommClosedError, OSError, TimeoutError)
+MAX_UPLOAD_BYTES = 2**30  # of inputs that may travel to a worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +57,7 @@ class WorkerTask:
     checkpoint_every: int  # seconds
 
 
-@dataclasses.dataclass
-class _Sent:
-    """A run that was sent to the scheduler: its watcher and its task."""
-
-    watcher: Watcher
-    task: Future | None = None
-    started: bool = False
-
-
-class Cluster:
+class Cluster(contextlib.AbstractContextManager):
     """``workers`` processes started here, or those of the scheduler at ``address``; a context manager.
 
     A run takes one GPU where workers offer them as a Dask resource. ``jobs`` runs are in the queue at once; by default
@@ -81,12 +68,20 @@ class Cluster:
     def __init__(
         self, address: str = "", workers: int = 1, jobs: int | None = None, checkpoint_every: int = 60
     ) -> None:
-        self._local = None if address else _start_workers(workers)
-        self.address = address or self._local.scheduler_address
-        self._client = _connect(self.address)
+        options = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
+        self._local = None if address else LocalCluster(n_workers=workers, **options)
+        self.address = self._local.scheduler_address if self._local else address
+        try:
+            Client(self.address, timeout=ANSWER, set_as_default=False).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"scheduler={address!r} does not answer ({error}); `dask scheduler` starts one, at tcp://HOST:8786."
+            ) from None
+        self._client = Client(self.address, timeout=PATIENCE, set_as_default=False)
         self._checkpoint_every = checkpoint_every  # seconds
         self._topic = f"dfqlib-{uuid.uuid4().hex}"
-        self._sent: list[_Sent] = []
+        self._watchers: list[Watcher] = []  # by a run's number
+        self._waiting: dict[int, Future] = {}  # runs that no worker has started
         self._shared: bool | None = None
         self._lock = threading.Lock()
         self._stopping = False
@@ -94,9 +89,6 @@ class Cluster:
         self.empty = not room
         self.places = max(1, room)
         self.jobs = jobs or max(8, 2 * self.places)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # or a lost scheduler prints a traceback
@@ -115,14 +107,13 @@ class Cluster:
             return
         with contextlib.suppress(Exception):
             Event(self._topic, client=self._client).set()
-            self._client.cancel([sent.task for sent in self._sent if sent.task and not sent.started])
+            self._client.cancel(list(self._waiting.values()))
 
     def execute(self, run: PlannedRun, results: Path, force: bool, watcher: Watcher) -> Outcome:
         """Have a worker execute the run; again, if the scheduler loses it."""
-        sent = _Sent(watcher)
         with self._lock:
-            number = len(self._sent)
-            self._sent.append(sent)
+            number = len(self._watchers)
+            self._watchers.append(watcher)
         while not self._stopping:
             if self._client.status == "connecting":  # as above, and an interrupt must end this loop
                 time.sleep(0.5)
@@ -134,7 +125,7 @@ class Cluster:
                 return Outcome(run, "failed", line)
             except UserError as error:
                 return Outcome(run, "failed", str(error))
-            except LOST as error:
+            except (FutureCancelledError, CancelledError, OSError) as error:
                 if getattr(error, "errno", None):  # of a file here, not of a connection
                     return Outcome(run, "failed", str(error))
                 if self._client.status == "closed":
@@ -156,22 +147,21 @@ class Cluster:
         notebook = run.paper.notebook.read_text(encoding="utf-8")
         batch = self._topic, number, self._hosts(), data_root, self._checkpoint_every
         task = WorkerTask(run, notebook, results, self._shared, force, *batch)
-        inputs = None if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
+        inputs = b"" if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
-        key = f"{run.paper.key}-{run.id}-{secrets.token_hex(4)}"
-        sent = self._sent[number]
-        sent.started = False
-        sent.task = self._client.submit(work, task, inputs, key=key, pure=False, resources=resources)
-        return sent.task
+        key = f"{run.paper.key}-{run.id}-{uuid.uuid4().hex[:8]}"
+        future = self._client.submit(work, task, inputs, key=key, pure=False, resources=resources)
+        self._waiting[number] = future
+        return future
 
     def _report(self, event: tuple[float, dict[str, Any]]) -> None:
         """Pass a worker's event on to the watcher of its run."""
-        sent = self._sent[event[1]["number"]]
+        number, watcher = event[1]["number"], self._watchers[event[1]["number"]]
         if "cells" in event[1]:
-            sent.started = True
-            sent.watcher.on_start(event[1]["cells"], Path(event[1]["file"]))
+            self._waiting.pop(number, None)
+            watcher.on_start(event[1]["cells"], Path(event[1]["file"]))
         else:
-            sent.watcher.on_cell()
+            watcher.on_cell()
 
     def _workers(self) -> list[dict[str, Any]]:
         return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
@@ -184,62 +174,54 @@ class Cluster:
         return dict(hosts)
 
 
-def _start_workers(count: int) -> LocalCluster:
-    return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
-
-
-def _connect(address: str) -> Client:
-    try:
-        Client(address, timeout=ANSWER, set_as_default=False).close()
-    except (OSError, TimeoutError, ValueError) as error:
-        raise UserError(
-            f"scheduler={address!r} does not answer ({error}); `dask scheduler` starts one, at tcp://HOST:8786."
-        ) from None
-    return Client(address, timeout=PATIENCE, set_as_default=False)
-
-
 def _shared(client: Client, results: Path) -> bool:
     """Whether a worker sees this results folder."""
     with tempfile.NamedTemporaryFile(prefix=".seen-", dir=results) as probe:
         return client.submit(os.path.isfile, probe.name, pure=False).result()
 
 
-def work(task: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
+def work(task: WorkerTask, inputs: bytes) -> tuple[Outcome, bytes]:
     """Execute a run on this worker; its folder comes with the outcome where the results folder is not shared.
 
     Raises UserError for what keeps it from starting.
     """
-    try:
-        return _work(task, inputs)
-    except OSError as error:  # of this worker's disk; the client would take an OSError for a lost connection
-        raise UserError(f"worker {get_worker().address}: {error}") from None
-
-
-def _work(task: WorkerTask, inputs: bytes | None) -> tuple[Outcome, bytes | None]:
     worker = get_worker()
     own = Path(worker.local_directory)
-    run = at_home(task.run, task.notebook, own / "notebooks" / task.run.id)
     results = task.results if task.shared else own / "results"
     executor = LocalExecutor(sharers(worker, task.hosts), task.checkpoint_every)
     executor.variables |= dict.fromkeys(THREADS, str(executor.threads))
     if task.shared and task.data_root and Path(task.data_root).is_dir():
         executor.variables["DFQ_DATA"] = task.data_root
-    if inputs:
-        executor.locations = unpack_inputs(inputs, own / "inputs")
 
     def report(**event: Any) -> None:
         worker.log_event(task.topic, {"number": task.number} | event)
 
     watcher = Watcher(lambda cells, file: report(cells=cells, file=os.fspath(file)), report)
-    with _stopped_by(task.topic, executor):
-        outcome = executor.execute(run, results, task.force, watcher)
-    if task.shared:
-        return outcome, None
-    final = run.folder(results)
-    message = outcome.message.replace(os.fspath(results), os.fspath(task.results))
-    made = (final, final.with_name(f"{final.name}.unfinished"))
-    archive = pack({folder.name: folder for folder in made if folder.is_dir()})
-    return dataclasses.replace(outcome, message=message), archive
+    flag, over = Event(task.topic, client=get_client()), threading.Event()
+
+    def stop_with_the_batch() -> None:
+        while not over.wait(1):
+            # A worker closes without its scheduler, and the run is executed elsewhere.
+            if worker.status not in (Status.running, Status.paused) or flag.is_set():
+                executor.stop()
+
+    threading.Thread(target=stop_with_the_batch, daemon=True).start()
+    try:
+        run = at_home(task.run, task.notebook, own / "notebooks" / task.run.id)
+        with unpacked(inputs, own) as folder:
+            executor.locations = {path.name: os.fspath(path) for path in folder.iterdir()}
+            outcome = executor.execute(run, results, task.force, watcher)
+        if task.shared:
+            return outcome, b""
+        final = run.folder(results)
+        made = (final, final.with_name(f"{final.name}.unfinished"))
+        message = outcome.message.replace(os.fspath(results), os.fspath(task.results))
+        archive = pack({folder.name: folder for folder in made if folder.is_dir()})
+        return dataclasses.replace(outcome, message=message), archive
+    except OSError as error:  # of this worker's disk; the client would take an OSError for a lost connection
+        raise UserError(f"worker {worker.address}: {error}") from None
+    finally:
+        over.set()
 
 
 def sharers(worker: Worker, hosts: dict[str, int]) -> int:
@@ -252,34 +234,14 @@ def sharers(worker: Worker, hosts: dict[str, int]) -> int:
     return own if confined else hosts.get(get_address_host(worker.address), own)
 
 
-@contextlib.contextmanager
-def _stopped_by(topic: str, executor: LocalExecutor) -> Iterator[None]:
-    """Stop the executor's kernels when the batch is interrupted, or when Dask closes this worker."""
-    worker, over = get_worker(), threading.Event()
-    flag = Event(topic, client=get_client())
-
-    def watch() -> None:
-        while not over.wait(1):
-            # A worker closes without its scheduler, and the run is executed elsewhere.
-            if worker.status not in (Status.running, Status.paused) or flag.is_set():
-                executor.stop()
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
 def at_home(run: PlannedRun, notebook: str, folder: Path) -> PlannedRun:
     """The run with its notebook on this machine: written into ``folder`` if its own path does not exist here.
 
-    Raises UserError if the version of the kit here differs.
+    Raises UserError if the version of the kit or of torch here differs.
     """
     path = run.paper.notebook
     if not path.is_file():
         path = folder / path.name
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(path, notebook)
     for what, here in (("code", code_identity(path)), ("torch", torch_version())):
         if here != run.depends[what]:
@@ -293,22 +255,21 @@ def inputs_of(run: PlannedRun) -> dict[str, Path]:
     parameters = run.parameters
     named = {name: places.expand(parameters[name]) for name in places.PATH_PARAMETERS if parameters.get(name)}
     inputs = {name: path for name, path in named.items() if path.is_file()}
-    weights = weights_file(parameters.get("model", ""), parameters.get("weights", ""))
+    weights = places.weights_file(parameters.get("model", ""), parameters.get("weights", ""))
     if weights and weights.parent != places.ASSETS and run.paper.methods:
         inputs["weights"] = weights
-    folder = data_folder(parameters.get("dataset", ""), parameters)
-    if folder:
+    if folder := places.data_folder(parameters.get("dataset", ""), parameters):
         inputs["data_folder"] = folder
-    if folder and sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > MAX_UPLOAD_BYTES:
-        raise UserError(
-            f"the images in {str(folder)!r} are too many to send to workers; put them, and the results, into a folder "
-            "that all of them see."
-        )
+        if sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > MAX_UPLOAD_BYTES:
+            raise UserError(
+                f"the images in {str(folder)!r} are too many to send to workers; put them, and the results, into a "
+                "folder that all of them see."
+            )
     return inputs
 
 
 def pack(paths: dict[str, Path]) -> bytes:
-    """Files and folders as one archive, under the names given."""
+    """Files and folders as one zip archive, under the names given."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", strict_timestamps=False) as archive:
         for name, path in paths.items():
@@ -317,30 +278,21 @@ def pack(paths: dict[str, Path]) -> bytes:
     return stream.getvalue()
 
 
-def unpack(archive: bytes, folder: Path) -> list[Path]:
-    """Extract an archive of :func:`pack` into ``folder``."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
-        packed.extractall(folder)
-    return sorted(folder.iterdir())
-
-
-def unpack_inputs(archive: bytes, folder: Path) -> dict[str, str]:
-    """Unpack the files that parameters name, once for all runs with the same ones; their paths by parameter."""
-    place = folder / hashlib.sha256(archive).hexdigest()[:16]
-    if not place.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder))
-        unpack(archive, partial)
-        put_in_place(partial, place)
-    return {path.name: os.fspath(path) for path in place.iterdir()}
+@contextlib.contextmanager
+def unpacked(archive: bytes, parent: Path) -> Iterator[Path]:
+    """A temporary folder in ``parent`` with the content of an archive of :func:`pack`; b"" is one without content."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=parent) as folder:
+        if archive:
+            zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
+        yield Path(folder)
 
 
 def fetch(outcome: Outcome, archive: bytes, results: Path) -> None:
     """Move the folders that a worker sent to their place in ``results``."""
     parent = outcome.run.folder(results).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=parent) as arrived:
-        for folder in unpack(archive, Path(arrived)):
+    with unpacked(archive, parent) as arrived:
+        for folder in arrived.iterdir():
             put_in_place(folder, parent / folder.name)
     if outcome.state == "done":
         shutil.rmtree(parent / f"{outcome.run.id}.unfinished", ignore_errors=True)

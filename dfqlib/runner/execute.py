@@ -1,11 +1,10 @@
 """Execute one planned notebook on this machine, into a folder of its own that appears complete or not at all.
 
-While a run computes, its files are in a hidden folder beside the final one, ``.<run id>.<owner>.<random>.partial``; a
-single rename moves it to its place. A run that fails or is interrupted leaves ``<run id>.unfinished`` with the partly
-executed notebook, ``error.txt`` and the kernel's log. Its checkpoints, in ``.<run id>.checkpoints``, stay until the run
-is complete, so that a second attempt resumes from them. A run with a broken metrics.json is repeated; the old folder is
-kept as ``<run id>.broken``. A lock keeps other processes from executing the same run at the same time; the system
-releases it when the process ends, however that happens.
+A run computes in a hidden folder beside the final one, ``.<run id>.<owner>.<random>.partial``, which a rename moves to
+its place. A run that fails or is interrupted leaves ``<run id>.unfinished`` with the partly executed notebook,
+``error.txt`` and the kernel's log. Its checkpoints, in ``.<run id>.checkpoints``, stay until the run is complete, so
+that a second attempt resumes from them. A run with a broken metrics.json is repeated; the old folder is kept as
+``<run id>.broken``. A lock keeps other processes from executing the same run at the same time.
 """
 
 import contextlib
@@ -19,13 +18,14 @@ import re
 import shutil
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import psutil
 from filelock import FileLock, Timeout
 
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
@@ -37,9 +37,9 @@ from dfqlib.runner.plan import PlannedRun
 from dfqlib.runner.run_folder import METRICS, NOTEBOOK, NOTEBOOK_PAGE, complete
 from dfqlib.speed.switches import OFF_VARIABLE
 
-#: jsonschema, which checks notebooks, imports this URL parser if it is installed; that takes a second or two.
-URL_PARSER = "rfc3987_syntax"
+PROGRESS = "progress.json"
 FORMATTING = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 HOST = platform.node().replace(".", "-")
 OWNER = f"{HOST}-{os.getpid()}"
 
@@ -62,11 +62,7 @@ class Watcher:
 
 
 class KernelFailure(Exception):
-    """A notebook that did not run to its end, in one line; ``details`` goes to error.txt."""
-
-    def __init__(self, line: str, details: str) -> None:
-        super().__init__(line)
-        self.details = details
+    """A notebook that did not run to its end: the reason in one line, and the details for error.txt."""
 
 
 @dataclass
@@ -87,11 +83,7 @@ class LocalExecutor:
 
     def __post_init__(self) -> None:
         kernels.provide_home()
-
-    @property
-    def places(self) -> int:
-        """All jobs compute; none waits in a queue."""
-        return self.jobs
+        self.places = self.jobs  # all of them compute; none waits in a queue
 
     @functools.cached_property
     def threads(self) -> int:
@@ -102,6 +94,7 @@ class LocalExecutor:
         """Make kernels for ``runs`` quick to start; to be called in the main thread."""
         modules = set().union(*(imports_of(notebook) for notebook in {run.paper.notebook for run in runs}))
         self.forks = kernels.warm_up(modules, self.threads)
+        threading.Thread(target=load_papermill, daemon=True).start()  # while the kernels' process imports its modules
         # A notebook computes while another's page is written, and would wait 5 ms for that at each message.
         sys.setswitchinterval(0.0005)
 
@@ -120,7 +113,12 @@ class LocalExecutor:
                 return Outcome(run, "stopped", "interrupted before it started")
             if complete(final) and not force:  # by another process, meanwhile
                 return Outcome(run, "found", str(final))
-            return self._execute(run, final, force, watcher)
+            if force:
+                shutil.rmtree(checkpoints_of(final), ignore_errors=True)
+            for orphan in final.parent.glob(f".{final.name}.{HOST}-*.partial"):  # of a process that was killed
+                if not psutil.pid_exists(int(orphan.name.split(".")[-3].rpartition("-")[2])):
+                    shutil.rmtree(orphan, ignore_errors=True)
+            return self._execute(run, final, watcher)
 
     @contextlib.contextmanager
     def _lock(self, final: Path) -> Iterator[None]:
@@ -142,34 +140,23 @@ class LocalExecutor:
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
-    def _execute(self, run: PlannedRun, final: Path, force: bool, watcher: Watcher) -> Outcome:
+    def _execute(self, run: PlannedRun, final: Path, watcher: Watcher) -> Outcome:
         unfinished, checkpoints = final.with_name(f"{final.name}.unfinished"), checkpoints_of(final)
-        if force:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        remove_orphans(final)
-        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
-        partial.chmod(0o755)
-        progress_file = partial / "progress.json"
-        variables = {
-            FILE_VARIABLE: os.fspath(progress_file),
-            CHECKPOINTS: os.fspath(checkpoints),
-            CHECKPOINT_SECONDS: str(self.checkpoint_every),
-            OFF_VARIABLE: run.depends.get("without", ""),
-        }
-        began = time.monotonic()
-        watcher.on_start(len(notebook_cells(run.paper.notebook)) + 1, progress_file)  # papermill adds the parameters
+        partial = partial_folder(final)
         try:
-            self._run_notebook(run, partial, variables, watcher.on_cell)
-            stamp(run, partial, time.monotonic() - began)
-            set_aside(final)
+            self._run_notebook(run, partial, checkpoints, watcher)
+            if final.is_dir() and not complete(final):  # its metrics.json is broken; its notebook has the numbers too
+                with contextlib.suppress(FileNotFoundError):  # another runner was first
+                    put_in_place(final, final.with_name(f"{final.name}.broken"))
             put_in_place(partial, final)
         except (KernelFailure, OSError) as error:
-            line = "interrupted" if self.stopping else str(error)
-            details = line + "\n" if self.stopping else getattr(error, "details", line + "\n")
+            line, details = error.args if isinstance(error, KernelFailure) else (str(error), "")
+            if self.stopping:
+                line, details = "interrupted", ""
             # On a full disk the message may find no room; the partial output is kept all the same.
             with contextlib.suppress(OSError):
-                write_text(partial / "error.txt", details)
-            progress_file.unlink(missing_ok=True)
+                write_text(partial / "error.txt", details or f"{line}\n")
+            (partial / PROGRESS).unlink(missing_ok=True)
             shutil.rmtree(unfinished, ignore_errors=True)
             partial.rename(unfinished)
             message = f"{line.rstrip('.')}. Partial output: {unfinished}"
@@ -178,27 +165,28 @@ class LocalExecutor:
             shutil.rmtree(leftover, ignore_errors=True)
         return Outcome(run, "done", str(final))
 
-    def _run_notebook(
-        self, run: PlannedRun, partial: Path, variables: dict[str, str], on_cell: Callable[[], None]
-    ) -> None:
-        """Execute the notebook with its parameters into ``partial``, and write it as a page too.
+    def _run_notebook(self, run: PlannedRun, partial: Path, checkpoints: Path, watcher: Watcher) -> None:
+        """Execute the notebook into ``partial``, write it as a page too, and add the run to its metrics.json.
 
-        Raises KernelFailure if it does not reach its end.
+        Raises KernelFailure if it does not reach its end or writes no metrics.json.
         """
-        # Imported here, since --list and a finished batch need not wait the seconds that these take.
-        sys.modules.setdefault(URL_PARSER, None)
+        load_papermill()
         import papermill
         from nbclient.exceptions import DeadKernelError
 
-        logging.getLogger("papermill").setLevel(logging.ERROR)
-        log = partial / "kernel.log"
+        from dfqlib.runner.notebook_page import as_page
+
+        progress_file, log, metrics = partial / PROGRESS, partial / "kernel.log", partial / METRICS
         log.touch()
+        variables = kernels.environment(self.threads) | self.variables
+        variables |= {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)}
+        variables |= {CHECKPOINT_SECONDS: str(self.checkpoint_every), OFF_VARIABLE: run.depends.get("without", "")}
+        watcher.on_start(len(notebook_cells(run.paper.notebook)) + 1, progress_file)  # papermill adds the parameters
         started: list[Any] = []  # the notebook's node, once its kernel runs
         try:
             with tempfile.TemporaryDirectory(prefix="dfqlib-", ignore_cleanup_errors=True) as sockets:
-                environment = kernels.environment(self.threads) | variables | self.variables
-                kernel = run.paper.notebook.parent, environment, log, Path(sockets), self.forks, self.kernels
-                papermill.execute_notebook(
+                kernel = run.paper.notebook.parent, variables, log, Path(sockets), self.forks, self.kernels
+                notebook = papermill.execute_notebook(
                     literal(run.paper.notebook),
                     literal(partial / NOTEBOOK),
                     parameters=run.parameters | self.locations | {"out": os.fspath(partial)},
@@ -209,10 +197,8 @@ class LocalExecutor:
                     kernel_manager_class=kernels.kernel_manager(*kernel),
                     shutdown_kernel="immediate",
                     on_notebook_start=lambda notebook: started.append(notebook),
-                    on_cell_executed=lambda **_: on_cell(),
+                    on_cell_executed=lambda **_: watcher.on_cell(),
                 )
-            from dfqlib.runner.notebook_page import as_page
-
             write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
         except papermill.PapermillExecutionError as error:
             # The kit's own refusals are sentences; other errors need their type to be understood.
@@ -221,19 +207,35 @@ class LocalExecutor:
         except Exception as error:
             for notebook in started:  # as far as it came
                 papermill.iorw.write_ipynb(notebook, os.fspath(partial / NOTEBOOK))
-            tail = log.read_text(errors="replace")[-4000:]
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps because memory ran out" if dead else f"{type(error).__name__}: {error}"
-            raise KernelFailure(line, f"{line}\n{tail}") from error
+            raise KernelFailure(line, f"{line}\n{log.read_text(errors='replace')[-4000:]}") from error
+        if not metrics.is_file():
+            sentence = f"{run.paper.notebook.name} ended without writing {METRICS}"
+            raise KernelFailure(sentence, "The notebook did not call Run.save().\n")
+        seconds = round(sum(cell.metadata.papermill["duration"] for cell in notebook.cells), 1)
+        about = {"id": run.id, "identity": run.identity, "depends": run.depends, "seconds": seconds}
+        write_json(metrics, json.loads(metrics.read_text(encoding="utf-8")) | {"run": about})
+        for leftover in (progress_file, log):
+            leftover.unlink(missing_ok=True)
+
+
+@functools.cache
+def load_papermill() -> None:
+    """Import what executes notebooks and writes pages, which --list and a finished batch need not wait for."""
+    # jsonschema, which checks notebooks, imports this URL parser if it is installed; that takes a second or two.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    import papermill  # noqa: F401
+
+    from dfqlib.runner.notebook_page import exporter
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    exporter()
 
 
 def lacks_locks(error: Exception) -> bool:
     """Whether locking a file failed because its file system has no locks."""
-    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in (
-        errno.ENOLCK,
-        errno.ENOSYS,
-        errno.EOPNOTSUPP,
-    )
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in NO_LOCKS
 
 
 def literal(path: Path) -> str:
@@ -246,43 +248,15 @@ def checkpoints_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.checkpoints")
 
 
-def set_aside(final: Path) -> None:
-    """Keep the folder of a run with a broken metrics.json under another name: its notebook has the numbers too."""
-    if final.is_dir() and not complete(final):
-        older = final.with_name(f"{final.name}.broken")
-        shutil.rmtree(older, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):  # another runner was first
-            final.rename(older)
-
-
-def remove_orphans(final: Path) -> None:
-    """Remove the partial folders of the run at ``final`` whose process on this machine was killed."""
-    for partial in final.parent.glob(f".{final.name}.{HOST}-*.partial"):
-        process = int(partial.name.split(".")[-3].rpartition("-")[2])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            shutil.rmtree(partial, ignore_errors=True)
-        except PermissionError:
-            pass  # it is alive, and another user's
-
-
-def stamp(run: PlannedRun, partial: Path, seconds: float) -> None:
-    """Add to metrics.json what the runner knows: the run's identity, what it depends on, and its seconds in all."""
-    path = partial / METRICS
-    if not path.is_file():
-        raise KernelFailure(
-            f"{run.paper.notebook.name} ended without writing {METRICS}", "The notebook did not call Run.save().\n"
-        )
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    metrics["run"] = {"id": run.id, "identity": run.identity, "depends": run.depends, "seconds": round(seconds, 1)}
-    write_json(path, metrics)
-    for leftover in ("progress.json", "kernel.log"):
-        (partial / leftover).unlink(missing_ok=True)
+def partial_folder(final: Path) -> Path:
+    """A new hidden folder beside ``final``, with this process in its name."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
+    folder.chmod(0o755)
+    return folder
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Rename a complete run to its place, over an older one there; readers see the old run or the new one."""
+    """Rename a folder to its place, over an older one there; readers see the old folder or the new one."""
     while True:
         try:
             partial.rename(final)
@@ -291,10 +265,7 @@ def put_in_place(partial: Path, final: Path) -> None:
             if not final.exists():
                 raise
             # A folder cannot replace a filled one in one step. If another runner is here too, one of the two wins.
-            older = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
-            try:
+            older = partial_folder(final)
+            with contextlib.suppress(FileNotFoundError):
                 final.rename(older)
-            except FileNotFoundError:
-                pass
-            finally:
-                shutil.rmtree(older, ignore_errors=True)
+            shutil.rmtree(older, ignore_errors=True)

@@ -1,13 +1,15 @@
 """The kernels in which notebooks of a batch run, each a process of its own.
 
-A kernel spends most of a short notebook's time importing torch and its dependencies. So on Linux one process imports
-everything the notebooks of a batch need, once, and every kernel is forked from it (Python's own fork server). Other
-systems cannot safely fork a process that has loaded their graphics libraries; there each kernel starts from nothing.
+Importing torch and its dependencies takes seconds, so on Linux one process imports what a batch needs and every kernel
+is forked from it (Python's fork server). Other systems cannot safely fork a process that has loaded their graphics
+libraries; there each kernel starts from nothing.
 """
 
+import atexit
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -47,23 +49,21 @@ def environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)} | HELD_MEMORY | os.environ | chosen
 
 
+@functools.cache  # the first call does it
 def provide_home() -> None:
-    """Give this process and its kernels temporary folders where the user has no writable home, as in some containers.
+    """Give this process and its kernels a temporary folder where the user has no writable home, as in some containers.
 
     Kernels die without one. A home that can only be read is kept, for the weights in its caches.
     """
     home = os.path.expanduser("~")
     if os.access(home, os.W_OK):
         return
+    spare = tempfile.mkdtemp(prefix="dfqlib-home-")
+    atexit.register(shutil.rmtree, spare, ignore_errors=True)
     if not os.path.isdir(home):
-        os.environ["HOME"] = _spare_home().name
+        os.environ["HOME"] = spare
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "MPLCONFIGDIR"):
-        os.environ.setdefault(name, _spare_home().name)
-
-
-@functools.cache
-def _spare_home() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="dfqlib-home-")  # removed when the process ends
+        os.environ.setdefault(name, spare)
 
 
 def warm_up(modules: Iterable[str], threads: int) -> bool:
@@ -74,16 +74,15 @@ def warm_up(modules: Iterable[str], threads: int) -> bool:
     if not FORKS:
         return False
     names = {"ipykernel.kernelapp", "ipykernel.debugger", *modules}  # a kernel imports the debugger as it starts
-    # A fork runs the main program's file, as far as its imports and definitions, unless it was preloaded, which Python
-    # before 3.14 forgets.
+    # A fork runs the main program's imports and definitions unless it was preloaded, which Python < 3.14 forgets.
     names.update(name for name in sys.modules if name.partition(".")[0] in ("dfqlib", "rich"))
     if "torch" in names:
         names.add("torch._dynamo")  # which torch imports when the first optimizer is made
-    before, interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
     forkserver.set_forkserver_preload(["__main__", *sorted(names)])
-    os.environ.update(environment(threads))  # read by torch and matplotlib as they are imported
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or the debugger warns on the screen
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the batch, which stops its kernels
+    before = dict(os.environ)
+    # Read by torch and matplotlib as they are imported; without the second the debugger warns on the screen.
+    os.environ.update(environment(threads) | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the batch stops its kernels after a Ctrl-C
     try:
         forkserver.ensure_running()
     except OSError:  # the path of the temporary folder leaves no room for the server's socket
@@ -115,8 +114,8 @@ def kernel_manager(
             self.provisioner = kind(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
             use_sockets(self, sockets)
             with open(log, "ab") as stream:
-                surroundings = {"cwd": os.fspath(folder), "env": variables}
-                await self._async_start_kernel(**(options | surroundings | {"stdout": stream, "stderr": stream}))
+                options |= {"cwd": os.fspath(folder), "env": variables, "stdout": stream, "stderr": stream}
+                await self._async_start_kernel(**options)
             running.add(self.provisioner.process)
 
     return ThisPython
@@ -138,11 +137,11 @@ class Forked(LocalProvisioner):
     """Provisioner of kernels that are forked instead of started."""
 
     async def launch_kernel(self, cmd: list[str], **options: Any) -> KernelConnectionInfo:
-        surroundings = options["cwd"], options["env"], options["stdout"].name
-        self.process = ForkedProcess(target=_become_kernel, args=(cmd[len(LAUNCHER) :], *surroundings))
+        self.cwd, log = options["cwd"], options["stdout"].name
+        arguments = cmd[len(LAUNCHER) :], self.cwd, options["env"], log
+        self.process = ForkedProcess(target=_become_kernel, args=arguments)
         self.process.start()
         self.pid = self.pgid = self.process.pid
-        self.cwd = options["cwd"]
         return self.connection_info
 
 
@@ -165,10 +164,9 @@ class ForkedProcess(ForkServerProcess):
 def _become_kernel(arguments: list[str], folder: str, env: dict[str, str], log: str) -> None:
     """The main function of a forked process: a kernel with this working folder, environment and log."""
     os.setsid()  # a group of its own, as a provisioner expects: signals to it reach the kernel's children too
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    with open(log, "ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)

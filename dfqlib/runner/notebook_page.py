@@ -1,6 +1,6 @@
-"""An executed notebook as one HTML page that needs nothing from the network: its formulas are MathML.
+"""An executed notebook as one HTML page that needs nothing from the network.
 
-Browsers draw MathML themselves; nbconvert's own page leaves formulas to a script that it loads from elsewhere.
+Its formulas are MathML, which browsers draw themselves; nbconvert's own page loads a script for them.
 """
 
 import functools
@@ -14,6 +14,7 @@ from jinja2 import pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat.v4 import new_notebook
 
 # nbconvert's page without its scripts, which load from the network and are not needed, and with the alternative texts
 # of figures, which it omits.
@@ -27,10 +28,8 @@ PICTURE = """
 </div>
 {% endblock %}
 """
-TEMPLATE = (
-    "{% extends 'index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in SCRIPTS) + PICTURE
-)
-# Of \lvert and \lVert, which in TeX are no higher than a letter; in MathML they are as high as the line, unless told.
+NO_SCRIPTS = "".join(f"{{% block {name} %}}{{% endblock %}}" for name in SCRIPTS)
+# \lvert and \lVert are no higher than a letter in TeX; in MathML they stretch to the line's height by default.
 BARS = re.compile("<mo>(&#x0007C;|&#x02016;)</mo>")
 EXPORTING = threading.Lock()
 
@@ -58,8 +57,6 @@ def _mathml(tex: str, display: str) -> str:
 
 
 class PageExporter(HTMLExporter):
-    """nbconvert's HTML with formulas by :class:`MathMLRenderer`."""
-
     @pass_context
     def markdown2html(self, context: Any, source: str) -> str:
         renderer = MathMLRenderer(escape=False, anchor_link_text=self.anchor_link_text)
@@ -69,9 +66,12 @@ class PageExporter(HTMLExporter):
 def as_page(notebook: Path) -> str:
     """The notebook in this file as HTML; one at a time, since runs that end together share the exporter."""
     with EXPORTING:
-        return _exporter().from_filename(os.fspath(notebook))[0]
+        return exporter().from_filename(os.fspath(notebook))[0]
 
 
 @functools.cache
-def _exporter() -> PageExporter:
-    return PageExporter(raw_template=TEMPLATE)
+def exporter() -> PageExporter:
+    """The exporter of all pages, since compiling its templates takes half a second."""
+    made = PageExporter(raw_template="{% extends 'index.html.j2' %}" + NO_SCRIPTS + PICTURE)
+    made.from_notebook_node(new_notebook())  # compiles them
+    return made

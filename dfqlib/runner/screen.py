@@ -1,7 +1,5 @@
 """What the batch is doing: a live screen in a terminal, plain lines on a pipe."""
 
-import contextlib
-import functools
 import threading
 import time
 from collections import Counter
@@ -33,11 +31,9 @@ class Screen(Progress):
         state, bar = TextColumn("[{task.fields[state]}]{task.fields[state]}"), BarColumn(16, pulse_style="bar.back")
         name, note = (TextColumn("{task." + text + "}", markup=False) for text in ("description", "fields[note]"))
         columns = state, name, bar, TimeElapsedColumn(), note
-        self._height = functools.partial(getattr, console, "height")  # rich draws once before its own console is set
+        self._terminal = console  # rich draws once before its own is set
         super().__init__(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal)
         console.push_theme(Theme(STATES))
-        with contextlib.suppress(AttributeError):  # of a console that writes into memory
-            console.file.reconfigure(errors="replace")  # a character it cannot write must not end the batch
         for text in names:
             self.add_task(text, start=False, total=1.0, state="waits", note="")
 
@@ -49,7 +45,7 @@ class Screen(Progress):
     def run_starts(self, index: int, cells: int, file: Path) -> None:
         """Run ``index`` starts, perhaps again: its notebook has ``cells`` code cells, its loops report to ``file``."""
         self.reset(index, state="runs", note="", cell=0, cells=cells, file=file)
-        self._print(index, "starts")
+        self._print(self.tasks[index], "starts")
 
     def cell_ends(self, index: int) -> None:
         """One more cell of run ``index`` is finished, and with it its loops."""
@@ -59,12 +55,11 @@ class Screen(Progress):
 
     def run_ends(self, index: int, state: str, note: str) -> None:
         """Run ``index`` ended as ``state``, one of STATES; ``note`` says more."""
-        finished = state in ("done", "found")
-        elapsed = f"{self._elapsed(index)} " if self.tasks[index].started else ""
+        task, finished = self.tasks[index], state in ("done", "found")
+        elapsed = f"{_elapsed(task)} " if task.started else ""
         self.stop_task(index)
-        shares = {"completed": 1.0} if finished else {}
-        self.update(index, state=state, note="" if finished else note, **shares)
-        self._print(index, f"{state} {elapsed}{note}")
+        self.update(index, completed=1.0 if finished else None, state=state, note="" if finished else note)
+        self._print(task, f"{state} {elapsed}{note}")
 
     def say(self, sentence: str) -> None:
         """Print a line as it is: brackets in a path are no markup."""
@@ -72,41 +67,39 @@ class Screen(Progress):
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """The lines that a terminal has room for, and a summary of the states if these are not all."""
-        for task in self.tasks:
-            self._look(task)
-        room = max(1, self._height() - 2)  # without one line for the summary and one for the cursor
-        ranks = list(STATES)
-        important = sorted(self.tasks, key=lambda task: ranks.index(task.fields["state"]))[:room]
+        self._look()
+        room = max(1, self._terminal.height - 2)  # without one line for the summary and one for the cursor
+        important = sorted(self.tasks, key=lambda task: list(STATES).index(task.fields["state"]))[:room]
         yield self.make_tasks_table(sorted(important, key=lambda task: task.id))
         if len(self.tasks) > room:
             counts = Counter(task.fields["state"] for task in self.tasks)
-            yield Text(", ".join(f"{state} {counts[state]}" for state in ranks if counts[state]), "dim")
+            yield Text(", ".join(f"{state} {counts[state]}" for state in STATES if counts[state]), "dim")
 
-    def _look(self, task: Task) -> None:
-        """See how far a running notebook is: its cells, and the loops of the current cell as their share of it."""
-        if task.fields["state"] != "runs":
-            return
-        cell, cells, loops = task.fields["cell"], task.fields["cells"], progress.read(task.fields["file"])
-        inner, weight = 0.0, 1.0
-        for loop in loops:
-            if loop["total"]:
-                inner += weight * loop["done"] / loop["total"]
-                weight /= loop["total"]
-        task.completed = min(1.0, (cell + inner) / cells)
-        current = (f"{loop['label']} {loop['done']}/{loop['total'] or '?'}" for loop in loops)
-        task.fields["note"] = ", ".join([f"cell {min(cell + 1, cells)}/{cells}", *current])
-
-    def _elapsed(self, index: int) -> str:
-        return str(timedelta(seconds=int(self.tasks[index].elapsed)))
-
-    def _print(self, index: int, text: str) -> None:
+    def _print(self, task: Task, text: str) -> None:
         if self.disable:
-            self.say(f"[{index + 1}/{len(self.tasks)}] {self.tasks[index].description}: {text}")
+            self.say(f"[{task.id + 1}/{len(self.tasks)}] {task.description}: {text}")
 
     def _print_running(self) -> None:
         while True:
             time.sleep(SECONDS_BETWEEN_LINES)
-            for index, task in enumerate(self.tasks):
-                self._look(task)
-                if task.fields["state"] == "runs":
-                    self._print(index, f"{task.fields['note']} {self._elapsed(index)}")
+            for task in self._look():
+                self._print(task, f"{task.fields['note']} {_elapsed(task)}")
+
+    def _look(self) -> list[Task]:
+        """The running notebooks, after a look at their cells and at the loops of each current cell, as its share."""
+        running = [task for task in self.tasks if task.fields["state"] == "runs"]
+        for task in running:
+            cell, cells, loops = task.fields["cell"], task.fields["cells"], progress.read(task.fields["file"])
+            inner, weight = 0.0, 1.0
+            for loop in loops:
+                if loop["total"]:
+                    inner += weight * loop["done"] / loop["total"]
+                    weight /= loop["total"]
+            task.completed = min(1.0, (cell + inner) / cells)
+            current = (f"{loop['label']} {loop['done']}/{loop['total'] or '?'}" for loop in loops)
+            task.fields["note"] = ", ".join([f"cell {min(cell + 1, cells)}/{cells}", *current])
+        return running
+
+
+def _elapsed(task: Task) -> str:
+    return str(timedelta(seconds=int(task.elapsed)))
