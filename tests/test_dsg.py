@@ -231,11 +231,11 @@ def test_margins_are_the_quantile_of_each_layer():
     assert gaps.margins(0.5).spread.tolist() == [5, 20]
     assert gaps.margins(0.5, "variance").spread.tolist() == [5, 200]
     assert gaps.margins(1.0).mean.tolist() == [10, 3]
-    assert gaps.no_margins().spread.tolist() == [0, 0]
+    assert DiversityTerms(slack=False).margins(gaps).spread.tolist() == [0, 0]
 
 
 def run(teacher, gaps, **options):
-    own = {name: options.pop(name) for name in ("epsilon", "terms", "seed") if name in options}
+    own = {name: options.pop(name) for name in ("terms", "seed") if name in options}
     schedule = DiverseImageSchedule(**({"images": 6, "synthesis_iterations": 8} | options))
     return synthesise_diverse(teacher, gaps, schedule, **own)
 
@@ -261,7 +261,7 @@ def test_synthesis_lowers_its_loss_and_leaves_the_teacher(teacher):
         {"terms": DiversityTerms(slack=False, enhancement=False, correlation=False, as_released=True)},  # another start
         {"label_weight": 0.0},
         {"prior_weight": 0.0},
-        {"epsilon": 0.1},
+        {"terms": DiversityTerms(epsilon=0.1)},
     ],
     ids=str,
 )
