@@ -1,7 +1,7 @@
 """One teacher, one budget: every paper's source of images combined with every paper's use of them."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -42,28 +42,33 @@ def tuning_schedule(budget: Budget) -> GeneratorSchedule:
     return replace(GeneratorSchedule.of(budget), **spans, decay="cosine")
 
 
-def _noise(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
-    shape = budget.images, 3, teacher.entry.input_size, teacher.entry.input_size
-    return SyntheticImages(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(teacher.device))
+#: Where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
+SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
 
 
-def _dsg(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
-    gaps = dsg.noise_gaps(teacher, seed=seed)
-    return dsg.synthesise_diverse(teacher, gaps, DiverseImageSchedule.of(budget), seed=seed)
-
-
-def _hast(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
-    beta, gamma = hast.PUBLISHED.get(teacher.entry.dataset, hast.PUBLISHED["cifar10"])
-    return hast.hard_images(teacher, HardImageSchedule.of(budget), beta, gamma, seed=seed)
-
-
-def _gdfq(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
-    return _generated(gdfq.make_stream(teacher, tuning_schedule(budget), seed=seed), budget)
-
-
-def _qimera(teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
-    setting = qimera.published_setting(teacher.name, BitWidths(4, 4))
-    return _generated(qimera.make_stream(teacher, tuning_schedule(budget), setting, seed=seed), budget)
+def _images(source: str, teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
+    """At most ``budget.images`` of a source, labelled if it has labels."""
+    size, random = teacher.entry.input_size, torch.Generator().manual_seed(seed)
+    match source:
+        case "noise":
+            return SyntheticImages(torch.randn(budget.images, 3, size, size, generator=random).to(teacher.device))
+        case "zeroq":
+            return zeroq.distil_images(teacher, ImageSchedule.of(budget), seed)
+        case "dsg":
+            gaps = dsg.noise_gaps(teacher, seed=seed)
+            return dsg.synthesise_diverse(teacher, gaps, DiverseImageSchedule.of(budget), seed=seed)
+        case "gdfq":
+            return _generated(gdfq.make_stream(teacher, tuning_schedule(budget), seed=seed), budget)
+        case "qimera":
+            setting = qimera.published_setting(teacher.name, BitWidths(4, 4))
+            return _generated(qimera.make_stream(teacher, tuning_schedule(budget), setting, seed=seed), budget)
+        case "hast":
+            beta, gamma = hast.PUBLISHED.get(teacher.entry.dataset, hast.PUBLISHED["cifar10"])
+            return hast.hard_images(teacher, HardImageSchedule.of(budget), beta, gamma, seed=seed)
+    per_class = {"few-shot": 1, "real": 10}[source]
+    few = image_sets.balanced_subset(image_sets.few_shot(teacher.entry.dataset), per_class, "few-shot", seed)
+    drawn = torch.randperm(len(few.labels), generator=random)[: budget.images]
+    return SyntheticImages(teacher.normalise(few.pixels[drawn]), few.labels[drawn].to(teacher.device))
 
 
 def _generated(stream: GeneratorStream, budget: Budget) -> SyntheticImages:
@@ -78,30 +83,10 @@ def _generated(stream: GeneratorStream, budget: Budget) -> SyntheticImages:
     return SyntheticImages(images[: budget.images], labels[: budget.images], [losses])
 
 
-def _real(teacher: Teacher, budget: Budget, seed: int, per_class: int) -> SyntheticImages:
-    """``per_class`` of the package's training images of each class, drawn by ``seed``, as far as the budget goes."""
-    few = image_sets.balanced_subset(image_sets.few_shot(teacher.entry.dataset), per_class, "few-shot", seed)
-    drawn = torch.randperm(len(few.labels), generator=torch.Generator().manual_seed(seed))[: budget.images]
-    return SyntheticImages(teacher.normalise(few.pixels[drawn]), few.labels[drawn].to(teacher.device))
-
-
-#: Where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
-SOURCES: Mapping[str, Callable[[Teacher, Budget, int], SyntheticImages]] = {
-    "noise": _noise,
-    "zeroq": lambda teacher, budget, seed: zeroq.distil_images(teacher, ImageSchedule.of(budget), seed),
-    "dsg": _dsg,
-    "gdfq": _gdfq,
-    "qimera": _qimera,
-    "hast": _hast,
-    "few-shot": partial(_real, per_class=1),
-    "real": partial(_real, per_class=10),
-}
-
-
 def make_pool(
     source: str, teacher: Teacher, budget: Budget, seed: int = 0, checkpoint: Checkpoint | None = None
 ) -> tuple[SyntheticImages, float]:
-    """At most ``budget.images`` labelled images of ``source``, a key of :data:`SOURCES`, and the seconds they took.
+    """At most ``budget.images`` labelled images of ``source``, one of :data:`SOURCES`, and the seconds they took.
 
     Images of a source without labels get the teacher's top class. A finished ``checkpoint`` is read instead. UserError
     for another source, for real images of a data set of which the package has none, and for a checkpoint of other
@@ -112,7 +97,7 @@ def make_pool(
     if checkpoint is not None and (made := load_checkpoint(checkpoint.path, settings, checkpoint.anew)):
         return SyntheticImages(made["images"].to(teacher.device), made["labels"].to(teacher.device)), made["seconds"]
     began = time.perf_counter()
-    pool = SOURCES[source](teacher, budget, seed)
+    pool = _images(source, teacher, budget, seed)
     if pool.labels is None:
         parts = pool.images.split(images_per_pass(pool.images.shape[-1]))
         with torch.no_grad():
