@@ -1,5 +1,6 @@
 """Tensors recorded from the official implementations, and the network that they were computed with."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,10 @@ import torch
 from pytorchcv.model_provider import get_model
 from torch import Tensor, nn
 
+from dfqlib.models.batch_norm_statistics import BatchNormInput, BatchNormInputs
 
+
+@functools.cache
 def recorded_losses() -> dict[str, Tensor]:
     """Inputs and values of the official losses, by name."""
     file = Path(__file__).parent / "data" / "losses.npz"
@@ -20,3 +24,12 @@ def recorded_network(recorded: dict[str, Tensor]) -> nn.Module:
     state = {name.removeprefix("state/"): value for name, value in recorded.items() if name.startswith("state/")}
     network.load_state_dict(state, strict=False)
     return network
+
+
+@functools.cache
+def recorded_forward() -> tuple[Tensor, list[BatchNormInput]]:
+    """The network's logits and batch-norm inputs for the recorded images."""
+    recorded = recorded_losses()
+    network = recorded_network(recorded)
+    with BatchNormInputs(network) as norms, torch.no_grad():
+        return network(recorded["images"]), norms.layers

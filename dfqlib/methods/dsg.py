@@ -87,7 +87,8 @@ def noise_gaps(teacher: Teacher, count: int = 1024, seed: int = 0) -> NoiseGaps:
         layers = norms.layers
     found = NoiseGaps([layer.name for layer in layers], [], [], [], [])
     for layer, parts in zip(layers, zip(*passes, strict=True), strict=True):
-        mean, variance = pooled_mean_var(*map(torch.stack, zip(*parts, strict=True)), weights)
+        means, variances = map(torch.stack, zip(*parts, strict=True))
+        mean, variance = pooled_mean_var(means, variances, weights)
         found.sigma.append((layer.norm.running_var + EPSILON).sqrt())
         found.mean.append((mean - layer.norm.running_mean).abs())
         found.std.append(((variance + EPSILON).sqrt() - found.sigma[-1]).abs())
@@ -169,7 +170,8 @@ def released_slack_bns_loss(layers: Sequence[BatchNormInput], margins: Margins, 
     Source: the official code.
     """
     pairs = zip(batch_gaps(layers), margins, strict=True)
-    squares = sum((gap.abs() - over_channels(margin, layers)).square() for gap, margin in pairs)
+    of_means, of_variances = ((gap.abs() - over_channels(margin, layers)).square() for gap, margin in pairs)
+    squares = of_means + of_variances
     # Channel l of layer l; none where a layer has fewer channels.
     own = [part[index : index + 1] for index, part in enumerate(by_layer(squares, layers))] if enhance else []
     return torch.cat([squares, *own]).sum() / len(layers)
