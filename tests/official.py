@@ -18,10 +18,10 @@ def recorded_losses() -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in np.load(file).items()}
 
 
-def recorded_network(recorded: dict[str, Tensor]) -> nn.Module:
+def recorded_network() -> nn.Module:
     """The ResNet-20 behind the recorded losses, in eval mode."""
-    network = get_model("resnet20_cifar10").eval()
-    state = {name.removeprefix("state/"): value for name, value in recorded.items() if name.startswith("state/")}
+    network, recorded = get_model("resnet20_cifar10").eval(), recorded_losses().items()
+    state = {name.removeprefix("state/"): value for name, value in recorded if name.startswith("state/")}
     network.load_state_dict(state, strict=False)
     return network
 
@@ -29,7 +29,6 @@ def recorded_network(recorded: dict[str, Tensor]) -> nn.Module:
 @functools.cache
 def recorded_forward() -> tuple[Tensor, list[BatchNormInput]]:
     """The network's logits and batch-norm inputs for the recorded images."""
-    recorded = recorded_losses()
-    network = recorded_network(recorded)
+    network = recorded_network()
     with BatchNormInputs(network) as norms, torch.no_grad():
-        return network(recorded["images"]), norms.layers
+        return network(recorded_losses()["images"]), norms.layers

@@ -8,6 +8,7 @@ from torch import nn
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
 from dfqlib.generators.optimise_images import synthesise
+from dfqlib.methods.dsg import noise_gaps
 from dfqlib.methods.zeroq import distil_images, start_images, statistics_gaps, with_outliers
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.models.teacher import Teacher
@@ -86,7 +87,7 @@ def test_statistics_gaps_by_hand():
 
 
 def test_outlier_channels_change_the_ranges_but_not_the_function():
-    images, resnet = recorded_losses()["images"], recorded_network(recorded_losses())
+    images, resnet = recorded_losses()["images"], recorded_network()
     network = with_outliers(resnet, factor=8)
     torch.testing.assert_close(network(images), resnet(images), rtol=1e-3, atol=1e-3)
     ranges = [describe(calibrated(each, W8A8, images)).set_index("layer")["high"] for each in (resnet, network)]
@@ -101,8 +102,9 @@ def test_outlier_channels_change_the_ranges_but_not_the_function():
 
 def test_a_teacher_without_batch_norm_is_refused():
     teacher = Teacher.from_module(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, (0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(UserError, match="no batch norm with running statistics"):
-        distil_images(teacher, schedule(images=2))
+    for use in (lambda: distil_images(teacher, schedule(images=2)), lambda: noise_gaps(teacher, 4)):
+        with pytest.raises(UserError, match="no batch norm with running statistics"):
+            use()
 
 
 def test_synthesis_finds_the_minimum_and_leaves_the_given_images():
