@@ -48,8 +48,7 @@ def standardise(embeddings: Tensor, over_batch: bool = False) -> Tensor:
     ``over_batch=True`` is a quirk of the released code: a transpose puts slot k where channels belong, so mean and
     variance are those of slot k over B D entries. Source: Qimera, section 4.2.
     """
-    dims = (0, 2) if over_batch else (2,)
-    variance, mean = torch.var_mean(embeddings, dims, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(embeddings, (0, 2) if over_batch else 2, correction=0, keepdim=True)
     return (embeddings - mean) * (variance + EPSILON).rsqrt()
 
 
@@ -65,7 +64,7 @@ class QimeraGenerator(nn.Module):
     """Noise z (B, K, latent), labels and weights (B, K) to images (B, 3, size, size): sum_k lambda_k map(e_k).
 
     e_k = standardise(E[y_k] + z_k), with one trained embedding per class, initially ``embeddings`` (classes, latent);
-    map is linear (the disentanglement mapping), to ``mapped`` features, by default as many as published.
+    map is linear (the disentanglement mapping), to ``mapped`` features; 0: as many as published.
     ``conditional`` as for GDFQ's generator; gain and bias are then superposed as the embeddings are.
 
     ``as_released=True`` follows the released code: no mapping, superposed batches standardised over the batch, and gain
@@ -73,12 +72,7 @@ class QimeraGenerator(nn.Module):
     """
 
     def __init__(
-        self,
-        embeddings: Tensor,
-        size: int = 32,
-        mapped: int | None = None,
-        conditional: bool = False,
-        as_released: bool = False,
+        self, embeddings: Tensor, size: int = 32, mapped: int = 0, conditional: bool = False, as_released: bool = False
     ) -> None:
         super().__init__()
         self.classes, self.latent = embeddings.shape

@@ -83,7 +83,7 @@ class BatchWithTeacherView(Batch):
 
 
 class WithTeacherView:
-    """``stream``, of whose state it is a view, with the teacher's :class:`Internals` of each batch."""
+    """``stream`` with the teacher's :class:`Internals` of each batch; its state and its losses are the stream's."""
 
     def __init__(self, stream: Stream, teacher: NetworkProbe) -> None:
         self.stream, self.teacher = stream, teacher
@@ -98,13 +98,9 @@ class WithTeacherView:
 
 
 def alignment_loss(
-    network: nn.Module,
-    batch: BatchWithTeacherView,
-    teacher: NetworkProbe,
-    student: NetworkProbe,
-    weights: AlignmentWeights,
+    _: nn.Module, batch: BatchWithTeacherView, teacher: NetworkProbe, student: NetworkProbe, weights: AlignmentWeights
 ) -> Tensor:
-    """A(x) + A(x') + lambda_CAM MSE(map of S, map of T), A being :func:`agreement`; ``student`` probes ``network``.
+    """A(x) + A(x') + lambda_CAM MSE(map of S, map of T), A being :func:`agreement`; ``student`` probes the network.
 
     x' are the promoted copies of x, on which both networks run again; each map is of the network's own top class.
     Source: SaFT; SynQ, equation 6.
@@ -132,7 +128,7 @@ def make_student(
     lr: float = 1e-5,
     decay: str = "late_step",
 ) -> Student:
-    """A quantized copy of ``teacher`` that learns by :func:`alignment_loss`; ``probe`` is the teacher's.
+    """A quantized copy of ``teacher`` that learns by :func:`alignment_loss`; ``probe`` is the teacher's, same layer.
 
     Moving-average ranges and SGD are GDFQ's; ``lr`` and ``decay`` SaFT's. UserError if FA is asked for and the teacher
     has no residual units.
