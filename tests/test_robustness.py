@@ -248,7 +248,7 @@ def test_a_full_disk_is_named_by_a_checkpoint(small_disk):
 
 
 def test_a_run_that_diverges_is_named_in_the_tables_and_the_others_go_on(kit, tmp_path, capsys):
-    sentence = "student 'w4a4' diverged: its loss is nan (KL is nan) at iteration 9; lower its lr."
+    sentence = "student 'W4A4' diverged: its loss is nan (KL is nan) at iteration 9; lower its lr."
     write_kit(kit, gdfq=f"from dfqlib.errors import Diverged\nraise Diverged({sentence!r})")
     results = tmp_path / "results"
     assert call(results) == 1
@@ -373,7 +373,7 @@ def test_the_real_notebook_names_what_diverged(tmp_path, monkeypatch):
     settings = {"student_lr": "1e3", "iterations": "12", "device": "cpu"}
     (run,) = plan(Selection("smoke", papers=["gdfq"], settings=settings))
     names = run.parameters | {"out": str(tmp_path)}
-    sentence = r"student 'w4a4' diverged: its loss is nan \(CE is nan, KL is nan\) at iteration \d+; lower its lr\."
+    sentence = r"student 'W4A4' diverged: its loss is nan \(CE is nan, KL is nan\) at iteration \d+; lower its lr\."
     with matplotlib.rc_context(), pytest.raises(Diverged, match=sentence):
         for cell in notebook_sources(run.paper.notebook):
             exec(cell, names)
