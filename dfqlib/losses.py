@@ -1,7 +1,6 @@
 """The losses that several papers share; a loss of one paper only is in that paper's module.
 
-``layers`` is what :class:`dfqlib.models.batch_norm_statistics.BatchNormInputs` collected in a forward pass of the
-teacher: what entered each batch norm, in order of execution, and the module with the training data's statistics.
+``layers`` are what :class:`dfqlib.models.batch_norm_statistics.BatchNormInputs` collected in the teacher.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +14,9 @@ from dfqlib.models.batch_norm_statistics import BatchNormInput, batch_gaps, by_l
 
 
 def bns_loss(layers: Sequence[BatchNormInput]) -> Tensor:
-    """L_BNS: mean squared gap of the batch's means and variances to the batch-norm statistics.
+    """L_BNS: squared gaps of the batch's means and biased variances to the batch-norm statistics, added.
 
-    Means and biased variances (over everything but channels) of what enters each batch norm against its running mean
-    and variance; mean over channels, then over layers. Source: GDFQ, knowledge matching generator.
+    Mean over channels, then over layers. Source: GDFQ, knowledge matching generator.
     """
     mean_gaps, variance_gaps = batch_gaps(layers)
     return mean_of_layers(mean_gaps.square() + variance_gaps.square(), layers)
@@ -37,10 +35,10 @@ def generator_loss(
     bns_weight: float = 0.1,
     statistics_loss: Callable[[Sequence[BatchNormInput]], Tensor] = bns_loss,
 ) -> Tensor:
-    """L_G = CE(T(x), y) + 0.1 L_BNS: images of the labels asked for, with the training data's statistics.
+    """L_G = CE(T(x), y) + 0.1 L_BNS; ``statistics_loss`` replaces L_BNS, a weight of 0 drops its term.
 
-    ``teacher_logits`` (B, classes); ``labels`` (B,) integers or (B, classes) probabilities. A weight of 0 drops its
-    term; ``statistics_loss`` replaces L_BNS. Source: GDFQ, knowledge matching generator.
+    ``teacher_logits`` (B, classes); ``labels`` (B,) integers or (B, classes) probabilities.
+    Source: GDFQ, knowledge matching generator.
     """
     terms = {}
     if ce_weight:
@@ -58,8 +56,7 @@ def distillation_kl(
     ``mean_over_classes=True`` is a quirk of the released code: ``KLDivLoss`` with reduction "mean" also divides by the
     number of classes. Source: GDFQ, fine-tuning with fake data.
     """
-    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    student = F.log_softmax(student_logits / temperature, dim=1)
+    student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return temperature**2 * divergence / (teacher.shape[1] if mean_over_classes else 1)
 
@@ -73,10 +70,9 @@ def student_loss(
     temperature: float = 20.0,
     mean_over_classes: bool = False,
 ) -> Tensor:
-    """L_S = CE(S(x), y) + alpha tau^2 KL(T || S): the student is to agree with the label and with the teacher.
+    """L_S = CE(S(x), y) + alpha tau^2 KL(T || S); ``kl_weight`` is alpha, a weight of 0 drops its term.
 
-    Logits (B, classes); labels (B,) integers or (B, classes) probabilities; ``kl_weight`` is the paper's alpha.
-    A weight of 0 drops its term. Source: GDFQ, fine-tuning with fake data.
+    Logits (B, classes); labels (B,) integers or (B, classes) probabilities. Source: GDFQ, fine-tuning with fake data.
     """
     terms = {}
     if ce_weight:

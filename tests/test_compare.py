@@ -42,7 +42,7 @@ def pool(teacher):
 
 
 def test_notebook_and_module_know_the_same_names():
-    assert (tuple(SOURCES), USES) == (parameters.SOURCES, parameters.USES)
+    assert (SOURCES, USES) == (parameters.SOURCES, parameters.USES)
 
 
 @pytest.mark.parametrize("source", SOURCES)

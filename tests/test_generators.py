@@ -1,48 +1,23 @@
 """Generators equal the official ones, and their fast upsampling equals plain upsampling."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from official import load_official, recorded
 
 from dfqlib.errors import UserError
 from dfqlib.generators.networks import ConditionalBatchNorm2d, Generator, UpsampleConv2d
 
-DATA = Path(__file__).parent / "data" / "generator_gdfq.npz"
-OFFICIAL_NAMES = {  # our module: its name in the official code for 32 x 32, and for 224 x 224
-    "embedding": ("label_emb", None),
-    "body.linear": ("l1.0", "l1.0"),
-    "body.norm0": ("conv_blocks0.0", "conv_blocks0_0"),
-    "body.conv1": ("conv_blocks1.0", "conv_blocks1_0"),
-    "body.norm1": ("conv_blocks1.1", "conv_blocks1_1"),
-    "body.conv2": ("conv_blocks2.0", "conv_blocks2_0"),
-    "body.norm2": ("conv_blocks2.1", "conv_blocks2_1"),
-    "body.conv3": ("conv_blocks2.3", "conv_blocks2_3"),
-    "body.norm3": ("conv_blocks2.5", "conv_blocks2_5"),
-}
-OFFICIAL_PARAMETERS = {"gain": "weights.weight", "shift": "biases.weight"}
-
 
 @pytest.mark.parametrize(
     ("prefix", "column", "options"),
-    [
-        ("cifar", 0, {"classes": 10}),
-        ("imagenet_16px", 1, {"classes": 1000, "size": 16, "conditional": True}),
-    ],
+    [("cifar", 0, {"classes": 10}), ("imagenet_16px", 1, {"classes": 1000, "size": 16, "conditional": True})],
 )
 def test_generator_equals_the_official_one(prefix, column, options):
-    arrays = {name: torch.from_numpy(value) for name, value in np.load(DATA).items()}
-    state, generator = {}, Generator(**options)
-    for name, own in generator.state_dict().items():
-        module, _, parameter = name.rpartition(".")
-        official = f"{OFFICIAL_NAMES[module][column]}.{OFFICIAL_PARAMETERS.get(parameter, parameter)}"
-        state[name] = own if parameter == "num_batches_tracked" else arrays.pop(f"{prefix}/state/{official}")
-    assert not [name for name in arrays if name.startswith(f"{prefix}/state/")]  # every tensor has its partner
-    generator.load_state_dict(state)
-    images = generator(arrays[f"{prefix}/z"], arrays[f"{prefix}/labels"])
-    torch.testing.assert_close(images, arrays[f"{prefix}/images"], rtol=1e-4, atol=1e-5)
+    tensors, generator = recorded("generator_gdfq"), Generator(**options)
+    load_official(generator, tensors, f"{prefix}/state/", column)
+    images = generator(tensors[f"{prefix}/z"], tensors[f"{prefix}/labels"])
+    torch.testing.assert_close(images, tensors[f"{prefix}/images"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from official import recorded_losses, recorded_network
+from official import recorded_forward, recorded_losses
 from torch import nn
 
 from dfqlib.losses import bns_loss, distillation_kl, generator_loss, student_loss
@@ -17,43 +17,24 @@ def official():
     return recorded_losses()
 
 
-@pytest.fixture(scope="module")
-def forward(official):
-    """Teacher logits and batch-norm inputs for the official images."""
-    network = recorded_network(official)
-    with BatchNormInputs(network) as norms, torch.no_grad():
-        logits = network(official["images"])
-        layers = list(norms.layers)
-    assert len(layers) == sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
-    return logits, layers
-
-
 def close(ours, theirs):
     torch.testing.assert_close(ours, theirs.reshape(()), rtol=1e-4, atol=1e-5)
 
 
-def test_teacher_logits_equal_the_official_ones(official, forward):
-    torch.testing.assert_close(forward[0], official["teacher_logits"], rtol=1e-4, atol=1e-5)
-
-
-def test_statistics_losses_equal_the_official_ones(official, forward):
-    close(bns_loss(forward[1]), official["gdfq_bns"])
-    close(zeroq_statistics_loss(official["images"], forward[1]), official["zeroq_loss"])
-
-
-def test_generator_loss_equals_the_official_one_for_hard_and_soft_labels(official, forward):
-    close(generator_loss(forward[0], official["labels"], forward[1]), official["gdfq_generator_loss"])
-    soft = official["qimera_soft_targets"]
-    close(generator_loss(forward[0], soft, forward[1]), official["qimera_generator_loss"])
+def test_losses_of_images_equal_the_official_ones_for_hard_and_soft_labels(official):
+    logits, layers = recorded_forward()
+    torch.testing.assert_close(logits, official["teacher_logits"], rtol=1e-4, atol=1e-5)
+    close(bns_loss(layers), official["gdfq_bns"])
+    close(zeroq_statistics_loss(official["images"], layers), official["zeroq_loss"])
+    close(generator_loss(logits, official["labels"], layers), official["gdfq_generator_loss"])
+    close(generator_loss(logits, official["qimera_soft_targets"], layers), official["qimera_generator_loss"])
 
 
 def test_student_loss_equals_the_official_one_with_its_quirk(official):
     arguments = official["student_logits"], official["teacher_logits"], official["labels"]
     close(student_loss(*arguments, mean_over_classes=True), official["gdfq_student_loss"])
-    close(
-        student_loss(*arguments) - student_loss(*arguments, kl_weight=0),
-        10 * (official["gdfq_student_loss"] - student_loss(*arguments, kl_weight=0)),
-    )
+    ce = student_loss(*arguments, kl_weight=0)
+    close(student_loss(*arguments) - ce, 10 * (official["gdfq_student_loss"] - ce))
 
 
 def test_kl_by_hand():
@@ -69,14 +50,12 @@ def test_kl_by_hand():
 
 
 def test_cross_entropy_by_hand():
-    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
-    labels = torch.tensor([0, 1])
+    logits, labels = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
     by_hand = torch.tensor((math.log(4 / 3) + math.log(2)) / 2)
     torch.testing.assert_close(student_loss(logits, logits, labels, kl_weight=0), by_hand)
     torch.testing.assert_close(student_loss(logits, logits, labels), by_hand)  # KL of equal logits is 0
-    torch.testing.assert_close(generator_loss(logits, labels, [], bns_weight=0), by_hand)
-    soft = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    torch.testing.assert_close(generator_loss(logits, soft, [], bns_weight=0), by_hand)
+    for given in (labels, torch.eye(2)):
+        torch.testing.assert_close(generator_loss(logits, given, [], bns_weight=0), by_hand)
 
 
 def test_bns_by_hand():

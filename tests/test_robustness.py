@@ -222,7 +222,7 @@ def test_a_full_disk_is_named_by_a_checkpoint(small_disk):
 
 
 def test_a_run_that_diverges_is_named_in_the_tables_and_the_others_go_on(kit, tmp_path, capsys):
-    sentence = "student 'w4a4' diverged: its loss is nan (KL is nan) at iteration 9; lower its lr."
+    sentence = "student 'W4A4' diverged: its loss is nan (KL is nan) at iteration 9; lower its lr."
     write_kit(kit, gdfq=f"from dfqlib.errors import Diverged\nraise Diverged({sentence!r})")
     results = tmp_path / "results"
     assert call(results) == 1

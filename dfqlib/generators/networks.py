@@ -14,8 +14,8 @@ from dfqlib.speed.switches import uses
 class UpsampleConv2d(nn.Conv2d):
     """Nearest x2 upsampling, then a 3x3 convolution with padding 1: (B, C, H, W) -> (B, out, 2H, 2W).
 
-    Both are computed as one transposed convolution with stride 2 and a 4x4 kernel: the same result with 16 instead of
-    36 multiply-adds per input pixel and channel pair.
+    Computed as one transposed convolution with stride 2 and a 4x4 kernel: 16 instead of 36 multiply-adds per input
+    pixel and channel pair.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -36,10 +36,7 @@ def upsampling_kernel(weight: Tensor, dim: int) -> Tensor:
 
 
 class ConditionalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with a gain and a bias per class, initially 1 and 0.
-
-    Labels are integers (B,), or weights (B, classes), which mix the gains and the biases of the classes.
-    """
+    """Batch norm with a gain and a bias per class; labels are integers (B,), or weights (B, classes) that mix them."""
 
     def __init__(self, classes: int, channels: int, eps: float) -> None:
         super().__init__(channels, eps=eps, affine=False)
@@ -47,10 +44,8 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
         self.shift = nn.Parameter(torch.zeros(classes, channels))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        if labels.is_floating_point():
-            gain, shift = labels @ self.gain, labels @ self.shift
-        else:
-            gain, shift = self.gain[labels], self.shift[labels]
+        mixed = labels.is_floating_point()
+        gain, shift = (labels @ each if mixed else each[labels] for each in (self.gain, self.shift))
         return torch.addcmul(shift[:, :, None, None], super().forward(x), gain[:, :, None, None])
 
 
@@ -64,10 +59,10 @@ class PlainBatchNorm2d(nn.BatchNorm2d):
 class GeneratorBody(nn.Module):
     """Latent vectors (B, features) and labels (B,) to images (B, 3, size, size), normalised.
 
-    The last batch norm has no affine part, so each colour channel of a batch has mean 0 and variance 1, as a normalised
-    data set has. With ``classes`` the three inner batch norms are conditional on the label, which may be weights
-    (B, classes).
-    Source: GDFQ, knowledge matching generator; sizes and constants from the official settings.
+    The last batch norm has no affine part, so each colour channel of a batch has mean 0 and variance 1. With
+    ``classes`` the three inner batch norms are conditional on the label, or on weights (B, classes).
+    Source: GDFQ, knowledge matching generator; sizes and constants from the official settings. UserError for a size
+    below 4.
     """
 
     def __init__(self, features: int, size: int = 32, classes: int | None = None) -> None:
@@ -110,8 +105,7 @@ class Generator(nn.Module):
         self.body = GeneratorBody(latent, size, classes if conditional else None)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        latent = z if self.embedding is None else self.embedding(labels) * z
-        return self.body(latent, labels)
+        return self.body(z if self.embedding is None else self.embedding(labels) * z, labels)
 
 
 def draw_one_label(generator: nn.Module, count: int, random: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:

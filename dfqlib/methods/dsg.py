@@ -1,13 +1,9 @@
-"""DSG (Qin et al., CVPR 2021; TPAMI 2023): images that differ, for calibration (PTQ) and from a generator (QAT).
-
-Three changes to the losses of ZeroQ and GDFQ: slack distribution alignment, layerwise sample enhancement and spatial
-correlation.
-"""
+"""DSG (Qin et al., CVPR 2021; TPAMI 2023): diverse images, for calibration (PTQ) and from a generator (QAT)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,33 +34,12 @@ from dfqlib.schedules import DiverseImageSchedule, GeneratorSchedule
 BROADENING = 1e-3  # gaps between eigenvalues below this are treated as if they were about this wide
 MAGNITUDE_WEIGHT = 1e-4  # of the eigenvalues' gap, beside the eigenvectors' product
 SHIFT = 30 / 224  # the image prior rolls images by at most this share of their side; published: 30 of 224 pixels
-# The four rules of the released code for the activation range of a batch, by its names: observers.
+# Observers for the released code's four rules for the activation range of a batch.
 RANGE_RULES = {"ema": "sample_mean", "percentile": "percentile", "mse": "mse", "minmax": "minmax"}
 
 
-@dataclass(frozen=True)
-class DiversityTerms:
-    """The three parts that make samples differ, each of which can be switched off.
-
-    ``slack``: statistics may be off by a margin. ``enhancement``: each sample has a layer that it is to fit best.
-    ``correlation``: images are to be as little alike as noise is. Without all three, PTQ is ZeroQ with labels and an
-    image prior, and QAT is GDFQ. ``as_released=True`` follows the released code where it differs from the paper: see
-    :func:`sample_weights` (PTQ) and :func:`released_slack_bns_loss` (QAT); PTQ then also starts from uniform pixels.
-    """
-
-    slack: bool = True
-    enhancement: bool = True
-    correlation: bool = True
-    as_released: bool = False
-
-    def weights(self, layers: int, samples: int, device: torch.device) -> Tensor:
-        """:func:`sample_weights` (layers, samples), or ones without enhancement."""
-        each = sample_weights(layers, samples, self.as_released) if self.enhancement else torch.ones(layers, samples)
-        return each.to(device)
-
-
 class Margins(NamedTuple):
-    """The gaps that each layer's means and spreads may have at no cost, in order of execution: (L,) each."""
+    """The gaps of each layer's means and spreads that cost nothing, in order of execution: (L,) each."""
 
     mean: Tensor
     spread: Tensor
@@ -72,10 +47,10 @@ class Margins(NamedTuple):
 
 @dataclass(frozen=True)
 class NoiseGaps:
-    """How far Gaussian noise is from a network's batch-norm statistics.
+    """The gaps between Gaussian noise and a network's batch-norm statistics.
 
-    Per layer, in order of execution: its name, and for every channel |mean - mu|, |std - sigma| and
-    |variance - sigma^2| of the noise, and sigma itself, (C,) each.
+    Per layer, in order of execution: its name, and for every channel |mean - mu|, |std - sigma|,
+    |variance - sigma^2| of the noise, and sigma, (C,) each.
     """
 
     layers: list[str]
@@ -84,62 +59,82 @@ class NoiseGaps:
     variance: list[Tensor]
     sigma: list[Tensor]
 
-    def margins(self, epsilon: float = 0.9, spread: str = "std") -> Margins:
-        """The ``epsilon`` quantile (0 to 1) of each layer's gaps over its channels; the larger, the more is allowed.
+    def margins(self, epsilon: float = 0.9, spread: Literal["std", "variance"] = "std") -> Margins:
+        """The ``epsilon`` quantile (0 to 1) of each layer's gaps over its channels: a larger one allows more.
 
         ``spread`` is what the loss compares: ``"std"`` for PTQ, ``"variance"`` for QAT.
         Source: DSG, slack distribution alignment; 0.9 in the paper.
         """
-        spreads = {"std": self.std, "variance": self.variance}[spread]
-        return Margins(*(torch.stack([gap.quantile(epsilon) for gap in gaps]) for gaps in (self.mean, spreads)))
-
-    def no_margins(self) -> Margins:
-        """Zeros: no gap is allowed."""
-        nothing = torch.zeros(len(self.layers), device=self.mean[0].device)
-        return Margins(nothing, nothing)
+        of_each = self.mean, getattr(self, spread)
+        return Margins(*(torch.stack([gap.quantile(epsilon) for gap in gaps]) for gaps in of_each))
 
 
 @torch.no_grad()
 def noise_gaps(teacher: Teacher, count: int = 1024, seed: int = 0) -> NoiseGaps:
-    """The gaps of ``count`` Gaussian noise images, N(0, 1), taken as one batch, to the teacher's batch-norm statistics.
+    """The gaps of ``count`` Gaussian noise images, N(0, 1), as one batch, to the teacher's batch-norm statistics.
 
     Anyone can draw noise; the authors load their margins from files that they never published.
     UserError for a teacher without batch norms. Source: DSG, slack distribution alignment.
     """
     size, random = teacher.entry.input_size, torch.Generator().manual_seed(seed)
     counts = [len(part) for part in torch.arange(count).split(128 if size <= 64 else 32)]
-    weights = torch.tensor(counts, dtype=torch.float32, device=teacher.device)
-    passes = []
+    weights, passes = torch.tensor(counts, dtype=torch.float32, device=teacher.device), []
     with BatchNormInputs(teacher.network) as norms:
         for part in counts:
             noise = torch.randn(part, 3, size, size, generator=random).to(teacher.device)
             teacher.network(channels_last(noise))
             passes.append([layer.mean_var() for layer in norms.layers])
-        layers = [(layer.name, layer.norm) for layer in norms.layers]
-    gaps = []
-    for (_, norm), parts in zip(layers, zip(*passes, strict=True), strict=True):
-        mean, variance = pooled_mean_var(*(torch.stack(each) for each in zip(*parts, strict=True)), weights)
-        std, sigma = (variance + EPSILON).sqrt(), (norm.running_var + EPSILON).sqrt()
-        differences = (mean - norm.running_mean, std - sigma, variance - norm.running_var)
-        gaps.append((*(difference.abs() for difference in differences), sigma))
-    return NoiseGaps([name for name, _ in layers], *(list(each) for each in zip(*gaps, strict=True)))
+        layers = norms.layers
+    found = NoiseGaps([layer.name for layer in layers], [], [], [], [])
+    for layer, parts in zip(layers, zip(*passes, strict=True), strict=True):
+        means, variances = map(torch.stack, zip(*parts, strict=True))
+        mean, variance = pooled_mean_var(means, variances, weights)
+        found.sigma.append((layer.norm.running_var + EPSILON).sqrt())
+        found.mean.append((mean - layer.norm.running_mean).abs())
+        found.std.append(((variance + EPSILON).sqrt() - found.sigma[-1]).abs())
+        found.variance.append((variance - layer.norm.running_var).abs())
+    return found
+
+
+@dataclass(frozen=True)
+class DiversityTerms:
+    """The three parts that make samples differ, each of which can be switched off.
+
+    ``slack``: statistics may be off by a margin, that of ``epsilon``. ``enhancement``: each sample has a layer that it
+    is to fit best. ``correlation``: images are to be as little alike as noise is. Without all three, PTQ is ZeroQ with
+    labels and an image prior, and QAT is GDFQ. ``as_released=True`` follows the released code where it differs from
+    the paper: :func:`sample_weights` and :func:`start_images` in PTQ, :func:`released_slack_bns_loss` in QAT.
+    """
+
+    slack: bool = True
+    enhancement: bool = True
+    correlation: bool = True
+    as_released: bool = False
+    epsilon: float = 0.9
+
+    def margins(self, gaps: NoiseGaps, spread: Literal["std", "variance"] = "std") -> Margins:
+        """:meth:`NoiseGaps.margins`, or zeros without slack."""
+        margins = gaps.margins(self.epsilon, spread)
+        return margins if self.slack else Margins(*map(torch.zeros_like, margins))
+
+    def weights(self, layers: int, samples: int, device: torch.device) -> Tensor:
+        """:func:`sample_weights` (layers, samples), or ones without enhancement."""
+        each = sample_weights(layers, samples, self.as_released) if self.enhancement else torch.ones(layers, samples)
+        return each.to(device)
 
 
 def slack_squares(gaps: tuple[Tensor, Tensor], margins: Margins, layers: Sequence[BatchNormInput]) -> Tensor:
     """Squares of max(|gap| - margin, 0): ``gaps`` of means and of spreads, (..., sum of C) each, added."""
-    of_means, of_spreads = (
-        (gap.abs() - over_channels(margin, layers)).clamp(min=0).square()
-        for gap, margin in zip(gaps, margins, strict=True)
-    )
-    return of_means + of_spreads
+    pairs = zip(gaps, margins, strict=True)
+    return sum((gap.abs() - over_channels(margin, layers)).clamp(min=0).square() for gap, margin in pairs)
 
 
 def sample_weights(layers: int, samples: int, as_released: bool = False) -> Tensor:
-    """How often the loss of each sample counts in each layer, (layers, samples): twice where i mod L = l, else once.
+    """How often the loss of sample i counts in layer l, (layers, samples): twice where i mod L = l, else once.
 
-    So each sample has a layer of its own to fit best. ``as_released=True`` is a quirk of the PTQ code: only the first
-    20 samples have a layer, whatever the number of layers, and their gap itself is doubled, so that their loss counts
-    four times. Source: DSG, layerwise sample enhancement.
+    ``as_released=True`` is a quirk of the PTQ code: only the first 20 samples have a layer of their own, whatever the
+    number of layers, and their gap itself is doubled, so that their loss counts four times.
+    Source: DSG, layerwise sample enhancement.
     """
     own, each = torch.arange(layers).unsqueeze(1), torch.arange(samples)
     if as_released:
@@ -148,23 +143,21 @@ def sample_weights(layers: int, samples: int, as_released: bool = False) -> Tens
 
 
 def dsg_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput], margins: Margins, weights: Tensor) -> Tensor:
-    """PTQ: ZeroQ's loss with slack and enhancement, of each sample's means and standard deviations.
+    """PTQ: :func:`dfqlib.methods.zeroq.zeroq_statistics_loss` with slack and enhancement.
 
-    ``images`` (B, 3, H, W), normalised, are compared with mean 0 and standard deviation 1 without a margin; what enters
-    each batch norm (B, C, h, w) with its running statistics. ``weights`` (L, B) are those of :func:`sample_weights`.
-    Zeros and ones switch these off. Sums over channels and layers, mean over the batch. Source: DSG.
+    ``images`` (B, 3, H, W) have no margin. Margins of 0 and ``weights`` (L, B) of 1 give ZeroQ's loss. Source: DSG.
     """
     mean, std = sample_mean_std(images)
     of_images = mean.square().sum() + (1 - std).square().sum()
-    squares = slack_squares(sample_gaps(layers), margins, layers)
-    return (of_images + (over_channels(weights.T, layers) * squares).sum()) / len(images)
+    of_layers = over_channels(weights.T, layers) * slack_squares(sample_gaps(layers), margins, layers)
+    return (of_images + of_layers.sum()) / len(images)
 
 
 def slack_bns_loss(layers: Sequence[BatchNormInput], margins: Margins, weights: Tensor) -> Tensor:
     """QAT: L_BNS with slack and enhancement, of the batch's means and variances.
 
-    A batch has no gap of one sample to enhance, so a sample that counts twice by ``weights`` (L, B) enters that layer's
-    mean and variance twice, and with it the gradient. Zeros and ones give L_BNS. Source: DSG, for a generator.
+    A sample that counts twice by ``weights`` (L, B) enters that layer's mean and variance twice. Margins of 0 and
+    weights of 1 give L_BNS. Source: DSG, for a generator.
     """
     return mean_of_layers(slack_squares(batch_gaps(layers, weights), margins, layers), layers)
 
@@ -172,13 +165,13 @@ def slack_bns_loss(layers: Sequence[BatchNormInput], margins: Margins, weights: 
 def released_slack_bns_loss(layers: Sequence[BatchNormInput], margins: Margins, enhance: bool = True) -> Tensor:
     """The slack L_BNS of DSG's released fine-tuning code, with its quirks.
 
-    | |gap| - margin | leaves no slack: a gap of exactly the margin is sought. In layer l it is channel l, not sample l,
-    that counts twice (its gap times the root of 2). Squares are summed over channels, not averaged: the term is about C
-    times larger than GDFQ's. Source: the official code.
+    | |gap| - margin | leaves no slack: it seeks a gap of exactly the margin. In layer l it is channel l, not sample l,
+    that counts twice. Squares are summed over channels, not averaged: the term is about C times larger than GDFQ's.
+    Source: the official code.
     """
-    (mean_gaps, variance_gaps), (of_mean, of_variance) = batch_gaps(layers), margins
-    squares = (mean_gaps.abs() - over_channels(of_mean, layers)).square()
-    squares = squares + (variance_gaps.abs() - over_channels(of_variance, layers)).square()
+    pairs = zip(batch_gaps(layers), margins, strict=True)
+    of_means, of_variances = ((gap.abs() - over_channels(margin, layers)).square() for gap, margin in pairs)
+    squares = of_means + of_variances
     # Channel l of layer l; none where a layer has fewer channels.
     own = [part[index : index + 1] for index, part in enumerate(by_layer(squares, layers))] if enhance else []
     return torch.cat([squares, *own]).sum() / len(layers)
@@ -199,9 +192,9 @@ def mean_similarity(samples: Tensor) -> float:
 class _Eigenpairs(torch.autograd.Function):
     """Eigenvalues (B,), ascending, and eigenvectors, the columns of (B, B), of a symmetric matrix.
 
-    Each eigenvector has length 1, and its entry of greatest magnitude is positive. The gradient of torch.linalg.eigh
-    contains 1 / (l_j - l_i), infinite where two samples are equal. Here it is d / (d^2 + BROADENING^2): the same for
-    gaps well above BROADENING, and at most 1 / (2 BROADENING) everywhere.
+    Each eigenvector has length 1, and its entry of greatest magnitude is positive. Where the gradient of
+    torch.linalg.eigh has 1 / d, d = l_j - l_i, infinite where two samples are equal, this one has
+    d / (d^2 + BROADENING^2): the same for d well above BROADENING, and at most 1 / (2 BROADENING).
     """
 
     @staticmethod
@@ -209,7 +202,6 @@ class _Eigenpairs(torch.autograd.Function):
         # Apple's backend has no eigh; the matrix is only as large as the batch.
         on = matrix.cpu() if matrix.device.type == "mps" else matrix
         values, vectors = (part.to(matrix.device) for part in torch.linalg.eigh(on))
-        # An eigenvector is known only up to its sign.
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         vectors = torch.where(largest < 0, -vectors, vectors)
         ctx.save_for_backward(values, vectors)
@@ -229,12 +221,11 @@ eigenpairs = _Eigenpairs.apply
 
 
 def spatial_correlation_loss(images: Tensor, noise: Tensor) -> Tensor:
-    """1e-4 MSE(l, m) + |sum_k n_k (-<u_k, v_k>)|: the images are to be as little alike as Gaussian noise is.
+    """1e-4 MSE(l, m) + |sum_k n_k (-<u_k, v_k>)|: images are to be as little alike as Gaussian noise is.
 
-    l, u: eigenvalues and eigenvectors of the similarity matrix of ``images`` (B, 3, H, W), in the order and with the
-    signs of :func:`eigenpairs`; m, v: those of ``noise``, of the same shape; n: m scaled to 0..1. No gradient reaches
-    ``noise``. B is at least 2. Source: DSG (TPAMI 2023), spatial correlation; the released code uses ``torch.eig``,
-    whose eigenpairs have no order and which torch no longer has.
+    l, u: :func:`eigenpairs` of the similarity matrix of ``images`` (B, 3, H, W), B at least 2; m, v: those of
+    ``noise``, of the same shape and without gradient; n: m scaled to 0..1. Source: DSG (TPAMI 2023), spatial
+    correlation; the released code uses ``torch.eig``, whose eigenpairs have no order and which torch no longer has.
     """
     values, vectors = eigenpairs(similarity(images))
     with torch.no_grad():
@@ -248,7 +239,7 @@ class CorrelationWithNoise:
     """The spatial correlation loss of images, with new Gaussian noise at each call, over the number of layers."""
 
     def __init__(self, layers: int, device: torch.device, seed: int) -> None:
-        # Other random numbers than those of the images' start, or both would begin as the same noise.
+        # Not the seed of the images' start: both would begin as the same noise.
         self.layers, self.random = layers, torch.Generator(device).manual_seed(seed + 2)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -269,13 +260,9 @@ def image_prior_loss(images: Tensor, shift: int) -> Tensor:
     both diagonals. Source: DSG's released PTQ code, after DeepInversion.
     """
     images = images.roll((shift, shift), (2, 3))
-    differences = (
-        images[..., :-1] - images[..., 1:],
-        images[..., :-1, :] - images[..., 1:, :],
-        images[..., 1:, :-1] - images[..., :-1, 1:],
-        images[..., :-1, :-1] - images[..., 1:, 1:],
-    )
-    return torch.stack([difference.norm() for difference in differences]).sum() + images.flatten(1).norm(dim=1).mean()
+    straight = images[..., :-1] - images[..., 1:], images[..., :-1, :] - images[..., 1:, :]
+    diagonal = images[..., 1:, :-1] - images[..., :-1, 1:], images[..., :-1, :-1] - images[..., 1:, 1:]
+    return torch.stack([each.norm() for each in straight + diagonal]).sum() + images.flatten(1).norm(dim=1).mean()
 
 
 def start_images(count: int, size: int, seed: int = 0, as_released: bool = False) -> Tensor:
@@ -288,7 +275,6 @@ def synthesise_diverse(
     teacher: Teacher,
     gaps: NoiseGaps,
     schedule: DiverseImageSchedule,
-    epsilon: float = 0.9,
     terms: DiversityTerms = DiversityTerms(),
     seed: int = 0,
     label: str = "diverse images",
@@ -296,16 +282,15 @@ def synthesise_diverse(
     """PTQ: one batch of images, the labels they were asked for, and the loss before each iteration.
 
     Loss: statistics + spatial correlation / L + label_weight CE to random labels + prior_weight image prior, the last
-    on a copy rolled by a random offset. A weight of 0 drops its term. ``gaps`` are those of :func:`noise_gaps`,
-    ``label`` names the loop. Diverged if the loss diverges. Source: DSG, and its official code.
+    on a copy rolled by a random offset. A weight of 0 drops its term. Diverged if the loss diverges.
+    Source: DSG, and its official code.
     """
     size, device, count = teacher.entry.input_size, teacher.device, schedule.images
     start = channels_last(start_images(count, size, seed, terms.as_released).to(device))
     random = torch.Generator().manual_seed(seed + 1)
     labels = torch.randint(teacher.entry.classes, (count,), generator=random).to(device)
     shift = max(1, round(SHIFT * size))
-    margins = gaps.margins(epsilon) if terms.slack else gaps.no_margins()
-    weights = terms.weights(len(gaps.layers), count, device)
+    margins, weights = terms.margins(gaps), terms.weights(len(gaps.layers), count, device)
     correlation = CorrelationWithNoise(len(gaps.layers), device, seed)
     with BatchNormInputs(teacher.folded) as norms:
 
@@ -328,17 +313,14 @@ def make_stream(
     teacher: Teacher,
     schedule: GeneratorSchedule,
     gaps: NoiseGaps,
-    epsilon: float = 0.9,
     terms: DiversityTerms = DiversityTerms(),
     seed: int = 0,
 ) -> GeneratorStream:
-    """QAT: GDFQ's generator, with the slack L_BNS in place of L_BNS, and the spatial correlation added.
+    """QAT: :func:`dfqlib.methods.gdfq.make_stream` with the slack L_BNS, and the spatial correlation added.
 
-    See :func:`dfqlib.methods.gdfq.make_stream`; ``gaps`` are those of :func:`noise_gaps`.
     Source: DSG (TPAMI 2023), data-free quantization-aware training.
     """
-    layers = len(gaps.layers)
-    margins = gaps.margins(epsilon, "variance") if terms.slack else gaps.no_margins()
+    layers, margins = len(gaps.layers), terms.margins(gaps, "variance")
     if terms.as_released:
         statistics_loss = partial(released_slack_bns_loss, margins=margins, enhance=terms.enhancement)
     else:
@@ -354,8 +336,8 @@ def share_within(network: nn.Module, images: Tensor, margins: Margins) -> list[f
     """Per batch norm, in order of execution, the share of the images' channel means that are within the margin."""
     with BatchNormInputs(network) as norms:
         network(images)
-        layers = zip(norms.layers, margins.mean, strict=True)
-        return [(sample_gaps([layer])[0].abs() <= margin).float().mean().item() for layer, margin in layers]
+        pairs = zip(norms.layers, margins.mean, strict=True)
+        return [(sample_gaps([layer])[0].abs() <= margin).float().mean().item() for layer, margin in pairs]
 
 
 @torch.no_grad()
@@ -366,15 +348,10 @@ def deviations(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """
     with BatchNormInputs(network) as norms:
         network(images)
-        return {
-            layer.name: sample_gaps([layer])[0] / (layer.norm.running_var + layer.norm.eps).sqrt()
-            for layer in norms.layers
-        }
+        sigmas = ((layer, (layer.norm.running_var + layer.norm.eps).sqrt()) for layer in norms.layers)
+        return {layer.name: sample_gaps([layer])[0] / sigma for layer, sigma in sigmas}
 
 
 def spread_over_samples(deviations: dict[str, Tensor]) -> dict[str, float]:
-    """Per batch norm, how much samples differ: root mean square, over channels, of the standard deviation over samples.
-
-    In sigma, of the :func:`deviations` of at least two samples.
-    """
+    """Per batch norm, the standard deviation over (two or more) samples of :func:`deviations`: RMS over channels."""
     return {name: values.var(0).mean().sqrt().item() for name, values in deviations.items()}

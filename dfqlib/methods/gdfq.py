@@ -29,11 +29,10 @@ def make_stream(
     draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
     image_loss: Callable[[Tensor], Tensor] | None = None,
 ) -> GeneratorStream:
-    """The stream of images of a new generator for the teacher's classes and input size, which trains as it goes.
+    """Images of a new generator for the teacher's classes and input size, which trains as they are drawn.
 
-    ``loss`` replaces L_G; ``image_loss``, a function of the images, is added to it. Methods with another generator give
-    ``build``, which makes it, and ``draw``, which draws its input. ``seed`` alone decides the generator's initial
-    weights and its noise.
+    ``loss`` replaces L_G; ``image_loss``, a function of the images, is added to it. ``build`` makes another generator,
+    whose input ``draw`` draws. ``seed`` alone decides the initial weights and the noise.
     """
     size = teacher.entry.input_size
     build = build or partial(Generator, teacher.entry.classes, size=size, conditional=size > LARGE)
@@ -41,32 +40,18 @@ def make_stream(
         torch.manual_seed(seed)
         generator = build()
     generator = channels_last(generator.to(teacher.device))
-    return GeneratorStream(
-        teacher.folded,
-        generator,
-        schedule.generator_iterations,
-        batch=schedule.batch,
-        lr=schedule.generator_lr,
-        decay=schedule.decay,
-        loss=loss or partial(generator_loss, bns_weight=schedule.bns_weight),
-        draw=draw,
-        seed=seed,
-        image_loss=image_loss,
-    )
+    spans = schedule.generator_iterations, schedule.batch, schedule.generator_lr, schedule.decay
+    loss = loss or partial(generator_loss, bns_weight=schedule.bns_weight)
+    return GeneratorStream(teacher.folded, generator, *spans, loss=loss, draw=draw, seed=seed, image_loss=image_loss)
 
 
 def make_student(
     teacher: Teacher, bits: BitWidths, schedule: GeneratorSchedule, **loss_options: float | bool
 ) -> Student:
     """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` change its loss."""
-    options = {
-        "ce_weight": schedule.ce_weight,
-        "kl_weight": schedule.kl_weight,
-        "temperature": schedule.temperature,
-        "mean_over_classes": schedule.kl_mean_over_classes,
-    }
-    network = quantize_model(teacher.network, bits)
-    loss = partial(student_loss, **(options | loss_options))
+    options = {name: getattr(schedule, name) for name in ("ce_weight", "kl_weight", "temperature")}
+    options |= {"mean_over_classes": schedule.kl_mean_over_classes} | loss_options
+    network, loss = quantize_model(teacher.network, bits), partial(student_loss, **options)
     return Student(network, schedule.student_lr, schedule.decay, loss=partial(distillation_loss, loss=loss))
 
 
@@ -74,8 +59,7 @@ def make_student(
 def labelled_images(generator: Generator, labels: Tensor, seed: int = 0) -> Tensor:
     """Images (N, 3, H, W) of ``labels`` (N,); the noise depends on ``seed`` alone.
 
-    The batch norms use the statistics of this batch, as in training: images look as students see them only if the batch
-    has dozens of labels.
+    Batch norms use this batch's statistics, as in training: only dozens of labels give images as students see them.
     """
     device = next(generator.parameters()).device
     z = torch.randn(len(labels), generator.latent, generator=torch.Generator().manual_seed(seed))

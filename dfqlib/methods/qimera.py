@@ -1,10 +1,6 @@
-"""Qimera (Choi et al., NeurIPS 2021): images of several classes at once, from a generator fed with mixed embeddings.
-
-Only the generator's input differs from GDFQ; its body, the losses and the fine-tuning are shared.
-"""
+"""Qimera (Choi et al., NeurIPS 2021): GDFQ with images of several classes at once, from mixed class embeddings."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +36,7 @@ PUBLISHED = {
 
 
 def published_setting(model: str, bits: BitWidths) -> SuperpositionSettings:
-    """The published setting of ``model`` at ``bits``; that of CIFAR-10 for a model without one.
-
-    The paper has settings for 4 and 5 bits only: those for 4 bits also serve fewer bits, those for 5 bits more.
-    """
+    """The published setting of ``model`` at ``bits``: for 4 or fewer, for 5 or more; CIFAR-10's without one."""
     four, five = PUBLISHED.get(model, PUBLISHED["resnet20_cifar10"])
     p, k, embedding = four if min(bits.weight, bits.activation) <= 4 else five
     return SuperpositionSettings(p=p, k=k, embedding=embedding)
@@ -53,10 +46,9 @@ def standardise(embeddings: Tensor, over_batch: bool = False) -> Tensor:
     """Every vector of ``embeddings`` (B, K, D) with mean 0 and variance 1 over its own D entries.
 
     ``over_batch=True`` is a quirk of the released code: a transpose puts slot k where channels belong, so mean and
-    variance are those of slot k over the whole batch, B D entries. Source: Qimera, section 4.2.
+    variance are those of slot k over B D entries. Source: Qimera, section 4.2.
     """
-    dims = (0, 2) if over_batch else (2,)
-    variance, mean = torch.var_mean(embeddings, dims, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(embeddings, (0, 2) if over_batch else 2, correction=0, keepdim=True)
     return (embeddings - mean) * (variance + EPSILON).rsqrt()
 
 
@@ -72,21 +64,15 @@ class QimeraGenerator(nn.Module):
     """Noise z (B, K, latent), labels and weights (B, K) to images (B, 3, size, size): sum_k lambda_k map(e_k).
 
     e_k = standardise(E[y_k] + z_k), with one trained embedding per class, initially ``embeddings`` (classes, latent);
-    map is a linear layer (the disentanglement mapping) to ``mapped`` features, by default as many as published.
+    map is linear (the disentanglement mapping), to ``mapped`` features; 0: as many as published.
     ``conditional`` as for GDFQ's generator; gain and bias are then superposed as the embeddings are.
 
-    ``as_released=True`` follows the released code where it differs from the paper: no mapping, superposed batches
-    standardised slot by slot over the batch, and gain and bias of the conditional batch norms averaged over k, which
-    makes them k times too small. Source: Qimera, sections 4.1 to 4.3.
+    ``as_released=True`` follows the released code: no mapping, superposed batches standardised over the batch, and gain
+    and bias of conditional batch norms averaged over k, so k times too small. Source: Qimera, sections 4.1 to 4.3.
     """
 
     def __init__(
-        self,
-        embeddings: Tensor,
-        size: int = 32,
-        mapped: int | None = None,
-        conditional: bool = False,
-        as_released: bool = False,
+        self, embeddings: Tensor, size: int = 32, mapped: int = 0, conditional: bool = False, as_released: bool = False
     ) -> None:
         super().__init__()
         self.classes, self.latent = embeddings.shape
@@ -108,10 +94,9 @@ class QimeraGenerator(nn.Module):
 class Superposition:
     """Draws the generator's input: with probability ``p`` a batch of ``k`` classes per sample, otherwise of one.
 
-    Called with (generator, count, random), it returns noise (count, K, latent), uniform labels (count, K) and weights
-    (count, K), softmax of N(0, 1), K being k or 1; and the soft targets (count, classes). Whether a batch is superposed
-    is drawn on the CPU, from a random stream of its own seeded with ``seed``, so that no step waits for the device.
-    Source: Qimera, section 4.1, equations 3 and 4.
+    Noise (count, K, latent), uniform labels (count, K) and weights (count, K), softmax of N(0, 1), K being k or 1; and
+    soft targets (count, classes). Whether a batch is superposed is drawn on the CPU, from random numbers of its own, so
+    that no step waits for the device. Source: Qimera, section 4.1, equations 3 and 4.
     """
 
     def __init__(self, p: float, k: int, seed: int = 0) -> None:
@@ -128,20 +113,18 @@ class Superposition:
         weights = torch.randn(slots, generator=random, device=random.device).softmax(1)
         return (z, labels, weights), soft_targets(labels, weights, generator.classes)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The random numbers that decide which batches are superposed."""
+    def state_dict(self) -> dict[str, Tensor]:
         return {"coin": self.coin.get_state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, with the same draws to come."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.coin.set_state(state["coin"])
 
 
 def path_between(pairs: Tensor, steps: int, latent: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The generator's inputs on the straight path between the two classes of each pair of labels (P, 2).
+    """The generator's inputs, P * steps samples, on straight paths between the two classes of each of ``pairs`` (P, 2).
 
-    P * steps samples, pair by pair: noise (., 2, latent), constant along a path, labels (., 2), and weights (., 2), the
-    second's from 0 to 1. Source: Qimera, figure 3.
+    Noise (., 2, latent), constant along a path, labels (., 2), and weights (., 2), the second's from 0 to 1.
+    Source: Qimera, figure 3.
     """
     z = torch.randn(len(pairs), 2, latent, generator=random, device=random.device)
     share = torch.linspace(0, 1, steps, device=random.device).repeat(len(pairs))
@@ -165,10 +148,9 @@ def make_stream(
     as_released: bool = False,
     seed: int = 0,
 ) -> GeneratorStream:
-    """The stream of images of a new generator, as :func:`dfqlib.methods.gdfq.make_stream` makes it.
+    """:func:`dfqlib.methods.gdfq.make_stream` with a :class:`QimeraGenerator` and :class:`Superposition`.
 
-    Embeddings that start as the ``"teacher"``'s last weights point to where the features of each class lie (section
-    4.2). ``as_released`` as for :class:`QimeraGenerator`.
+    Embeddings that start as the ``"teacher"``'s last weights point to where each class's features lie (section 4.2).
     """
     size = teacher.entry.input_size
 

@@ -1,7 +1,5 @@
-"""The two-dimensional experiment: which points do ZeroQ and GDFQ make from a classifier alone?
+"""The two-dimensional experiment: which points do ZeroQ and GDFQ make from a small classifier alone?
 
-500 points uniform in [-4, 4]^2, whose class is the sign of x * y; a small network learns them. From that network alone
-ZeroQ makes points that match the batch-norm statistics, and GDFQ's generator makes points that also have a class.
 Source: the toy experiment of the unofficial GDFQ seed, after figure 3 of GDFQ.
 """
 
@@ -30,9 +28,9 @@ def real_points(count: int = 500, seed: int = 0) -> tuple[Tensor, Tensor]:
 def layers(*widths: int) -> nn.Sequential:
     """Linear layers of these widths, with batch norm (eps 0.8) and leaky ReLU between them."""
     modules: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths[:-1]):
+    for before, after in itertools.pairwise(widths):
         modules += [nn.Linear(before, after), nn.BatchNorm1d(after, eps=0.8), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*modules, nn.Linear(widths[-2], widths[-1]))
+    return nn.Sequential(*modules[:-2])
 
 
 def train_classifier(points: Tensor, labels: Tensor, iterations: int = 200) -> nn.Sequential:
@@ -49,15 +47,15 @@ def train_classifier(points: Tensor, labels: Tensor, iterations: int = 200) -> n
 def zeroq_points(teacher: nn.Module, count: int = 500, iterations: int = 200) -> Tensor:
     """Points (count, 2) optimised from Gaussian noise to match the teacher's batch-norm statistics; or Diverged.
 
-    The statistics are those of the batch, not of each sample as in ZeroQ: a point has no pixels to average over.
+    Statistics of the batch, not of each sample as in ZeroQ: a point has no pixels to average over.
     """
+    schedule = ImageSchedule(images=count, synthesis_iterations=iterations, synthesis_lr=0.1)
     with BatchNormInputs(teacher) as norms:
 
         def loss(points: Tensor) -> Tensor:
             teacher(points)
             return bns_loss(norms.layers)
 
-        schedule = ImageSchedule(images=count, synthesis_iterations=iterations, synthesis_lr=0.1)
         return synthesise(torch.randn(count, 2), loss, schedule, "toy ZeroQ").images
 
 
@@ -80,6 +78,6 @@ def gdfq_points(teacher: nn.Module, count: int = 500, iterations: int = 200, see
     stream = GeneratorStream(teacher, PointGenerator(), iterations, batch=count, lr=1e-2, decay="cosine", seed=seed)
     for _ in track(range(iterations), "toy GDFQ"):
         stream.next_batch()
-    stream.read_losses()
+    stream.read_losses()  # Diverged, if they are
     batch = stream.next_batch()
     return batch.images, batch.labels

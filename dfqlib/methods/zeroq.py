@@ -20,9 +20,8 @@ from dfqlib.schedules import ImageSchedule
 def zeroq_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
     """Squared gap of each sample's channel means and standard deviations to the batch-norm statistics.
 
-    ``images`` (B, 3, H, W), normalised, are compared with mean 0 and standard deviation 1; the input of each batch norm
-    with its running mean and variance. Sums over channels and layers, mean over the batch.
-    Source: ZeroQ, generation of distilled data.
+    ``images`` (B, 3, H, W), normalised, are compared with mean 0 and standard deviation 1, like the input of a first
+    batch norm. Sums over channels and layers, mean over the batch. Source: ZeroQ, generation of distilled data.
     """
     mean, std = sample_mean_std(images)
     of_images = mean.square().sum() + (1 - std).square().sum()
@@ -33,18 +32,17 @@ def zeroq_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput]) -> T
 def start_images(count: int, size: int, seed: int = 0) -> Tensor:
     """Initial images of the distillation, (count, 3, size, size): uniform integers 0 to 254 minus 127.5, over 5418.75.
 
-    That is nearly grey, within 0.024 of the normalised mean. Drawn on the CPU, so a seed gives the same images on every
-    device. Source: the released code; the paper (section 3.1) says random data.
+    Nearly grey. Drawn on the CPU, so a seed gives the same images on every device. Source: the released code; the paper
+    (section 3.1) says random data.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 255, (count, 3, size, size), generator=generator).sub(127.5).div(5418.75)
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 255, (count, 3, size, size), generator=random).sub(127.5).div(5418.75)
 
 
 def distil_images(teacher: Teacher, schedule: ImageSchedule, seed: int = 0) -> SyntheticImages:
-    """Images (N, 3, H, W), normalised, whose channel statistics match those stored in the teacher's batch norms.
+    """Images optimised as one batch to match the teacher's batch-norm statistics; its losses before each iteration.
 
-    All are optimised as one batch (:func:`zeroq_statistics_loss`). UserError if the teacher has no batch-norm
-    statistics; Diverged if the loss diverges. Source: section 3.1.
+    UserError if the teacher has none; Diverged if the loss diverges. Source: section 3.1.
     """
     start = channels_last(start_images(schedule.images, teacher.entry.input_size, seed).to(teacher.device))
     with BatchNormInputs(teacher.folded) as taps:
@@ -60,8 +58,7 @@ def distil_images(teacher: Teacher, schedule: ImageSchedule, seed: int = 0) -> S
 def statistics_gaps(network: nn.Module, images: Tensor) -> pd.DataFrame:
     """Distance of ``images`` (B, 3, H, W) from the batch-norm statistics: one row per layer, in execution order.
 
-    ``mean_gap`` and ``std_gap`` are root mean squares, over samples and channels, of mean - mu and of std - sigma,
-    divided by that of the layer's sigma: 0 is a perfect match, 1 is off by one sigma.
+    ``mean_gap`` and ``std_gap``: RMS, over samples and channels, of mean - mu and std - sigma, over that of sigma.
     """
     rows = []
     with BatchNormInputs(network) as taps:
@@ -79,12 +76,11 @@ def with_outliers(network: nn.Module, factor: float) -> fx.GraphModule:
 
     Where a batch norm feeds only one ReLU and that only one plain convolution, the gain and bias of the channel with
     the largest bias + 3 |gain| are multiplied by ``factor`` (at least 1) and the convolution's weights for it divided,
-    as relu(s x) = s relu(x) for s > 0. The inputs of the batch norms stay the same, and so do images distilled from
-    them. UserError if ``network`` cannot be traced.
+    as relu(s x) = s relu(x) for s > 0. The batch norms' inputs, and so distilled images, stay the same. UserError if
+    ``network`` cannot be traced.
     """
     network = trace(network)
-    modules = dict(network.named_modules())
-    calls = Counter(node.target for node in network.graph.nodes)
+    modules, calls = dict(network.named_modules()), Counter(node.target for node in network.graph.nodes)
     for node in network.graph.nodes:
         chain = [node]
         while len(chain) < 3 and len(chain[-1].users) == 1:
