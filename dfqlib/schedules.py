@@ -3,8 +3,6 @@
 The defaults are the published values for CIFAR; a profile overrides them by name.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The first step of every notebook: its parameters checked, its teacher, its test images and its run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ A notebook's ``parameters`` cell gives the values of the quick profile; ``profil
 the published ones differ from one data set or model to another.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, make_dataclass
 from typing import Any

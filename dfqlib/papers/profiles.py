@@ -3,8 +3,6 @@
 ``$DFQ_PROFILES`` names another table of the same form, with its notebooks beside it, to run notebooks of your own.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import tomllib

@@ -1,7 +1,5 @@
 """What a finished run looks like on disk, and how long such runs took."""
 
-from __future__ import annotations
-
 import functools
 import heapq
 import json
