@@ -16,7 +16,7 @@ def add_up(terms: Mapping[str, Tensor]) -> Tensor:
     A term that is such a sum counts by its own terms: named ``"KL of copies"``, or ``"KL"`` if its own name is empty.
     """
     result = functools.reduce(torch.add, terms.values())
-    result.terms = {
+    result.terms = {  # type: ignore[attr-defined]
         " of ".join(filter(None, (part, name))): value
         for name, term in terms.items()
         for part, value in getattr(term, "terms", {"": term.detach()}).items()
@@ -27,7 +27,7 @@ def add_up(terms: Mapping[str, Tensor]) -> Tensor:
 def detach_with_terms(loss: Tensor) -> Tensor:
     """``loss`` without its graph but with its terms: it can be read later, so that no step waits for the device."""
     scalar = loss.detach()
-    scalar.terms = getattr(loss, "terms", {})
+    scalar.terms = getattr(loss, "terms", {})  # type: ignore[attr-defined]
     return scalar
 
 

@@ -16,7 +16,7 @@ def notebook_parameters(notebook: Path) -> dict[str, Any]:
     body = ast.parse("".join(cell["source"])).body
     assigned = [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
     targets = [node.targets[0] if isinstance(node, ast.Assign) else node.target for node in assigned]
-    return {t.id: ast.literal_eval(node.value) for t, node in zip(targets, assigned, strict=True)}
+    return {ast.unparse(t): ast.literal_eval(node.value) for t, node in zip(targets, assigned, strict=True)}
 
 
 def notebook_cells(notebook: Path) -> list[dict[str, Any]]:
