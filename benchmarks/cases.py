@@ -215,6 +215,7 @@ class Ticking:
 
     def __init__(self, stream: ImageStream, tick: Tick) -> None:
         self.stream, self.tick = stream, tick
+        self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
 
     def next_batch(self) -> Batch:
         self.tick()
