@@ -13,7 +13,10 @@ SETTING = ("method", "dataset", "model", "weight_bits", "activation_bits")
 
 @dataclass(frozen=True)
 class Published:
-    """One published number: top-1 in percent, ``None`` where a setting was published without a number."""
+    """One published result: accuracies in percent, ``None`` where a setting was published without them.
+
+    ``std`` is over the authors' seeds, ``rerun`` a top-1 that they got again; ``source`` and ``address`` say where.
+    """
 
     method: str
     dataset: str
@@ -24,6 +27,12 @@ class Published:
     fp32_top1: float | None
     scheme: str
     source: str
+    std: float | None
+    rerun: float | None
+    top5: float | None
+    fp32_top5: float | None
+    address: str
+    note: str
 
     @property
     def bits(self) -> str:
@@ -35,7 +44,7 @@ class Published:
 def rows() -> tuple[Published, ...]:
     """Every published row, in the order of the file."""
     text = resources.files("dfqlib.papers").joinpath("published.csv").read_text(encoding="utf-8")
-    widths, accuracies = ("weight_bits", "activation_bits"), ("top1", "fp32_top1")
+    widths, accuracies = ("weight_bits", "activation_bits"), ("top1", "fp32_top1", "std", "rerun", "top5", "fp32_top5")
     lines = []
     for line in csv.DictReader(text.splitlines()):
         values: dict[str, Any] = dict(line)

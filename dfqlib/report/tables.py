@@ -45,7 +45,7 @@ def beside(line: Mapping[str, Any]) -> dict[str, Any]:
     """What is published for a line: value, drop, source, and the difference of the line's top-1 from it.
 
     Empty for variants of a method and where nothing is published. The full-precision network is compared with the
-    papers' teacher. Where sources disagree, the method's own counts; the others are named with the source.
+    papers' teacher. Where sources disagree, the first in the file counts; the others are named with the source.
     """
     value, drop, source = None, None, ""
     if line["weight_bits"] == line["activation_bits"] == 32 and not line["variant"]:
