@@ -28,10 +28,10 @@ from rich.text import Text
 from dfqlib import places
 from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.papers import profiles, published
+from dfqlib.papers.parameters import MAX_SEED
 from dfqlib.runner import plan, preflight, run_folder
 
 HERE = Path(__file__).resolve().parent
-MAX_SEED = 2**32 - 1  # of NumPy
 MAX_SEEDS = 1000  # of one range
 Runs = list[plan.PlannedRun]
 Failures = dict[tuple[str, str, str], str]  # (method, data set, model) of published rows -> why they were not run

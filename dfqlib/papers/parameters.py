@@ -14,6 +14,7 @@ from dfqlib.errors import UserError
 from dfqlib.schedules import FOREVER, Mixture
 from dfqlib.settings import Settings, setting
 
+MAX_SEED = 2**32 - 1  # of NumPy
 SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
 USES = ("ranges", "gdfq", "saft")
 
@@ -25,7 +26,7 @@ class Common(Settings):
     profile: str = "quick"
     dataset: str = "cifar10"
     model: str = "resnet20_cifar10"
-    seed: int = setting(0, 0, 10**9)
+    seed: int = setting(0, 0, MAX_SEED)
     device: str = "auto"
     out: str = ""
     data_folder: str = ""
