@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dfqlib.device import describe_hardware, seed_everything
+from dfqlib.device import seed_everything
 from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.files import atomic_path, sha256, write_json, write_text
 
@@ -40,12 +40,6 @@ def test_json_round_trip_and_hash(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"top1": 91.5, "name": "é"}
     write_text(tmp_path / "b.txt", "abc")
     assert sha256(tmp_path / "b.txt").startswith("ba7816bf8f01cfea")
-
-
-def test_a_processor_is_named_with_its_threads(monkeypatch):
-    for threads, told in ((1, ", 1 thread"), (2, ", 2 threads")):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert describe_hardware(torch.device("cpu")).endswith(told)
 
 
 def test_a_seed_repeats_the_numbers():

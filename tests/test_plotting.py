@@ -28,9 +28,6 @@ def test_curves_differ_in_colour_marker_and_dash_and_the_first_four_in_greyscale
     shades = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(to_rgb, plotting.COLOURS[:4])]
     assert all(later - earlier > 0.1 for earlier, later in itertools.pairwise(shades))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list("abcdef")
-    axes = plt.figure().subplots()
-    plotting.plot_curves(axes, {"loss": list(range(500))})
-    assert axes.lines[0].get_markevery() == 50 and axes.get_legend() is None
 
 
 @pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 16, 2, 16), (5, 16, 1, 5), (7, 3, 3, 3)])
