@@ -1,13 +1,11 @@
 """Errors, files, hardware and seeds: what every other part relies on."""
 
-import json
-
 import pytest
 import torch
 
 from dfqlib.device import seed_everything
 from dfqlib.errors import UserError, check_choice, check_range
-from dfqlib.files import atomic_path, sha256, write_json, write_text
+from dfqlib.files import atomic_path, write_json, write_text
 
 
 def test_unknown_choice_names_parameter_value_and_what_is_allowed():
@@ -33,13 +31,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ValueError):
         write_json(target, {"top1": float("nan")})  # no number of JSON
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-
-
-def test_json_round_trip_and_hash(tmp_path):
-    write_json(tmp_path / "a.json", {"top1": 91.5, "name": "é"})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"top1": 91.5, "name": "é"}
-    write_text(tmp_path / "b.txt", "abc")
-    assert sha256(tmp_path / "b.txt").startswith("ba7816bf8f01cfea")
 
 
 def test_a_seed_repeats_the_numbers():
