@@ -41,7 +41,8 @@ def test_selection_overrides_the_profile(kit):
     given = Selection("paper", papers=["gdfq"], datasets=["imagenet"], models=["resnet50"], bits=["w4a4"])
     assert names(given) == ["gdfq imagenet resnet50 W4A4 seed 0"]
     # A model alone says its data set.
-    assert names(Selection("paper", papers=["zeroq"], models=["resnet50"])) == ["zeroq imagenet resnet50 W8A8 seed 0"]
+    alone = Selection("paper", papers=["zeroq"], models=["resnet50"], bits=["W8A8"])
+    assert names(alone) == ["zeroq imagenet resnet50 W8A8 seed 0"]
     (run,) = plan.plan(Selection(papers=["gdfq"], settings={"iterations": "7", "cosine": "false", "device": "cpu"}))
     assert (run.parameters["iterations"], run.parameters["cosine"], run.parameters["device"]) == (7, False, "cpu")
 
