@@ -9,6 +9,9 @@ import torch
 
 from dfqlib.errors import UserError
 from dfqlib.files import atomic_path
+from dfqlib.scores import Score
+
+torch.serialization.add_safe_globals([Score])  # the one class in checkpoints, which load with ``weights_only=True``
 
 
 def save_checkpoint(path: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:

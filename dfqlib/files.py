@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.json"  # in a run's folder: its rows, parameters and provenance
+METRICS_FORMAT = 2  # raised when an older kit could misread it; files without one have format 1
 # Environment variables of a notebook in a batch.
 CHECKPOINTS = "DFQ_CHECKPOINTS"  # the folder of its checkpoints
 CHECKPOINT_SECONDS = "DFQ_CHECKPOINT_SECONDS"  # between two of them

@@ -111,6 +111,15 @@ def test_top1_is_the_percentage_of_right_answers_in_eval_mode_whatever_the_batch
         top1(network, image_set(5), teacher)
 
 
+def test_top5_and_a_network_without_finite_logits():
+    teacher, images = own(), image_set()
+    assert top1(teacher.network, images, teacher).top5 == 100  # of three classes
+    broken = tiny()
+    broken[0].weight.data.fill_(float("nan"))
+    score = top1(broken, images, teacher)
+    assert score != score and score.diverged == "its logits are not finite"  # not the share of class 0
+
+
 def test_weights_are_looked_for_in_the_data_folder(state, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQ_DATA", str(tmp_path))
     monkeypatch.setattr("dfqlib.places.ASSETS", tmp_path / "no assets")

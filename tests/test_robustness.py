@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,8 @@ from test_finetune import make_stream, make_student, small_teacher, spans
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.errors import Diverged
-from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS
-from dfqlib.finetuning.loop import Checkpoint, finetune
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, METRICS
+from dfqlib.finetuning.loop import Checkpoint, Student, finetune
 from dfqlib.finetuning.streams import Batch, FirstThen
 from dfqlib.generators.optimise_images import synthesise
 from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
@@ -33,6 +34,7 @@ from dfqlib.papers.notebook_source import notebook_sources
 from dfqlib.runner.plan import Selection, plan
 from dfqlib.runner.run_folder import broken_files, complete, read_metrics
 from dfqlib.schedules import ImageSchedule
+from dfqlib.scores import Score
 
 matplotlib.use("Agg")
 
@@ -334,29 +336,43 @@ def test_the_generator_is_named_with_its_term_also_behind_other_streams(wrap):
         wrap(stream).read_losses()
 
 
-def test_a_students_term_is_named_before_a_checkpoint_of_it_is_written(tmp_path):
-    calls = iter(range(1, 100))
+def test_a_student_that_diverges_is_given_up_and_named_and_the_others_go_on(tmp_path):
+    calls, rounds = iter(range(1, 100)), spans(60, 2)
 
     def loss(network, batch):
         kl = network(batch.images).square().mean() * (float("inf") if next(calls) == 3 else 1.0)
         return add_up({"KL": kl, "CE": torch.tensor(1.0)})
 
-    checkpoint = Checkpoint(tmp_path / "run.ckpt", seconds=0)
-    student = make_student(small_teacher(), loss=loss)
-    with pytest.raises(Diverged, match=r"student 's' diverged: its loss is inf \(KL is inf\) at iteration 5;"):
-        stream = make_stream(small_teacher(), 40)
-        finetune(stream, {"s": student}, spans(40, 2), evaluate_every=38, checkpoint=checkpoint)
-    assert drawn(checkpoint.path) == 4
+    def students() -> dict[str, Student]:
+        return {"wild": make_student(small_teacher(), loss=loss), "calm": make_student(small_teacher())}
+
+    class Stop(Exception):
+        pass
+
+    def stop(history):
+        if "wild" in history.diverged:
+            raise Stop
+
+    path = tmp_path / "run.ckpt"
+    options = {"evaluate": lambda _: Score([True, False]), "evaluate_every": 29, "checkpoint": Checkpoint(path, 0)}
+    with pytest.raises(Stop):
+        finetune(make_stream(small_teacher(), 60), students(), rounds, on_evaluation=stop, **options)
+    assert next(calls) < 30, "noticed within 25 batches"
+    history = finetune(make_stream(small_teacher(), 60), students(), rounds, **options)
+    reason = "student 'wild' diverged: its loss is inf (KL is inf) at iteration 5; lower its lr."
+    assert history.diverged == {"wild": reason} and history.last("wild").diverged == reason
+    assert history.last("wild") != history.last("wild") and history.last("calm") == 50
+    assert len(history.students["calm"]) == 58
 
 
-def test_the_real_notebook_names_what_diverged(tmp_path, monkeypatch):
-    """Its cells one after the other, up to the one that cannot go on; a batch tells of that as in the test above."""
+def test_the_real_notebook_gives_a_student_that_diverged_a_row_of_its_own(tmp_path, monkeypatch):
     monkeypatch.delenv("DFQ_PROFILES", raising=False)
     settings = {"student_lr": "1e3", "iterations": "12", "device": "cpu"}
     (run,) = plan(Selection("smoke", papers=["gdfq"], settings=settings))
     names = run.parameters | {"out": str(tmp_path)}
-    sentence = r"student 'W4A4' diverged: its loss is nan \(CE is nan, KL is nan\) at iteration \d+; lower its lr\."
-    with matplotlib.rc_context(), pytest.raises(Diverged, match=sentence):
+    with matplotlib.rc_context():
         for cell in notebook_sources(run.paper.notebook):
             exec(cell, names)
-    assert "history" not in names and "students" in names
+    (row,) = json.loads((tmp_path / METRICS).read_text())["rows"]
+    assert row["top1"] is None
+    assert re.search(r"student 'W4A4' diverged: its loss is nan \(.*KL is nan\) at iteration \d+;", row["diverged"])

@@ -7,7 +7,7 @@ tuned alone or with others.
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.device import fused
-from dfqlib.errors import check_range
+from dfqlib.errors import Diverged, check_range
 from dfqlib.finetuning.streams import Batch, Losses, Stateful, Stream, read_losses
 from dfqlib.losses import student_loss
 from dfqlib.progress import track
 from dfqlib.quantizers.layers import observing
 from dfqlib.schedules import GeneratorSchedule, TuningSchedule, decay_factor
+from dfqlib.scores import Score
 from dfqlib.speed.scale_weights import scale_weights
+
+REMEMBERED = ("scores", "diverged", "seconds")  # of a history, in a checkpoint; the losses are in the tuners' states
+LOOK_EVERY = 25  # batches between two looks at the losses, which wait for the device
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,17 @@ class History:
 
     generator: list[float] = field(default_factory=list)
     students: dict[str, list[float]] = field(default_factory=dict)
-    scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    scores: dict[str, list[tuple[int, Score]]] = field(default_factory=dict)
+    diverged: dict[str, str] = field(default_factory=dict)  # students that were given up, each with the reason
     seconds: float = field(default=0.0, compare=False)  # in all, also before a stop
 
-    def last(self, student: str) -> float:
-        """Top-1 after the last iteration."""
+    def last(self, student: str) -> Score:
+        """Top-1 after the last iteration; NaN, with the reason, for a student that diverged."""
+        if student in self.diverged:
+            return Score([False], diverged=self.diverged[student])
         return self.scores[student][-1][1]
 
-    def best(self, student: str) -> float:
+    def best(self, student: str) -> Score:
         """The best top-1 of all evaluations: picked on the test set, so too high; to be labelled as such."""
         return max(score for _, score in self.scores[student])
 
@@ -83,7 +90,7 @@ def finetune(
     stream: Stream,
     students: Mapping[str, Student],
     schedule: TuningSchedule,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Callable[[nn.Module], Score] | None = None,
     evaluate_every: int = 200,
     on_evaluation: Callable[[History], None] | None = None,
     label: str = "fine-tuning",
@@ -98,20 +105,23 @@ def finetune(
     score; it is called before the first training iteration, after every ``evaluate_every`` and after the last.
     ``on_evaluation`` is called with the history each time.
 
+    A student whose loss is no longer finite is given up within ``LOOK_EVERY`` batches: ``History.diverged`` names its
+    iteration and the term, and the others go on. Diverged if the generator's loss is not finite.
+
     With a ``checkpoint`` a stopped run continues from its file, if that exists, and on a CPU ends with exactly the
-    numbers of an uninterrupted one. Diverged, naming the student or the generator, the iteration and the term, if a
-    loss is no longer finite at the next evaluation or checkpoint; UserError if the checkpoint is another run's: of
-    another teacher, other bits, another schedule, optimizer or seed.
+    numbers of an uninterrupted one. UserError if the checkpoint is another run's: of another teacher, other bits,
+    another schedule, optimizer or seed.
     """
     iterations, train_from = schedule.iterations, schedule.train_from
     tuners = {name: _Tuner(name, student, train_from) for name, student in students.items()}
-    history, start, settings = History(scores={name: [] for name in students}), 0, {}
+    history, start, settings = History(students={n: [] for n in students}, scores={n: [] for n in students}), 0, {}
     if checkpoint is not None:
         settings = {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every}
         settings |= _settings(stream, students, schedule)
         if state := load_checkpoint(checkpoint.path, settings, checkpoint.anew):
-            start, history.scores, history.seconds = state["drawn"], state["scores"], state["seconds"]
+            start, history = state["drawn"], replace(history, **{name: state[name] for name in REMEMBERED})
             stream.load_state_dict(state["stream"])
+            tuners = {name: tuner for name, tuner in tuners.items() if name not in history.diverged}
             for name, tuner in tuners.items():
                 tuner.load_state_dict(state["students"][name])
     written = time.perf_counter()
@@ -126,18 +136,20 @@ def finetune(
             if iteration >= train_from:
                 tuner.step(batch, iteration / iterations, (iteration - train_from) / (iterations - train_from))
         done = iteration + 1
+        if drawn % LOOK_EVERY == 0:
+            _read_losses(history, stream, tuners)
         if done == iterations or (done >= train_from and (done - train_from) % evaluate_every == 0):
             _read_losses(history, stream, tuners)
             if evaluate is not None:
-                for name, student in students.items():
-                    history.scores[name].append((done, evaluate(student.network)))
+                for name, tuner in tuners.items():
+                    history.scores[name].append((done, evaluate(tuner.network)))
             if on_evaluation is not None:
                 on_evaluation(history)
         now = time.perf_counter()
         history.seconds = now - began
         if checkpoint is not None and (done == iterations or now - written >= checkpoint.seconds):
             _read_losses(history, stream, tuners)  # no run can continue from a broken state
-            state = {"drawn": drawn + 1, "scores": history.scores, "seconds": history.seconds}
+            state = {"drawn": drawn + 1} | {name: getattr(history, name) for name in REMEMBERED}
             states = {name: tuner.state_dict() for name, tuner in tuners.items()}
             save_checkpoint(checkpoint.path, settings, state | {"students": states, "stream": stream.state_dict()})
             written = time.perf_counter()
@@ -196,7 +208,15 @@ class _Tuner(Stateful):
         self.losses.append(loss)
 
 
-def _read_losses(history: History, stream: Stream, tuners: Mapping[str, _Tuner]) -> None:
-    """Bring the losses from the device into the history; Diverged where one is not finite."""
+def _read_losses(history: History, stream: Stream, tuners: dict[str, _Tuner]) -> None:
+    """Bring the losses from the device into the history, and remove the tuners of students that diverged.
+
+    Diverged if a loss of the generator is not finite.
+    """
     history.generator = read_losses(stream)
-    history.students = {name: tuner.losses.read() for name, tuner in tuners.items()}
+    for name, tuner in list(tuners.items()):
+        try:
+            history.students[name] = tuner.losses.read()
+        except Diverged as error:
+            history.diverged[name] = str(error)
+            del tuners[name]

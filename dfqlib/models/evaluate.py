@@ -9,18 +9,27 @@ from dfqlib.data.image_sets import ImageSet
 from dfqlib.device import channels_last
 from dfqlib.errors import UserError
 from dfqlib.models.teacher import Teacher
+from dfqlib.scores import Score
 from dfqlib.speed.scale_weights import scale_weights
 
 Normalise = Teacher | Callable[[Tensor], Tensor]
 
 
-def top1(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> float:
+def top1(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> Score:
     """Percentage of ``image_set`` that ``network`` classifies correctly; parameters are those of :func:`predict`."""
-    logits = predict(network, image_set, normalise, batch)
+    return score(predict(network, image_set, normalise, batch), image_set)
+
+
+def score(logits: Tensor, image_set: ImageSet) -> Score:
+    """The score of ``logits`` (N, classes) for the labels of ``image_set``; UserError for other classes."""
     if logits.shape[1] != len(image_set.classes):
         held = f"the images of {image_set.name} have {len(image_set.classes)}"
         raise UserError(f"the network has {logits.shape[1]} classes but {held}.")
-    return 100 * (logits.argmax(1) == image_set.labels).sum().item() / len(image_set)
+    labels = image_set.labels
+    if not logits.isfinite().all():
+        return Score([False] * len(labels), diverged="its logits are not finite")
+    among = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
+    return Score((logits.argmax(1) == labels).numpy(), 100 * among.sum().item() / len(labels))
 
 
 def predict(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> Tensor:

@@ -23,12 +23,13 @@ from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import ImageSet
 from dfqlib.device import code_version, describe_hardware, pick_device
 from dfqlib.errors import UserError
-from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, METRICS, atomic_path, write_json
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, METRICS, METRICS_FORMAT, atomic_path, write_json
 from dfqlib.finetuning.loop import Checkpoint
 from dfqlib.models import evaluate
 from dfqlib.models.teacher import Teacher
 from dfqlib.papers import profiles
 from dfqlib.report import tables
+from dfqlib.scores import Score, pack, paired_difference
 
 FLOAT = BitWidths(None, None)
 #: A run has one row of each identity: what was quantized, how, and with which seed.
@@ -64,6 +65,8 @@ class Run:
     ) -> None:
         """Add a row: last and best top-1 in percent at ``bits``; for mixed precision these are mean bits per value.
 
+        Of a :class:`dfqlib.models.evaluate.Score` the row also keeps top-5, standard errors (of the top-1, and of the
+        drop from the teacher on the same images), and which images were classified correctly; of one that is NaN, why.
         ``own`` gives or overrides columns. ``variant`` names the departure from the paper's method; only rows without
         one are compared with the published value. ``ranges`` names the source of the activation ranges, ``seconds`` the
         time taken. Method, scheme, data set, model, seed and the teacher's top-1 are by default those of the run; other
@@ -88,14 +91,26 @@ class Run:
             "fp32_top1": self.fp32_top1,
             "seconds": None,
         }
-        row = plain(filled | own)
+        row = plain(filled | self._behind(top1) | own)
         if not all(isinstance(row[name], int | float) for name in ("weight_bits", "activation_bits")):
             raise ValueError(f"bits={bits!r} are not two numbers; for mixed precision give means, such as (2.5, 8).")
         for name in ("top1", "top1_best"):
-            if not isinstance(row[name], int | float) or not 0 <= row[name] <= 100:
+            measured = isinstance(row[name], int | float) and 0 <= row[name] <= 100
+            if not measured and not row.get("diverged"):
                 raise ValueError(f"{name}={row[name]!r} of {self.paper.key} is not a percentage (0 to 100).")
         others = [old for old in self.rows if any(old[name] != row[name] for name in IDENTITY)]
         self.rows = [*others, row]
+
+    def _behind(self, top1: float) -> dict[str, Any]:
+        """What a row keeps of a score beside the top-1; nothing of a plain number."""
+        if not isinstance(top1, Score):
+            return {}
+        if top1.diverged:
+            return {"diverged": top1.diverged}
+        kept = {"top5": top1.top5, "standard_error": top1.standard_error, "correct": pack(top1.correct)}
+        if isinstance(self.fp32_top1, Score) and len(self.fp32_top1.correct) == len(top1.correct):
+            kept["drop_error"] = paired_difference(self.fp32_top1, top1).standard_error
+        return kept
 
     def checkpoint(self, name: str) -> Checkpoint | None:
         """The checkpoint of this run's fine-tuning ``name``; None outside a batch, which sets folder and interval.
@@ -167,7 +182,9 @@ class Run:
         if self.out is None:
             return None
         kept = {name: getattr(self, name) for name in ("parameters", "rows", "records", "figures")}
-        write_json(self.out / METRICS, self._context() | {"provenance": self.provenance()} | kept)
+        write_json(
+            self.out / METRICS, {"format": METRICS_FORMAT} | self._context() | {"provenance": self.provenance()} | kept
+        )
         return self.out / METRICS
 
 
