@@ -274,15 +274,16 @@ def show(console: Console, runs: Runs, results: Path, failures: Failures) -> Non
     root = profile.overview_folder(results)
     for key in [key for key in dict.fromkeys(run.paper.key for run in runs) if key in written]:
         paper, rows, missing, _ = written[key]
-        shown = tables.present(rows)
-        for column in ("method", "best", "seconds", "published drop", "ranges", "data"):  # the files have them all
-            if tables.width(shown) > console.width:
-                shown = shown.drop(columns=column, errors="ignore")
-        table = Table(*shown.columns, title=paper.title, title_justify="left", caption_justify="left", box=None)
-        table.caption = tables.caption(rows)
-        for line in shown.itertuples(index=False):
-            table.add_row(*line)
-        console.print(table, "")
+        for part in tables.parts(rows):
+            shown, caption, _ = tables.present(part)
+            for column in ("seconds", "over seeds", "seeds", "ranges", "model", "scheme", "variant"):  # in the files
+                if tables.width(shown) > console.width:
+                    shown = shown.drop(columns=column, errors="ignore")
+            table = Table(*shown.columns, title=paper.title, title_justify="left", caption_justify="left", box=None)
+            table.caption = caption
+            for line in shown.itertuples(index=False):
+                table.add_row(*line)
+            console.print(table, "")
         if len(missing):
             reasons = f"Reasons: {root / 'tables' / paper.key}.md"
             console.print(f"{len(missing)} published rows of this paper were not run. {reasons}", soft_wrap=True)

@@ -12,18 +12,21 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.testing.compare import compare_images
 
 import run_all
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import DATASETS, load_test
 from dfqlib.errors import UserError
+from dfqlib.files import METRICS_FORMAT
 from dfqlib.models.teacher import Teacher
 from dfqlib.models.zoo import MODELS
 from dfqlib.notebook.run import Run
 from dfqlib.papers import profiles, published
 from dfqlib.papers.profiles import Profile
-from dfqlib.report import collect, tables
+from dfqlib.report import collect, reproduced, tables
 from dfqlib.runner import preflight
+from dfqlib.scores import Score
 
 ROOT = Path(__file__).resolve().parent.parent
 W3A3, W4A4 = map(BitWidths.parse, ("W3A3", "W4A4"))
@@ -102,14 +105,15 @@ def test_a_cell_that_runs_again_replaces_its_rows_and_figures(tmp_path):
         figure = Figure(layout="constrained")
         figure.add_subplot()
         run.figure(figure, "curve")
-    assert tables.present(run.frame())["top-1"].tolist() == ["90.00", "84.00 ± 1.41"]
+    shown = tables.present(run.frame()).shown
+    assert shown[["top-1", "over seeds"]].to_numpy().tolist() == [["90.00", ""], ["84.00", "1.41 (2)"]]
     assert json.loads(run.save().read_text())["figures"] == ["curve"]
 
 
 def test_mixed_precision_is_named_by_its_mean_bits():
     run = make_run()
     run.row((2.49, 8), top1=80.0)
-    assert tables.present(run.frame())["bits"].tolist() == ["W2.49A8"]
+    assert tables.present(run.frame()).shown["bits"].tolist() == ["W2.49A8"]
     with pytest.raises(ValueError, match="give means"):
         run.row(BitWidths({"conv1": 2, "conv2": 4}, 8), top1=80.0)
 
@@ -121,46 +125,95 @@ def test_unknown_paper_and_missing_folder_are_refused(tmp_path):
         make_run(out=tmp_path / "none")
 
 
-def test_table_shows_ours_beside_the_published():
+def scores(*shares: float) -> list[Score]:
+    """Scores on 100 images, right on the first so many."""
+    return [Score([index < share for index in range(100)], top5=100) for share in shares]
+
+
+def test_table_shows_ours_beside_the_published_with_its_doubt():
     frames = []
-    for seed, top1 in ((0, 88.0), (1, 90.0)):
+    for seed, (top1, teacher) in ((0, scores(88, 93)), (1, scores(90, 93))):
         run = make_run(seed=seed)
+        run.fp32_top1 = teacher
         run.row(W4A4, top1=top1, top1_best=top1 + 1, seconds=10)
-        run.row(W4A4, top1=top1 - 20, variant="without L_BNS")
-        run.row(top1=93.0)
+        run.row(W4A4, top1=scores(70)[0], variant="without L_BNS")
         frames.append(run.frame())
-    shown = tables.present(pd.concat(frames, ignore_index=True))
-    # 89 is our mean, 90.11 the published value, 93 our teacher, 93.89 theirs.
-    expected = {"bits": "W4A4", "top-1": "89.00 ± 1.41", "best": "90.00", "published": "90.11", "difference": "-1.11"}
-    expected |= {"teacher": "93.00", "drop": "4.00", "published drop": "3.78", "seeds": "0 1", "seconds": "10"}
-    assert shown.iloc[0][list(expected)].to_dict() == expected
-    assert shown.iloc[1]["published"] == "" and shown.iloc[1]["variant"] == "without L_BNS"
-    assert shown.iloc[2]["bits"] == "FP32" and shown.iloc[2]["published"] == "93.89"
+    table = tables.present(pd.concat(frames, ignore_index=True))
+    # 89 is our mean; of the drop, 5 and 3 images differ: 2.18 and 1.71 on the same images, 1 of the two seeds.
+    expected = {"bits": "W4A4", "top-1": "89.00 ± 3.12", "drop": "4.00 ± 2.18", "published drop": "3.78"}
+    expected |= {"over seeds": "1.41 (2)", "seconds": "10"}
+    assert table.shown.iloc[0][list(expected)].to_dict() == expected
+    assert table.shown.iloc[1]["published drop"] == "" and table.shown.iloc[1]["variant"] == "without L_BNS"
+    assert "seeds 0 1" in table.caption and "Teacher: 93.00 %" in table.caption
+    assert "gdfq W4A4 90.11 (SynQ paper table 1)" in table.caption
+    assert len(table.shown.columns) <= tables.MAX_COLUMNS and not {"method", "model", "data"} & set(table.shown)
 
 
-def test_reduced_schedule_is_labelled(kit):
+def test_a_student_that_diverged_has_a_line():
+    run = make_run()
+    run.row(W4A4, top1=scores(88)[0])
+    run.row(W3A3, top1=Score([False], diverged="student 'W3A3' diverged: KL"))
+    assert run.rows[1]["diverged"] == "student 'W3A3' diverged: KL"
+    assert tables.present(run.frame()).shown["top-1"].tolist() == ["88.00 ± 3.25", "diverged"]
+
+
+def test_what_this_machine_measured_stands_beside_the_project_with_the_difference():
+    ours, theirs = make_run(), make_run()
+    ours.row(W4A4, top1=scores(88)[0])
+    ours.row(W3A3, top1=70)
+    theirs.row(W4A4, top1=scores(84)[0])
+    rows = [run.frame().assign(images=100) for run in (ours, theirs)]
+    assert tables.present(*rows).shown["project"].tolist() == ["84.00 (+4.00 ± 1.96)", ""]
+
+
+def test_departures_from_the_published_schedule_are_told_once(kit):
     run = make_run(iterations=10)
     run.row(W4A4, top1=88.0)
-    assert tables.present(run.frame()).loc[0, "schedule"] == "quick: reduced"
-    assert "Schedule quick, reduced: iterations 10 (published 100)." in tables.caption(run.frame())
+    assert tables.present(run.frame()).caption.count("reduced") == 1
+    assert "Schedule quick, reduced: iterations 10 (published 100)." in tables.present(run.frame()).caption
     run = make_run(iterations=100, profile="paper")
     run.row(W4A4, top1=88.0)
-    assert tables.present(run.frame()).loc[0, "schedule"] == "paper: as published"
-    assert "W4A4" in run.table().to_html() and "fair measure" in run.table().to_html()
+    assert "Schedule paper, as published." in run.table().to_html() and "fair measure" in run.table().to_html()
+
+
+def test_rates_and_weights_that_depart_are_retuned_and_images_seen_a_share():
+    told = profiles.describe_schedule(
+        "gdfq", {"iterations": 800, "batch": 100, "student_lr": 5e-6, "dataset": "cifar10"}
+    )
+    assert told.startswith("reduced (0.5 % of the published images seen), retuned: iterations 800 (published 80000)")
+
+
+def test_a_rehearsal_shows_no_published_numbers():
+    run = make_run(profile="smoke")
+    run.row(W4A4, top1=88.0)
+    assert "published drop" not in tables.present(run.frame()).shown
+
+
+def test_a_comparison_is_a_grid():
+    run = make_run(paper="compare")
+    for width, source, use, top1 in [
+        (W4A4, "zeroq", "ranges", 80),
+        (W4A4, "dsg", "ranges", 70),
+        (W3A3, "zeroq", "gdfq", 60),
+    ]:
+        run.row(width, top1=top1, method="compare", variant=f"{source}: {use}", ranges=source)
+    shown = tables.present(run.frame()).shown
+    assert list(shown.columns) == ["source", "W4A4 ranges", "W3A3 gdfq"]
+    assert shown.iloc[0].tolist() == ["zeroq", "80.0", "60.0"]
 
 
 def test_schemes_stand_apart_and_missing_published_values_are_told():
     run = make_run(paper="dsg")
     run.row(W4A4, top1=80.0, scheme="ptq")
-    assert "scheme" not in tables.present(run.frame())
+    assert "scheme" not in tables.present(run.frame()).shown
     run.row(W4A4, top1=85.0, scheme="qat")
-    shown = tables.present(run.frame())
+    shown, caption, _ = tables.present(run.frame())
     assert shown["scheme"].tolist() == ["PTQ", "QAT"] and shown["top-1"].tolist() == ["80.00", "85.00"]
     told = "No published value to compare with: dsg is published for imagenet only."
-    assert "published" not in shown and told in tables.caption(run.frame())
+    assert "published drop" not in shown and told in caption
     frame = run.frame().assign(dataset="imagenet", model="resnet18")
-    assert tables.present(frame)["published"].tolist() == ["39.90", "62.18"]
-    assert told not in tables.caption(frame)
+    assert tables.present(frame).shown["published drop"].tolist() == ["31.57", "9.29"]
+    assert told not in tables.present(frame).caption
 
 
 def test_markdown_escapes_and_aligns():
@@ -175,8 +228,8 @@ def test_published_rows_have_sources_and_where_these_disagree_all_are_named():
     assert published.find("gdfq", "cifar100", "resnet20_cifar100", 4, 4, scheme="ptq") == []
     assert len(published.find("dsg", "imagenet", "resnet18", 4, 4)) == 2  # both schemes
     row = {"variant": "", "method": "gdfq", "dataset": "cifar100", "model": "resnet20_cifar100", "scheme": "qat"}
-    beside = tables.beside(row | {"weight_bits": 4, "activation_bits": 4, "top1": 63.0})
-    assert beside["published"] == 63.58 and "63.75 in SynQ paper table 1" in beside["published_source"]
+    beside = tables.beside(row | {"profile": "quick", "weight_bits": 4, "activation_bits": 4, "top1": 63.0})
+    assert beside["published"] == 63.58 and "63.75 (SynQ paper table 1)" in beside["published_source"]
 
 
 def test_planning_knows_the_models_and_data_sets_that_the_library_knows():
@@ -203,65 +256,111 @@ def finished(results: Path, name: str, top1: float = 60, code: str = "code", tim
     return name
 
 
+QUICK = Profile("quick", "", ["cifar10"])
+
+
 def write(results: Path) -> None:
-    collect.write(results, Profile("quick", "", ["cifar10"]), set(), {})
+    collect.write(results, QUICK, (), {})
 
 
 def test_a_table_never_mixes_versions(kit, tmp_path):
-    """Of several codes and schedules, those of this call are shown; else of the present code; else the latest."""
-    paper = profiles.paper("gdfq")
-    now = collect.code_identity(paper.notebook)
+    """Of several codes and schedules, those of this call are shown; else the latest."""
     for seed in (0, 1):
-        finished(tmp_path, f"old{seed}", 50, "other code", "2026-01-03", seed=seed, iterations=1)
-        finished(tmp_path, f"now{seed}", 60 + seed, now, "2026-01-01", seed=seed, iterations=1)
-        finished(tmp_path, f"long{seed}", 70, now, "2026-01-02", seed=seed, iterations=2)
+        finished(tmp_path, f"old{seed}", 50, "other code", "2026-01-01", seed=seed, iterations=1)
+        finished(tmp_path, f"long{seed}", 70, time="2026-01-02", seed=seed, iterations=2)
 
     def shown(*present: str) -> list[float]:
-        return list(collect.collect(tmp_path, ["quick"], [paper], set(present))["top1"])
+        return list(collect.collect(tmp_path, QUICK, present)["top1"])
 
     assert shown() == [70, 70]
-    assert shown("now0") == [60, 61]
     assert shown("old0", "old1") == [50, 50]
 
 
 @pytest.mark.parametrize("own", [{}, {"schedule": "as its card tells"}])
 def test_rows_of_older_code_say_so_even_with_a_schedule_of_their_own(kit, tmp_path, own):
-    finished(tmp_path, "a", code="other code", **own)
+    finished(tmp_path, "a", code="other code", time="2026-01-01", **own)
+    finished(tmp_path, "b", time="2026-01-02", dataset="cifar100")
     write(tmp_path)
-    (schedule,) = pd.read_csv(tmp_path / "results.csv")["schedule"]
-    assert "(older code)" in schedule and schedule.startswith(own.get("schedule", "as published"))
+    old, new = pd.read_csv(tmp_path / "results.csv")["schedule"]
+    assert "(older code)" in old and old.startswith(own.get("schedule", "as published")) and "older" not in new
 
 
-def test_rows_and_figures_without_a_run_here_stay(kit, tmp_path):
-    """A clone holds the published tables but not their runs: a call there replaces only the groups that it measures."""
-    published_there = tmp_path / "project"
-    model = {"model": "resnet20_cifar10"}
-    finished(published_there, "ten", 61.123456789012345, **model)
-    finished(published_there, "hundred", 31.5, dataset="cifar100", **model)
-    write(published_there)
-    clone = tmp_path / "clone"
-    shutil.copytree(published_there, clone, ignore=shutil.ignore_patterns("quick"))
-    shown = {path.relative_to(clone): path.read_text() for path in clone.glob("**/*.[mc][ds]*")}
+def test_all_overviews_are_made_from_the_measurements_alone(kit, tmp_path):
+    """A clone holds each run's metrics.json and no notebook: the same tables, and a new seed stands beside."""
+    measured_there, clone = tmp_path / "project", tmp_path / "clone"
+    finished(measured_there, "ten", 61.123456789012345)
+    finished(measured_there, "hundred", 31.5, dataset="cifar100")
+    write(measured_there)
+    shutil.copytree(measured_there, clone, ignore=shutil.ignore_patterns("notebook.ipynb", "curve.png", "tables"))
     write(clone)
-    assert {path: (clone / path).read_text() for path in shown} == shown  # every digit of every overview
-    finished(clone, "again", 62, seed=1, **model)
+    for path in measured_there.glob("**/*.[mc][ds]*"):
+        assert (clone / path.relative_to(measured_there)).read_text() == path.read_text()
+    finished(clone, "again", 62, time="2026-01-02", seed=1)
     write(clone)
     rows = pd.read_csv(clone / "results.csv")[["dataset", "top1", "run"]]
-    assert rows.to_numpy().tolist() == [["cifar10", 62, "again"], ["cifar100", 31.5, "hundred"]]
-    table = pd.read_csv(clone / "tables" / "gdfq.csv")
-    assert table[table["status"] == "run"]["top1"].tolist() == [62, 31.5]
-    text = (clone / "README.md").read_text()
+    assert rows.to_numpy().tolist() == [
+        ["cifar10", 61.123456789012345, "ten"],
+        ["cifar10", 62, "again"],
+        ["cifar100", 31.5, "hundred"],
+    ]
+    text = (clone / "tables" / "gdfq.md").read_text()
     figures = {path.name: path.read_bytes() for path in (clone / "figures").iterdir()}
     names = [f"gdfq-quick-{dataset}-resnet20_cifar10-curve.png" for dataset in ("cifar10", "cifar100")]
-    assert figures == dict(zip(names, (b"again", b"hundred"), strict=True))
-    assert all(f"(figures/{name})" in text for name in figures)
+    assert figures == dict(zip(names, (b"ten", b"hundred"), strict=True))
+    assert all(f"(../figures/{name})" in text for name in figures)
     page = (clone / "report.html").read_text()
     assert '<details id="hundred">' in page and "quick/gdfq/again/metrics.json" in page
 
 
+def test_the_published_overviews_are_those_of_the_committed_measurements(tmp_path):
+    """What results/ and README.md show is made again from results/*/*/*/metrics.json without a difference."""
+    results = tmp_path / "results"
+    runs = [path for path in (ROOT / "results").glob("*/*/*/metrics.json") if "local" not in path.parts]
+    for path in runs:
+        copy = results / path.relative_to(ROOT / "results")
+        copy.parent.mkdir(parents=True)
+        shutil.copyfile(path, copy)
+    shutil.copytree(ROOT / "results" / "figures", results / "figures")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "PROJECT", results)
+        write(results)
+    assert runs
+    made = [path.relative_to(tmp_path) for path in (results, *results.glob("tables")) for path in path.glob("*.[mc]*")]
+    for name in ("README.md", *made):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+    assert compare_images(ROOT / "results/reproduced.png", results / "reproduced.png", tol=1) is None
+
+
+def test_every_published_cell_is_reached_near_short_or_not_run():
+    frames = []
+    for width, method, right in [(W4A4, "gdfq", 90), (W3A3, "gdfq", 72), (W4A4, "qimera", 60)]:
+        run = make_run(paper=method)
+        run.fp32_top1 = scores(93)[0]
+        run.row(width, top1=scores(right)[0])
+        frames.append(run.frame())
+    cells = reproduced.cells(pd.concat(frames)).set_index(["method", "dataset", "weight_bits"])
+    near = {("gdfq", 4): "reached", ("gdfq", 3): "within error", ("qimera", 4): "short", ("hast", 3): "not run"}
+    assert {(method, bits): cells.loc[(method, "cifar10", bits), "state"] for method, bits in near} == near
+    assert len(cells.loc[("hast", "cifar10", 3), "sources"]) == 2  # two papers print different numbers
+    told = reproduced.sentence(cells.reset_index())
+    assert told.startswith(f"Reached: 1 of {len(cells)} published CIFAR cells; 1 within the 95 % interval, 1 short by")
+
+
+def test_measurements_of_a_newer_kit_are_refused_and_older_ones_read(kit, tmp_path):
+    finished(tmp_path, "a")
+    path = tmp_path / "quick" / "gdfq" / "a" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in metrics.items() if name != "format"}))
+    assert len(collect.collect(tmp_path, QUICK, ())) == 1
+    path.write_text(json.dumps(metrics | {"format": METRICS_FORMAT + 1}))
+    with pytest.raises(UserError, match=r"a/metrics\.json has format \d+, of a newer dfqlib"):
+        collect.collect(tmp_path, QUICK, ())
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git on this machine")
 def test_git_sees_only_the_published_results(kit, tmp_path):
-    """What an ordinary call writes is ignored; of a call into results/ the overviews are seen, the runs are not."""
+    """What an ordinary call writes is ignored; of a call into results/ overviews and measurements are seen."""
     shutil.copy(ROOT / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
 
@@ -279,14 +378,16 @@ def test_git_sees_only_the_published_results(kit, tmp_path):
         "results/results.csv",
         "results/tables/gdfq.csv",
         "results/tables/gdfq.md",
+        "results/reproduced.csv",
+        "results/reproduced.png",
+        "results/quick/gdfq/a/metrics.json",
         "results/figures/gdfq-quick-cifar10-resnet20_cifar10-curve.png",
     }
 
 
 def test_unfinished_runs_are_no_results(kit, tmp_path):
     finished(tmp_path, "a.unfinished")
-    (tmp_path / "quick" / "gdfq" / finished(tmp_path, "b") / "notebook.ipynb").unlink()
-    assert collect.collect(tmp_path, ["quick"], [profiles.paper("gdfq")], set()).empty
+    assert collect.collect(tmp_path, QUICK, ()).empty
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):

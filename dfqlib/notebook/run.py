@@ -149,12 +149,12 @@ class Run:
 
     def table(self) -> Styler:
         """The rows so far beside the published values; the last expression of a notebook's results cell."""
-        rows = self.frame()
-        return tables.styled(tables.present(rows), tables.caption(rows))
+        return tables.styled(tables.present(self.frame()))
 
     def frame(self) -> pd.DataFrame:
         """The rows as tidy data, with all that the tables need."""
-        return pd.DataFrame([self._context() | row for row in self.rows])
+        images = {"images": None if self.data is None else len(self.data)}
+        return pd.DataFrame([self._context() | images | row for row in self.rows])
 
     def _context(self) -> dict[str, str]:
         """Columns that are the same for all rows that do not give their own."""

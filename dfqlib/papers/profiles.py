@@ -92,9 +92,24 @@ def paper_of(method: str) -> Paper | None:
 
 
 def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
-    """``"as published"``, or ``"reduced: "`` and each parameter that differs with the published value."""
+    """``"as published"``, or how the schedule departs from the published one, and each parameter that does.
+
+    ``"reduced (0.1 % of the published images seen)"`` where whole numbers differ, such as iterations; ``"retuned"``
+    where others do, such as rates and weights. Lists say which experiments are made.
+    """
     published = paper(key).values("paper", parameters.get("dataset", ""), parameters.get("model", ""))
     compared = [name for name in published if name in parameters and name not in RUN_PARAMETERS]
     differing = [name for name in compared if parameters[name] != published[name]]
+    kinds = [type(published[name]) for name in differing]
+    how = ["reduced"] * (int in kinds) + ["retuned"] * any(kind in (float, bool, str) for kind in kinds)
+    seen = [_images_seen(values) for values in (parameters, published)]
+    if "reduced" in how and all(seen):
+        how[0] = f"reduced ({100 * seen[0] / seen[1]:.2g} % of the published images seen)"
     told = (f"{name} {parameters[name]} (published {published[name]})" for name in differing)
-    return f"reduced: {', '.join(told)}" if differing else "as published"
+    return f"{', '.join(how) or 'fewer experiments'}: {', '.join(told)}" if differing else "as published"
+
+
+def _images_seen(values: dict[str, Any]) -> int:
+    """Images that a fine-tuning sees, or steps of all images of a synthesis; 0 without either."""
+    pairs = ("iterations", "batch"), ("tuning_iterations", "batch"), ("synthesis_iterations", "images")
+    return next((values[one] * values[other] for one, other in pairs if one in values and other in values), 0)

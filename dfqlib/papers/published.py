@@ -39,6 +39,18 @@ class Published:
         """The bit widths as papers name them, e.g. ``"W4A8"``."""
         return str(BitWidths(self.weight_bits, self.activation_bits))
 
+    @property
+    def drop(self) -> float | None:
+        """Points below the authors' own teacher."""
+        return None if self.top1 is None or self.fp32_top1 is None else self.fp32_top1 - self.top1
+
+    @property
+    def told(self) -> str:
+        """The value with what its source says of it, such as ``63.58 ± 0.23 (GDFQ official README)``."""
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        again = "" if self.rerun is None else f", rerun {self.rerun:.2f}"
+        return "not told" if self.top1 is None else f"{self.top1:.2f}{spread}{again} ({self.source})"
+
 
 @functools.cache
 def rows() -> tuple[Published, ...]:

@@ -44,10 +44,11 @@ def write_page(root: Path, sections: list[Section]) -> None:
         {
             "key": paper.key,
             "title": paper.title,
-            "shown": tables.present(own).to_dict("split"),
-            "runs": [list(dict.fromkeys(group["run"])) for _, group in tables.groups(own)],
-            "caption": tables.caption(own),
-            "missing": tables.present_missing(missing).to_dict("split") if len(missing) else None,
+            "tables": [
+                {"shown": table.shown.to_dict("split"), "runs": table.runs, "caption": table.caption}
+                for table in map(tables.present, tables.parts(own))
+            ],
+            "missing": missing.to_dict("split") if len(missing) else None,
             "figures": [{"name": path.stem, "png": data_address("image/png", path.read_bytes())} for path in figures],
         }
         for paper, own, missing, figures in sections

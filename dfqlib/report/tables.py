@@ -1,39 +1,49 @@
 """Tables of results beside the published values: tidy rows are summarised over seeds and formatted as text."""
 
-from collections.abc import Mapping
-from typing import Any
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from pandas.api.typing import DataFrameGroupBy
 from pandas.io.formats.style import Styler
 
 from dfqlib.bits import bits_name
-from dfqlib.papers import published
+from dfqlib.papers import profiles, published
+from dfqlib.scores import Score, paired_difference, unpack
 
 SETTING = ["paper", "method", "scheme", "dataset", "data", "model"]
 SETTING += ["weight_bits", "activation_bits", "variant", "ranges"]
 #: What the rows of one line of a table share: they differ in the seed alone.
 LINE = [*SETTING, "profile", "schedule"]
-#: Columns of text, aligned left; numbers are aligned right.
-WORDS = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule", "source", "reason"}
+#: Columns of text, aligned left; numbers are aligned right. One with the same text in every line goes to the caption.
+WORDS = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule", "seeds", "source", "needs"}
+WORDS |= {"published", "state", "note"}
+MAX_COLUMNS = 8
+LEAST_NEEDED = ("seeds", "seconds", "model", "ranges", "over seeds", "schedule")  # left out first in a wide table
 NOTE = (
-    "Top-1 in percent on the test images named under data, after the last iteration; best is the highest of all "
-    "evaluations. Drop is the distance to the full-precision teacher of the same line, the fair measure where teachers "
-    "differ. ± is the standard deviation over seeds."
+    "Top-1 in percent after the last iteration, ± its standard error on the test images. Drop: how far it is below the "
+    "full-precision teacher on the same images, ± the standard error of this paired difference; the fair measure where "
+    "teachers differ."
 )
+SEVERAL = "Over seeds: standard deviation of the top-1, and the number of seeds."
+MEASURED = "Project: the top-1 in the project's results/, and what it differs by on the same images."
 
 
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per setting and schedule: mean and standard deviation over seeds, with the published values."""
-    lines = []
-    for setting, group in groups(rows):
-        line = dict(zip(LINE, setting, strict=True))
-        line["seeds"] = " ".join(f"{seed:.0f}" for seed in sorted(group["seed"].dropna().unique()))
-        means = group[["top1", "top1_best", "fp32_top1", "seconds"]].astype(float).mean()
-        line |= {"top1": means["top1"], "top1_std": group["top1"].std(), **means}
-        line["drop"] = line["fp32_top1"] - line["top1"]
-        lines.append(line | beside(line))
-    return pd.DataFrame(lines)
+class Table(NamedTuple):
+    """A table as people read it: text, at most ``MAX_COLUMNS`` columns, the caption, and the runs behind each line."""
+
+    shown: pd.DataFrame
+    caption: str
+    runs: list[list[str]]
+
+
+def parts(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The rows that stand in one table: those of a data set and profile."""
+    for _, part in rows.groupby(["dataset", "profile"], sort=False, dropna=False) if len(rows) else ():
+        yield part
 
 
 def groups(rows: pd.DataFrame) -> DataFrameGroupBy:
@@ -41,80 +51,162 @@ def groups(rows: pd.DataFrame) -> DataFrameGroupBy:
     return rows.groupby(LINE, sort=False, dropna=False)
 
 
+def summarise(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One line per setting and schedule: means over seeds with their doubt, published values, and the project's.
+
+    The standard error of a drop over several seeds is that of the test images, which all seeds share, and of the seeds.
+    """
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "top5", "standard_error", "drop_error", "correct", "run"])))
+    lines = []
+    for setting, group in groups(rows):
+        line = dict(zip(LINE, setting, strict=True))
+        line["seeds"] = " ".join(f"{seed:.0f}" for seed in sorted(group["seed"].dropna().unique()))
+        numbers = ["top1", "top5", "top1_best", "fp32_top1", "standard_error", "drop_error", "seconds"]
+        line |= group[numbers].astype(float).mean().to_dict() | {"top1_std": group["top1"].astype(float).std()}
+        line["drop"] = line["fp32_top1"] - line["top1"]
+        of_seeds = 0.0 if math.isnan(line["top1_std"]) else line["top1_std"] ** 2 / len(group)
+        line["drop_error"] = math.sqrt(line["drop_error"] ** 2 + of_seeds)
+        line["runs"] = list(dict.fromkeys(group["run"].dropna()))
+        lines.append(line | beside(line) | _project(group, project))
+    return pd.DataFrame(lines)
+
+
 def beside(line: Mapping[str, Any]) -> dict[str, Any]:
     """What is published for a line: value, drop, source, and the difference of the line's top-1 from it.
 
-    Empty for variants of a method and where nothing is published. The full-precision network is compared with the
-    papers' teacher. Where sources disagree, the first in the file counts; the others are named with the source.
+    Empty for variants of a method, for rehearsals and where nothing is published. The full-precision network is
+    compared with the papers' teacher. Where sources disagree, the first in the file counts; all are named.
     """
     value, drop, source = None, None, ""
-    if line["weight_bits"] == line["activation_bits"] == 32 and not line["variant"]:
+    profile = profiles.load()[0].get(line["profile"])
+    if line["variant"] or (profile and profile.rehearsal):
+        pass
+    elif line["weight_bits"] == line["activation_bits"] == 32:
         value = published.teacher_top1(line["dataset"], line["model"])
         source = "papers' teacher" if value else ""
-    elif not line["variant"]:
-        found = published.find(*(line[name] for name in published.SETTING), scheme=line["scheme"])
-        if found and found[0].top1 is not None:
-            value, teacher = found[0].top1, found[0].fp32_top1
-            drop = teacher - value if teacher else None
-            source = "; ".join([found[0].source, *(f"{row.top1:.2f} in {row.source}" for row in found[1:])])
+    elif found := published.find(*(line[name] for name in published.SETTING), scheme=line["scheme"]):
+        value, drop, source = found[0].top1, found[0].drop, "; ".join(row.told for row in found)
     difference = None if value is None else line["top1"] - value
     return {"published": value, "published_drop": drop, "published_source": source, "difference": difference}
 
 
-def present(rows: pd.DataFrame) -> pd.DataFrame:
-    """Summarised rows as the text that people read; columns without content are left out.
+def _project(group: pd.DataFrame, project: pd.DataFrame | None) -> dict[str, str]:
+    """The project's top-1 of a line's setting, and the paired difference from it, on the seeds that both have."""
+    if project is None or project.empty:
+        return {}
+    keys = [*SETTING, "profile"]
+    same = project[(project[keys] == group[keys].iloc[0]).all(axis=1)]
+    both = group.merge(same, on="seed", suffixes=("", "_theirs"))
+    if both.empty:
+        return {"project": ""}
+    told = f"{both['top1_theirs'].mean():.2f}"
+    if both[["correct", "correct_theirs"]].isna().any(axis=None):
+        return {"project": f"{told} ({both['top1'].mean() - both['top1_theirs'].mean():+.2f})"}
+    ours, theirs = (
+        Score(np.concatenate([unpack(*each) for each in zip(both[name], both["images"], strict=True)]))
+        for name in ("correct", "correct_theirs")
+    )
+    difference = paired_difference(ours, theirs)
+    return {"project": f"{told} ({difference.points:+.2f} ± {difference.standard_error:.2f})"}
 
-    What is compared comes first, since a narrow page cuts off the last columns.
+
+def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
+    """Rows of one data set as a table to read; a comparison of sources with uses as a grid.
+
+    ``project`` are the rows that the project measured, to stand beside those of this machine.
     """
     if rows.empty:
-        return pd.DataFrame()
-    lines = summarise(rows)
-    several = lines["scheme"].nunique() > 1
-    short = lines["schedule"].str.partition(":")[0]  # "reduced"; the caption says what was reduced
+        return Table(pd.DataFrame(), NOTE, [])
+    lines = summarise(rows, project)
+    if (lines["variant"].str.contains(": ", regex=False) & (lines["method"] == "compare")).all():
+        return _grid(lines)
     columns = {
         **lines[["method", "data", "model"]],
-        "scheme": lines["scheme"].str.upper() if several else "",
+        "scheme": lines["scheme"].str.upper(),
         "bits": list(map(bits_name, lines["weight_bits"], lines["activation_bits"])),
         **lines[["variant", "ranges"]],
-        "top-1": list(map(number, lines["top1"], lines["top1_std"])),
-        "published": lines["published"].map(number),
-        "difference": lines["difference"].map(lambda value: number(value, sign="+")),
-        "drop": lines["drop"].map(number),
+        "top-1": [number(*each) or "diverged" for each in zip(lines["top1"], lines["standard_error"], strict=True)],
+        "drop": [number(*each) for each in zip(lines["drop"], lines["drop_error"], strict=True)],
         "published drop": lines["published_drop"].map(number),
-        "teacher": lines["fp32_top1"].map(number),
-        "best": lines["top1_best"].map(number),
+        "project": lines.get("project", ""),
+        "over seeds": [
+            f"{std:.2f} ({len(seeds.split())})" if std == std else ""
+            for std, seeds in zip(lines["top1_std"], lines["seeds"], strict=True)
+        ],
         "seeds": lines["seeds"],
-        "schedule": (lines["profile"] + ": " + short).str.removeprefix(": "),
+        "schedule": lines["schedule"].map(short),
         "seconds": lines["seconds"].map(lambda value: "" if pd.isna(value) else f"{value:.0f}"),
     }
-    return pd.DataFrame({name: column for name, column in columns.items() if (pd.Series(column) != "").any()})
+    shown = pd.DataFrame({name: column for name, column in columns.items() if (pd.Series(column) != "").any()})
+    same = [name for name in shown if name in WORDS and name != "bits" and shown[name].nunique() == 1]
+    constants = shown[same].iloc[0].to_dict()
+    shown = shown.drop(columns=same)
+    for name in LEAST_NEEDED:
+        if len(shown.columns) > MAX_COLUMNS:
+            shown = shown.drop(columns=name, errors="ignore")
+    return Table(shown, caption(lines, constants), list(lines["runs"]))
 
 
-def caption(rows: pd.DataFrame) -> str:
-    """The text below a table: how to read it, what no paper reports, and each schedule in full."""
-    if rows.empty:
-        return NOTE
-    sentences, methods = [NOTE], dict.fromkeys(rows["method"])
+def _grid(lines: pd.DataFrame) -> Table:
+    """Sources of images by bits and use; each cell is the mean top-1 over seeds, and their standard deviation."""
+    own = lines["variant"].str.partition(": ")
+    spread = lines["top1_std"].map(lambda std: "" if pd.isna(std) else f" ± {std:.1f}")
+    cells = lines["top1"].map("{:.1f}".format) + spread
+    heads = list(map("{} {}".format, map(bits_name, lines["weight_bits"], lines["activation_bits"]), own[2]))
+    shown = pd.DataFrame({"source": own[0], "head": heads, "cell": cells})
+    shown = shown.pivot(index="source", columns="head", values="cell")
+    shown = shown.reindex(index=own[0].unique(), columns=list(dict.fromkeys(heads))).fillna("diverged").reset_index()
+    by_source = lines.groupby(own[0], sort=False)["runs"].agg(lambda column: list(dict.fromkeys(column.sum())))
+    constants = {**lines[["data", "model", "seeds"]].iloc[0], "schedule": ""}
+    told = "Top-1 in percent, mean ± standard deviation over seeds, of every source of images with every use of them."
+    return Table(shown, f"{told} {_facts(lines, constants)}", list(by_source))
+
+
+def caption(lines: pd.DataFrame, constants: Mapping[str, str]) -> str:
+    """The text below a table: how to read it, what all lines share, where published values are from, the schedules."""
+    sentences = [NOTE]
+    sentences += [SEVERAL] if lines["top1_std"].notna().any() else []
+    sentences += [MEASURED] if "project" in lines else []
+    return " ".join([*sentences, _facts(lines, constants)])
+
+
+def _facts(lines: pd.DataFrame, constants: Mapping[str, str]) -> str:
+    teachers = ", ".join(f"{top1:.2f} %" for top1 in lines["fp32_top1"].dropna().unique())
+    alike = "; ".join(f"{name} {value}" for name, value in constants.items() if name != "schedule")
+    sentences = [f"All lines: {alike}." if alike else "", f"Teacher: {teachers}." if teachers else ""]
+    methods, of_published = dict.fromkeys(lines["method"]), lines[lines["published_source"] != ""]
     theirs = dict.fromkeys(row.dataset for row in published.rows() if row.method in methods)
-    if theirs and not set(rows["dataset"]) & set(theirs):
-        names = ", ".join(methods)
-        sentences.append(f"No published value to compare with: {names} is published for {', '.join(theirs)} only.")
-    schedules = dict.fromkeys(zip(rows["profile"], rows["schedule"], strict=True))
-    return " ".join([*sentences, *(f"Schedule {profile}, {schedule}." for profile, schedule in schedules)])
+    if theirs and not set(lines["dataset"]) & set(theirs):
+        told = f"{', '.join(methods)} is published for {', '.join(theirs)} only"
+        sentences.append(f"No published value to compare with: {told}.")
+    if len(of_published):
+        values = zip(of_published["weight_bits"], of_published["activation_bits"], of_published["method"], strict=True)
+        names = [f"{method} {bits_name(*bits)}" for *bits, method in values]
+        told = "; ".join(dict.fromkeys(map(" ".join, zip(names, of_published["published_source"], strict=True))))
+        sentences.append(f"Published: {told}.")
+    schedules = dict.fromkeys(zip(lines["profile"], lines["schedule"], strict=True))
+    sentences += [f"Schedule {profile}, {schedule}." for profile, schedule in schedules]
+    return " ".join(filter(None, sentences))
 
 
-def number(value: float | None, spread: float | None = None, sign: str = "") -> str:
-    """Two decimals, with the spread over seeds if there are several; empty for no value. ``sign="+"`` shows a plus."""
+def short(schedule: str) -> str:
+    """``"reduced, retuned"``: how a schedule departs; the caption says how far."""
+    return re.sub(r" \([\d.e-]+ % [^)]*\)", "", schedule.partition(":")[0])
+
+
+def number(value: float | None, error: float | None = None) -> str:
+    """Two decimals, with the standard error if there is one; empty for no value."""
     if value is None or pd.isna(value):
         return ""
-    return f"{value:{sign}.2f}" if spread is None or pd.isna(spread) else f"{value:.2f} ± {spread:.2f}"
+    return f"{value:.2f}" if error is None or pd.isna(error) else f"{value:.2f} ± {error:.2f}"
 
 
-def styled(shown: pd.DataFrame, caption: str) -> Styler:
+def styled(table: Table) -> Styler:
     """A table for a notebook: no index, cells aligned right, the caption below."""
     below = {"selector": "caption", "props": "caption-side: bottom; text-align: left; max-width: 60em"}
     right = {"selector": "td, th", "props": "text-align: right; white-space: nowrap"}
-    return shown.style.hide(axis="index").set_caption(caption).set_uuid("results").set_table_styles([below, right])
+    shown = table.shown.style.hide(axis="index").set_caption(table.caption)
+    return shown.set_uuid("results").set_table_styles([below, right])
 
 
 def width(shown: pd.DataFrame) -> int:
@@ -129,13 +221,3 @@ def markdown(shown: pd.DataFrame) -> str:
     rule = ["---" if name in WORDS else "---:" for name in shown.columns]
     cells = [list(shown.columns), rule, *(shown.astype(str).values.tolist())]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells) + "\n"
-
-
-def present_missing(missing: pd.DataFrame) -> pd.DataFrame:
-    """Published rows that were not run, as the text that people read."""
-    if missing.empty:
-        return pd.DataFrame()
-    widths = map(bits_name, missing["weight_bits"], missing["activation_bits"])
-    shown = missing.rename(columns={"dataset": "data", "published_source": "source"})
-    shown = shown.assign(bits=list(widths), published=shown["published"].map(number))
-    return shown[["method", "data", "model", "bits", "scheme", "published", "source", "reason"]]

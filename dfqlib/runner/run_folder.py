@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dfqlib.files import METRICS
+from dfqlib.errors import UserError
+from dfqlib.files import METRICS, METRICS_FORMAT
 from dfqlib.runner.plan import PlannedRun
 
 NOTEBOOK = "notebook.ipynb"
@@ -23,18 +24,26 @@ def complete(folder: Path) -> bool:
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder measured; None if metrics.json is missing or broken."""
+    """What the run in a folder measured; None if that is missing or broken, UserError if a newer kit wrote it."""
     try:
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return metrics if isinstance(metrics, dict) and "run" in metrics else None
+    if not isinstance(metrics, dict) or "run" not in metrics:
+        return None
+    if metrics.get("format", 1) > METRICS_FORMAT:
+        known = f"this one reads formats up to {METRICS_FORMAT}"
+        raise UserError(f"{folder / METRICS} has format {metrics['format']}, of a newer dfqlib; {known}: update it.")
+    return metrics
 
 
 def finished(folder: Path, kind: str = "") -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and metrics of each finished run in ``folder``, by name; ``kind`` is how their ids begin."""
+    """Folder and metrics of each finished run in ``folder``, by name; ``kind`` is how their ids begin.
+
+    Of a committed run only the metrics are there.
+    """
     folders = [each for each in sorted(folder.glob(f"{kind}[!.]*")) if each.suffix not in LEFTOVER_SUFFIXES]
-    return [(each, metrics) for each in folders if complete(each) and (metrics := read_metrics(each))]
+    return [(each, metrics) for each in folders if (metrics := read_metrics(each))]
 
 
 def broken_files(results: Path) -> Iterable[str]:
@@ -43,9 +52,6 @@ def broken_files(results: Path) -> Iterable[str]:
         if path.parent.suffix not in LEFTOVER_SUFFIXES and read_metrics(path.parent) is None:
             kept = f"a call that asks for it repeats it and keeps this folder as {path.parent.name}.broken"
             yield f"{path} is broken: its run counts as not finished; {kept}."
-    for path in sorted([*results.glob("results.csv"), *results.glob("*/results.csv")]):
-        if not path.read_bytes().endswith(b"\n"):
-            yield f"{path} is truncated: its complete lines are kept, the original is saved as {path.name}.broken."
 
 
 def expected_seconds(runs: Iterable[PlannedRun], results: Path) -> dict[str, float | None]:
