@@ -1,6 +1,7 @@
 """Which published numbers are reproduced: every published CIFAR cell, its drop in the paper and its drop here."""
 
 import math
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,16 @@ def elsewhere() -> str:
         f"{len(rows)} published ImageNet rows ({methods}) need its validation images in `$DFQ_DATA/imagenet` and, for "
         "the published schedules, a GPU: `python run_all.py --list` names each."
     )
+
+
+def context() -> pd.DataFrame:
+    """Published top-1 of methods without a notebook here, on CIFAR, as text: methods by data set and bits."""
+    with resources.files("dfqlib.papers").joinpath("context.csv").open(encoding="utf-8") as file:
+        rows = pd.read_csv(file).query("dataset in @DATASETS")
+    where = rows["dataset"].map(DATASETS) + " " + list(map(bits_name, rows["weight_bits"], rows["activation_bits"]))
+    rows = rows.assign(where=where, told=rows["top1"].map(tables.number))
+    grid = rows.pivot_table("told", ["method", "source"], "where", aggfunc="first", sort=False)
+    return grid.reindex(columns=sorted(grid, key=lambda name: (name[:9], -int(name[-1])))).fillna("").reset_index()
 
 
 def picture(table: pd.DataFrame) -> Any:

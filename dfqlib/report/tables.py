@@ -126,6 +126,7 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
         "bits": list(map(bits_name, lines["weight_bits"], lines["activation_bits"])),
         **lines[["variant", "ranges"]],
         "top-1": [number(*each) or "diverged" for each in zip(lines["top1"], lines["standard_error"], strict=True)],
+        "top-5": lines["top5"].map(number) if "imagenet" in set(lines["dataset"]) else "",
         "drop": [number(*each) for each in zip(lines["drop"], lines["drop_error"], strict=True)],
         "published drop": lines["published_drop"].map(number),
         "project": lines.get("project", ""),
