@@ -10,7 +10,7 @@ from torch import nn
 from dfqlib.errors import UserError
 from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
 from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
-from dfqlib.quantizers.observers import OBSERVERS, MeanSquaredError, MovingAverage, Percentile, RunningMinMax
+from dfqlib.quantizers.observers import OBSERVERS, MovingAverage, Percentile, RunningMinMax, least_squares_shares
 
 OFFICIAL = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "data" / "quantizer.npz").items()}
 BITS = (2, 3, 4, 5, 6, 8)
@@ -116,9 +116,10 @@ def test_percentile_leaves_out_the_extremes():
     assert observed(Percentile(100), x) == [-50, 50]
 
 
-def test_mse_takes_the_best_of_eighty_shrunk_ranges():
+@pytest.mark.parametrize("observer", ["mse", "least_squares"])
+def test_the_range_of_least_error_is_the_best_of_eighty_shrunk_ones(observer):
     x = torch.cat([torch.rand(4000, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0])])
-    observer = MeanSquaredError()
+    observer = OBSERVERS[observer]()
     observer.observe(x, bits=3)
 
     def error(high):
@@ -127,6 +128,13 @@ def test_mse_takes_the_best_of_eighty_shrunk_ranges():
     best = min((3 * (1 - 0.01 * i) for i in range(80)), key=error)
     assert observer.high.item() == pytest.approx(best, rel=1e-5)
     assert best < 2
+
+
+def test_least_squares_share_by_hand():
+    """Two bits: 0 to 3 fits exactly; beside many ones, an outlier of 5 is best clipped so that a level is at 1."""
+    rows = torch.tensor([[0.0, 1.0, 2.0, 3.0] * 250, [1.0] * 998 + [0.0, 5.0]])
+    shares = least_squares_shares(rows, 2)
+    assert shares[:, 0].tolist() == pytest.approx([1, 0.6])
 
 
 def test_published_moving_average_compounds_its_correction():

@@ -182,6 +182,17 @@ def test_a_generator_learns_behind_the_view(teacher, data):
     first, then = WithTeacherView(stream, NetworkProbe(teacher.network)), ImageStream(teacher.network, *data, 8)
     both = FirstThen(first, 2, then)
     assert [len(both.next_batch().images) for _ in range(3)] == [4, 4, 8] and len(stream.losses) == 2
+    ranges_first = saft.after_generated_ranges(teacher, then, 2)
+    assert [len(ranges_first.next_batch().images) for _ in range(3)] == [16, 16, 8]
+
+
+def test_hast_weights_of_a_data_set_and_as_released():
+    """lam 1000 and eps 0.01 on CIFAR-10, SaFT's 2000 and 0.02 elsewhere; the released code drops cross-entropy."""
+    ten, hundred = (AlignmentWeights(**saft.hast_weights(dataset)) for dataset in ("cifar10", "cifar100"))
+    assert (ten.attention_weight, ten.epsilon) == (1000, 0.01)
+    assert (hundred.attention_weight, hundred.epsilon) == (2000, 0.02)
+    assert (hundred.ce_weight, hundred.saliency_weight) == (1, 0)
+    assert saft.hast_weights("cifar10", as_released=True)["ce_weight"] == 0
 
 
 def test_images_come_round_by_round(teacher, data):

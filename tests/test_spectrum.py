@@ -55,6 +55,7 @@ def test_crops_follow_their_own_seed_and_differ_between_images():
     assert torch.equal(one, second(images)) and torch.equal(two, second(images))
     assert not torch.equal(one, two) and not torch.equal(one[0], one[1])
     assert one.shape == images.shape
+    torch.testing.assert_close(RandomCrops(12, seed=3, then=low_pass)(images), low_pass(one))
 
 
 def test_crops_of_everything_are_the_image_or_its_mirror_image():

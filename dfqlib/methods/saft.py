@@ -16,15 +16,34 @@ from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Student
 from dfqlib.finetuning.network_views import Internals, NetworkProbe
-from dfqlib.finetuning.streams import Batch, Stream, read_losses
+from dfqlib.finetuning.streams import Batch, FirstThen, Stream, read_losses
 from dfqlib.loss_terms import add_up
 from dfqlib.losses import difficulty, distillation_kl
+from dfqlib.methods import gdfq
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
-from dfqlib.schedules import AlignmentWeights
+from dfqlib.schedules import AlignmentWeights, GeneratorSchedule
 
 # HAST has cross-entropy on every image and no saliency; SynQ has SaFT's weights.
 HAST = {"ce_weight": 1.0, "easy_below": 2.0, "saliency_weight": 0.0}
+HAST_BY_DATASET = {"cifar10": {"attention_weight": 1000.0, "epsilon": 0.01}}  # other data sets have SaFT's two
+
+
+def hast_weights(dataset: str, as_released: bool = False) -> dict[str, float]:
+    """What HAST changes in :class:`AlignmentWeights` on ``dataset``, by its configurations.
+
+    ``as_released=True`` is a quirk of its code: cross-entropy is computed and left out of the sum.
+    """
+    return HAST | HAST_BY_DATASET.get(dataset, {}) | ({"ce_weight": 0.0} if as_released else {})
+
+
+def after_generated_ranges(teacher: Teacher, stream: Stream, iterations: int, seed: int = 0) -> Stream:
+    """``stream`` behind ``iterations`` batches of 16 images of a GDFQ generator in training, to learn ranges from.
+
+    Source: the code of HAST, SynQ and SaFT, which take 800; their papers do not say.
+    """
+    schedule = GeneratorSchedule(batch=16, generator_iterations=iterations)
+    return FirstThen(gdfq.make_stream(teacher, schedule, seed=seed), iterations, stream)
 
 
 def selective_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor, easy_below: float = 0.5) -> Tensor:

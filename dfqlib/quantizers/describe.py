@@ -19,8 +19,9 @@ def model_bytes(model: nn.Module) -> int:
     As in the papers' tables, the ranges of the quantizers are not counted.
     """
     bits = {id(m.weight): m.weight_bits for m in model.modules() if isinstance(m, QuantizedLayer)}
-    observed = {id(b) for m in model.modules() if isinstance(m, RunningMinMax) for b in m.buffers()}
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and id(t) not in observed]
+    ranges = {id(b) for m in model.modules() if isinstance(m, RunningMinMax) for b in m.buffers()}
+    ranges |= {id(m.share) for m in model.modules() if isinstance(m, QuantizedLayer)}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and id(t) not in ranges]
     return sum(weight_bytes(t, bits.get(id(t))) for t in tensors)
 
 

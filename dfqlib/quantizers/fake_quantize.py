@@ -50,8 +50,12 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def fake_quantize_per_channel(weight: Tensor, bits: int) -> Tensor:
-    """``weight`` (O, ...) fake-quantized with one range per output channel: the channel's own min and max."""
+def fake_quantize_per_channel(weight: Tensor, bits: int, share: Tensor | None = None) -> Tensor:
+    """``weight`` (O, ...) fake-quantized with one range per output channel: the channel's own min and max.
+
+    With ``share`` (O, 1) the range is that share of it.
+    """
     shape = (-1,) + (1,) * (weight.dim() - 1)
-    low, high = torch.aminmax(weight.detach().flatten(1), dim=1)
-    return fake_quantize(weight, low.view(shape), high.view(shape), bits)
+    bounds = torch.aminmax(weight.detach().flatten(1), dim=1, keepdim=True)
+    low, high = ((bound if share is None else bound * share).view(shape) for bound in bounds)
+    return fake_quantize(weight, low, high, bits)

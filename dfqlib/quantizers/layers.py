@@ -38,13 +38,15 @@ class FakeQuantize(nn.Module):
 class QuantizedLayer(nn.Module):
     """Takes over the attributes and parameters of a Conv2d or Linear, whose weight each forward pass fake-quantizes.
 
-    One range per output channel; ``weight_bits`` None leaves the weight in float. The bias stays in float.
+    One range per output channel; ``weight_bits`` None leaves the weight in float. The bias stays in float. ``share``
+    (O, 1) is the part of each channel's min and max that is its range; None takes all of it.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, weight_bits: int | None) -> None:
         nn.Module.__init__(self)  # a layer's own constructor would draw weights that are replaced at once
         vars(self).update({name: copy.copy(value) for name, value in vars(layer).items()})
         self.weight_bits = weight_bits
+        self.register_buffer("share", None)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
@@ -63,7 +65,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 def used_weight(layer: nn.Module) -> Tensor:
     """The weight that ``layer`` computes with: fake-quantized in a quantized layer, else as it is."""
     bits = getattr(layer, "weight_bits", None)
-    return layer.weight if bits is None else fake_quantize_per_channel(layer.weight, bits)
+    return layer.weight if bits is None else fake_quantize_per_channel(layer.weight, bits, layer.share)
 
 
 @contextlib.contextmanager
