@@ -44,17 +44,19 @@ def write(results: Path, profile: Profile, present: Collection[str], failures: F
     if results.resolve() != PROJECT.resolve():
         project = collect(PROJECT, profile, ())
     sections = {}
-    for key, own in rows.groupby("paper", sort=False) if len(rows) else ():
-        if paper := papers.get(key):
-            sections[key] = Section(paper, own, not_run(own, paper.methods, failures), _copy_figures(root, own))
-            _write_tables(root, sections[key], project)
+    for key, paper in papers.items():
+        own = rows[rows["paper"] == key] if len(rows) else rows
+        section = Section(paper, own, not_run(own, paper.methods, failures), _copy_figures(root, own))
+        _write_tables(root, section, project)
+        if len(own):
+            sections[key] = section
     cells = reproduced.cells(rows)
     if sections:
         with atomic_path(root / "results.csv") as path:
             rows.drop(columns=INTERNAL, errors="ignore").to_csv(path, index=False)
         if not profile.rehearsal:
             _draw_cells(root, cells)
-        write_page(root, [sections[key] for key in papers if key in sections])
+        write_page(root, list(sections.values()))
     overview = "" if profile.rehearsal else _overview(cells, "")
     _write_readme(root, papers, sections, overview)
     if project is None and not profile.rehearsal:
@@ -122,12 +124,14 @@ def not_run(rows: pd.DataFrame, methods: Iterable[str], failures: Failures) -> p
 def _write_tables(root: Path, section: Section, project: pd.DataFrame | None) -> None:
     """``tables/<paper>.csv`` with all that is known of each line, and ``tables/<paper>.md`` to read."""
     paper, rows, missing, figures = section
-    origin = tables.groups(rows)[ORIGIN].agg(lambda column: " | ".join(dict.fromkeys(column))).reset_index()
-    lines = tables.summarise(rows, project).drop(columns="runs").merge(origin, on=tables.LINE, how="left")
-    with atomic_path(root / "tables" / f"{paper.key}.csv") as path:
-        lines.to_csv(path, index=False, float_format="%.4f")
-    hardware, commits = (", ".join(dict.fromkeys(rows[name])) for name in ("hardware", "commit"))
-    text = [f"# {paper.title}\n", f"[All results](../README.md). Runs on {hardware}; commit {commits}.\n"]
+    text = [f"# {paper.title}\n", "[All results](../README.md).\n"]
+    if len(rows):
+        origin = tables.groups(rows)[ORIGIN].agg(lambda column: " | ".join(dict.fromkeys(column))).reset_index()
+        lines = tables.summarise(rows, project).drop(columns="runs").merge(origin, on=tables.LINE, how="left")
+        with atomic_path(root / "tables" / f"{paper.key}.csv") as path:
+            lines.to_csv(path, index=False, float_format="%.4f")
+        hardware, commits = (", ".join(dict.fromkeys(rows[name])) for name in ("hardware", "commit"))
+        text.append(f"Runs on {hardware}; commit {commits}.\n")
     for part in tables.parts(rows):
         table = tables.present(part, project)
         dataset, profile = part.iloc[0][["dataset", "profile"]]
@@ -162,7 +166,9 @@ def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
 
     Those of a run whose notebook is not in this folder are already there.
     """
-    copies = []
+    copies: list[Path] = []
+    if rows.empty:
+        return copies
     for place, group in rows.groupby(["paper", "profile", "dataset", "model"], sort=False, dropna=False):
         prefix = "".join(f"{part.replace('/', '_')}-" for part in place if part)
         sources = [Path(name) for name in group.sort_values("seed").iloc[0]["figures"]]
@@ -206,7 +212,7 @@ def _write_readme(root: Path, papers: dict[str, Paper], sections: dict[str, Sect
     text += ["## Tables and figures of each notebook\n"]
     for key, paper in papers.items():
         rows = f"{len(sections[key].rows)} rows" if key in sections else "not run"
-        text.append(f"- [{paper.title}](tables/{key}.md): {rows}" if key in sections else f"- {paper.title}: {rows}")
+        text.append(f"- [{paper.title}](tables/{key}.md): {rows}")
     told = "Copied from the tables of the papers named as source; teachers there have 93.89 and 70.33 %."
     text += ["\n## Other methods, as context\n", f"{told}\n", tables.markdown(reproduced.context())]
     text.append("\nAll rows, with run, commit, hardware and date: [`results.csv`](results.csv).\n")
