@@ -15,9 +15,10 @@ from dfqlib.finetuning.network_views import Internals, NetworkProbe, channel_att
 from dfqlib.finetuning.streams import Batch, FirstThen, GeneratorStream, ImageStream
 from dfqlib.generators.networks import Generator
 from dfqlib.losses import distillation_kl
-from dfqlib.methods import gdfq, saft
+from dfqlib.methods import gdfq, reconstruct, saft
 from dfqlib.methods.saft import HAST, WithTeacherView, agreement, attention_gap, make_student, selective_cross_entropy
 from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.calibrate import calibrated
 from dfqlib.quantizers.layers import observing
 from dfqlib.schedules import AlignmentWeights, GeneratorSchedule, TuningSchedule
 
@@ -96,7 +97,7 @@ def test_agreement_is_the_sum_of_its_weighted_terms():
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 4, generator=random)
     attention = torch.rand(2, 5, 6, generator=random)
-    ours, theirs = (Internals(logits[i], [attention[i]], None) for i in range(2))
+    ours, theirs = (Internals(logits[i], [attention[i]], [], None) for i in range(2))
     labels, terms = torch.arange(5) % 4, AlignmentWeights(easy_below=0.8)
     kl = 20 * distillation_kl(theirs.logits, ours.logits, 20)
     ce = 0.05 * selective_cross_entropy(ours.logits, theirs.logits, labels, 0.8)
@@ -221,9 +222,31 @@ def test_the_teacher_is_asked_once_when_its_logits_are_read(teacher, data):
     assert not ImageStream(ask, *data, 4).next_batch().teacher_logits.requires_grad
 
 
-def test_attention_without_residual_units_is_refused():
+def test_output_gap_by_hand():
+    ones, twos = torch.ones(2, 1, 1, 2), 2 * torch.ones(2, 1, 1, 2)
+    assert reconstruct.output_gap([ones, twos], [twos, twos]).item() == 1 / 8  # (1 / 4 + 0) / 2
+    assert reconstruct.output_gap([7 * ones], [7 * twos]).item() == 1 / 4
+
+
+@pytest.mark.parametrize("kl_weight", [0, 0.02])
+def test_reconstruction_of_calibrated_students_brings_their_answers_closer(teacher, data, kl_weight):
+    """Weights, ranges and batch norms start as calibrated: nothing is left to observe."""
+    student = reconstruct.make_student(calibrated(teacher.network, BitWidths(3, 3), data[0]), 3e-3, kl_weight=kl_weight)
+    stream = WithTeacherView(ImageStream(teacher.network, *data, batch=8), NetworkProbe(teacher.network))
+
+    def gap():
+        return (student.network(data[0]) - teacher.network(data[0])).square().mean().item()
+
+    before = gap()
+    losses = finetune(stream, {"s": student}, spans(40, 0)).students["s"]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]) and gap() < 0.8 * before
+
+
+def test_alignment_of_units_without_residual_units_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     plain = Teacher.from_module(network.append(nn.Linear(4, 2)), 2, (0.5,) * 3, (0.25,) * 3, input_size=8)
     with pytest.raises(UserError, match="attention_weight=2000"):
         make_student(plain, NetworkProbe(plain.network), BitWidths(4, 4), AlignmentWeights())
     make_student(plain, NetworkProbe(plain.network), BitWidths(4, 4), AlignmentWeights(attention_weight=0))
+    with pytest.raises(UserError, match="no residual units"):
+        reconstruct.make_student(plain.network)

@@ -146,17 +146,20 @@ def test_a_head_that_is_not_global_pooling_and_linear_goes_by_autograd(head):
     assert found.attentions == [] and not found.detach().logits.requires_grad
 
 
-def test_attentions_are_those_of_the_units_bodies(teacher, student):
+def test_attentions_are_of_the_units_bodies_and_outputs_behind_their_relus(teacher, student):
     images, kept = torch.randn(2, 3, 32, 32), []
     for network in (teacher, student):
         view = NetworkProbe(network)(images)
         assert view.saliency is None
-        assert [a.shape[1] for a in view.attentions] == [16] * 3 + [32] * 3 + [64] * 3
+        for part in (view.attentions, view.outputs):
+            assert [a.shape[1] for a in part] == [16] * 3 + [32] * 3 + [64] * 3
     network = lived(resnet18(num_classes=5))  # adds in place
     network.layer1[0].bn2.register_forward_hook(lambda _, inputs, output: kept.append(output.clone()))
+    network.layer2.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].clone()))
     network(images)
     view = NetworkProbe(network)(images)
-    assert len(view.attentions) == 8
+    assert len(view.attentions) == len(view.outputs) == 8
+    torch.testing.assert_close(view.outputs[1], kept[1])
     torch.testing.assert_close(view.attentions[0], channel_attention(kept[0]))
     sum(attention.square()[:, 0].sum() for attention in view.attentions).backward()  # nothing needed is overwritten
 

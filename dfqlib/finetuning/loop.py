@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def distillation_loss(network: nn.Module, batch: Batch, loss: Callable[..., Tens
 
 @dataclass
 class Student:
-    """A quantized network and how it learns: its loss on a batch, and SGD with Nesterov momentum.
+    """A quantized network and how it learns: its loss on a batch, and SGD with Nesterov momentum, or Adam.
 
     The network keeps its mode: in eval mode, as published, its batch-norm statistics stay the teacher's.
     """
@@ -63,6 +63,7 @@ class Student:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     loss: Callable[[nn.Module, Batch], Tensor] = distillation_loss
+    optimizer: Literal["sgd", "adam"] = "sgd"
 
 
 @dataclass
@@ -165,7 +166,8 @@ def _settings(stream: Stream, students: Mapping[str, Student], schedule: TuningS
         modules = list(student.network.modules())
         each = ([getattr(m, bits) for m in modules if hasattr(m, bits)] for bits in ("weight_bits", "bits"))
         settings[f"bits of {name}"] = "W{}A{}".format(*(bits[0] if len(set(bits)) == 1 else bits for bits in each))
-        settings |= {f"{key} of {name}": getattr(student, key) for key in ("lr", "decay", "momentum", "weight_decay")}
+        learning = "lr", "decay", "momentum", "weight_decay", "optimizer"
+        settings |= {f"{key} of {name}": getattr(student, key) for key in learning}
     teacher = digest([student.network.state_dict() for student in students.values()])  # students start as its copies
     return settings | {"teacher": teacher, "stream": digest(stream.state_dict())}
 
@@ -191,8 +193,11 @@ class _Tuner(Stateful):
         self.student, self.network = student, student.network
         self.fast_network = scale_weights(student.network)  # the same parameters, trained faster
         parameters, momentum = list(student.network.parameters()), student.momentum
-        options = {"weight_decay": student.weight_decay, "nesterov": momentum > 0, "fused": fused(parameters)}
-        self.optimizer = torch.optim.SGD(parameters, student.lr, momentum, **options)
+        options = {"lr": student.lr, "weight_decay": student.weight_decay, "fused": fused(parameters)}
+        if student.optimizer == "adam":
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, **options)
+        else:
+            self.optimizer = torch.optim.SGD(parameters, momentum=momentum, nesterov=momentum > 0, **options)
         self.losses = Losses(f"student {name!r}", train_from + 1)
 
     def step(self, batch: Batch, progress: float, training_progress: float) -> None:

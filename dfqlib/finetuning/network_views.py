@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dfqlib.errors import UserError, check_choice
 from dfqlib.finetuning.grad_cam import grad_cam
 from dfqlib.models.batch_norm_statistics import sample_mean_square
+from dfqlib.quantizers.convert import is_relu
 from dfqlib.quantizers.layers import used_weight
 from dfqlib.quantizers.trace import trace
 from dfqlib.schedules import SALIENCY_LAYERS
@@ -32,15 +33,20 @@ def channel_attention(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Internals:
-    """Logits (B, classes); one attention (B, C) per residual unit; Grad-CAM maps (B, H, W) if they were asked for."""
+    """Logits (B, classes); one attention (B, C) and one output (B, C, h, w) per residual unit.
+
+    Grad-CAM maps (B, H, W) if they were asked for.
+    """
 
     logits: Tensor
     attentions: list[Tensor]
+    outputs: list[Tensor]
     saliency: Tensor | None
 
     def detach(self) -> Self:
+        attentions, outputs = ([tensor.detach() for tensor in part] for part in (self.attentions, self.outputs))
         saliency = None if self.saliency is None else self.saliency.detach()
-        return Internals(self.logits.detach(), [attention.detach() for attention in self.attentions], saliency)
+        return Internals(self.logits.detach(), attentions, outputs, saliency)
 
 
 class NetworkProbe:
@@ -65,7 +71,7 @@ class NetworkProbe:
             if node.target is operator.iadd:
                 node.target = operator.add  # an addition in place would overwrite what the attention is computed from
         modules = {n: traced.get_submodule(n.target) if n.op == "call_module" else None for n in graph.nodes}
-        bodies = _residual_bodies(modules)
+        bodies, units = _residual_units(traced, modules)
         pooled, classifier = _global_pooling_head(modules, graph.output_node())
         convolutions = [n for n, module in modules.items() if isinstance(module, nn.Conv2d) and n is not classifier]
         if not convolutions:
@@ -79,7 +85,7 @@ class NetworkProbe:
             with graph.inserting_after(body):
                 attentions.append(graph.call_function(channel_attention, (body,)))
         output = graph.output_node()
-        output.args = ((output.args[0], attentions, pooled if of_pooled else convolutions[-1]),)
+        output.args = ((output.args[0], attentions, units, pooled if of_pooled else convolutions[-1]),)
         graph.lint()
         self.module = scale_weights(fx.GraphModule(traced, graph))
 
@@ -89,10 +95,10 @@ class NetworkProbe:
         if by_autograd and not (torch.is_grad_enabled() and images.requires_grad):
             images = images.detach().requires_grad_()
         with torch.set_grad_enabled(by_autograd or torch.is_grad_enabled()):
-            logits, attentions, features = self.module(images)
+            logits, attentions, outputs, features = self.module(images)
             size = tuple(images.shape[-2:])
             maps = grad_cam(features, self._gradient(logits, features), size) if saliency else None
-        return Internals(logits, list(attentions), maps)
+        return Internals(logits, list(attentions), list(outputs), maps)
 
     def _gradient(self, logits: Tensor, features: Tensor) -> Tensor:
         """Of each image's highest logit with respect to ``features`` (B, C, h, w); (B, C, 1, 1) by the closed form."""
@@ -103,16 +109,18 @@ class NetworkProbe:
             return used_weight(self.classifier).flatten(1)[top][..., None, None] / features.shape[-2:].numel()
 
 
-def _residual_bodies(modules: Modules) -> list[fx.Node]:
-    """The output of each residual unit's body, in order of execution: of each sum, the deeper of the two summands.
+def _residual_units(network: fx.GraphModule, modules: Modules) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The output of each residual unit's body, and of the unit, in order of execution.
 
-    HAST (feature alignment) and SaFT align the bodies' outputs, before the identity is added.
+    Of each sum, the deeper of the two summands, before the identity is added (HAST and SaFT align these); and the ReLU
+    after the sum, or the sum where there is none.
     """
     depth: dict[fx.Node, int] = {}  # convolutions on the longest path to a node
     for node, module in modules.items():
         depth[node] = max((depth[each] for each in node.all_input_nodes), default=0) + isinstance(module, nn.Conv2d)
-    sums = [node.all_input_nodes for node in modules if node.target in _ADDITIONS and len(node.all_input_nodes) == 2]
-    return [max(summands, key=depth.__getitem__) for summands in sums]
+    sums = [node for node in modules if node.target in _ADDITIONS and len(node.all_input_nodes) == 2]
+    bodies = [max(node.all_input_nodes, key=depth.__getitem__) for node in sums]
+    return bodies, [next((user for user in node.users if is_relu(network, user)), node) for node in sums]
 
 
 def _global_pooling_head(modules: Modules, output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -46,17 +47,20 @@ def quantize_model(
     return student.to(device).eval().requires_grad_(True)
 
 
+def is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` calls a ReLU or ReLU6, be it a module, a function or a tensor's method."""
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6))
+    return node.op in ("call_function", "call_method") and node.target in _RELUS
+
+
 def _relu_sites(model: fx.GraphModule) -> dict[str, fx.Node]:
     """Every call of a ReLU or ReLU6, named by its module, or "<module>.relu" for a function called inside of one."""
     sites: dict[str, fx.Node] = {}
     seen: Counter[str] = Counter()
-    for node in model.graph.nodes:
-        if node.op == "call_module" and isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6)):
-            name = node.target
-        elif node.op in ("call_function", "call_method") and node.target in _RELUS:
-            name = ".".join([*list(node.meta.get("nn_module_stack", ()))[-1:], "relu"])
-        else:
-            continue
+    for node in filter(partial(is_relu, model), model.graph.nodes):
+        inside = ".".join([*list(node.meta.get("nn_module_stack", ()))[-1:], "relu"])
+        name = node.target if node.op == "call_module" else inside
         seen[name] += 1
         sites[name if seen[name] == 1 else f"{name}:{seen[name]}"] = node
     return sites

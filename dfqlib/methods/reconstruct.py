@@ -1,0 +1,52 @@
+"""Fine-tuning by reconstruction: each residual unit of the student is to give what the teacher's unit gives.
+
+BRECQ (Li et al., ICLR 2021) reconstructs one block after the other, as do QDrop and Genie, on calibrated ranges; here
+all blocks learn at once, end to end, so that later ones see what earlier ones still get wrong.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dfqlib.errors import UserError
+from dfqlib.finetuning.loop import Student
+from dfqlib.finetuning.network_views import NetworkProbe
+from dfqlib.loss_terms import add_up
+from dfqlib.losses import distillation_kl
+from dfqlib.methods.saft import BatchWithTeacherView
+
+
+def output_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over residual units of ||f_S - f_T||^2 / ||f_T||^2, of outputs f (B, C, h, w) of a batch.
+
+    Relative, so that one learning rate serves all units, networks and data sets. Source: BRECQ, block reconstruction.
+    """
+    gaps = [
+        (ours - theirs).square().sum() / theirs.square().sum() for ours, theirs in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(gaps).mean()
+
+
+def reconstruction_loss(
+    _: nn.Module, batch: BatchWithTeacherView, student: NetworkProbe, kl_weight: float = 0
+) -> Tensor:
+    """:func:`output_gap` + ``kl_weight`` tau^2 KL(T || S); ``student`` probes the network."""
+    ours = student(batch.images)
+    parts = {"outputs of units": output_gap(ours.outputs, batch.seen.outputs)}
+    if kl_weight:
+        parts["KL"] = kl_weight * distillation_kl(batch.teacher_logits, ours.logits)
+    return add_up(parts)
+
+
+def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine", kl_weight: float = 0) -> Student:
+    """How ``network``, a calibrated quantized copy of a teacher, learns by :func:`reconstruction_loss`, with Adam.
+
+    UserError if it has no residual units.
+    """
+    probe = NetworkProbe(network)
+    if not probe.units:
+        raise UserError("the network has no residual units whose outputs could be reconstructed.")
+    loss = partial(reconstruction_loss, student=probe, kl_weight=kl_weight)
+    return Student(network, lr, decay, weight_decay=0.0, loss=loss, optimizer="adam")
