@@ -12,16 +12,19 @@ from dfqlib.scores import Difference, Score
 
 
 def with_interval(score: Score) -> str:
-    """``"93.00 ± 1.12 %"``: a top-1 and half the width of its 95 % interval, over the choice of test images."""
-    return "diverged" if score.diverged else f"{score:.2f} ± {1.96 * score.standard_error:.2f} %"
+    """``"93.00 % (95 % interval 91.88 to 94.12)"``, over the choice of test images."""
+    low, high = (score + sign * 1.96 * score.standard_error for sign in (-1, 1))
+    return "diverged" if score.diverged else f"{score:.2f} % (95 % interval {low:.2f} to {high:.2f})"
 
 
 def told_apart(differences: Mapping[str, Difference]) -> str:
     """Which of the named differences are clearly above 0, which below, and which neither, as one clause."""
     groups = defaultdict(list)
     for name, found in differences.items():
-        verdict = "clearly higher" if found.points > 0 else "clearly lower"
-        verdict = "diverged" if math.isnan(found.points) else verdict if found.clear else "no clear difference"
+        if math.isnan(found.points):
+            groups["diverged"].append(name)
+            continue
+        verdict = f"clearly {'higher' if found.points > 0 else 'lower'}" if found.clear else "no clear difference"
         groups[verdict].append(f"{name} {found.points:+.2f} ({found.low:+.2f} to {found.high:+.2f})")
     return "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in groups.items())
 
