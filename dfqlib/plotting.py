@@ -10,6 +10,7 @@ import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:  # the report draws figures without torch
     from torch import Tensor
@@ -71,12 +72,23 @@ def show_images(pixels: "Tensor", labels: Sequence[object] | None = None, title:
 
 
 def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[float] | None = None) -> None:
-    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with about ten markers if it is long, else all."""
+    """Draw each named curve over ``x`` (0, 1, 2, ... unless given), with about ten markers if it is long, else all.
+
+    Ticks are whole numbers where all of ``x`` are.
+    """
+    if all(float(at).is_integer() for at in x or ()):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     for name, values in curves.items():
         positions = np.arange(len(values)) if x is None else x
         axes.plot(positions, values, label=name, markevery=1 if len(values) <= 60 else len(values) // 10)
     if len(curves) > 1:
         axes.legend()
+
+
+def reference_line(axes: Axes, value: float, name: str) -> None:
+    """A dotted horizontal line at ``value``, in front of the curves, with its name above the right end."""
+    axes.axhline(value, color="0.3", linewidth=1.2, linestyle=":", marker="", zorder=3)
+    axes.text(1, value, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize="x-small")
 
 
 def short_names(names: Sequence[str]) -> list[str]:

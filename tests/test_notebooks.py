@@ -71,7 +71,8 @@ def test_committed_outputs_are_there_and_from_the_quick_profile(key):
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert [output for output in outputs if "image/png" in output.get("data", {})], "no figure"
-    assert "text/html" in code[-1].outputs[-1].data, "does not end with its results table"
+    table, found = (cell.outputs[-1].data for cell in code[-2:])
+    assert "text/html" in table and "text/markdown" in found, "does not end with its results table and findings"
     text = json.dumps([output.get("text", "") for output in outputs])
     assert not re.search(r"/(home|root|Users|tmp)/", text), "an output names a folder of the machine it ran on"
     assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in code)
@@ -99,9 +100,11 @@ def test_reduced_profiles_ask_for_images_that_are_there(key, dataset, most, prof
 
 @each
 def test_form(key):
-    """Parameters first, each with its comment; one short step of set-up; then a story, in cells that one can read."""
+    """Sources and aims, parameters with comments, a short set-up, cells that one can read, findings at the end."""
     notebook = read(key)
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    opening = notebook.cells[0]
+    assert opening.cell_type == "markdown" and opening.source.startswith("# ")
+    assert "**Sources.**" in opening.source and "**After this notebook you can**" in opening.source
     parameters, setup = notebook.cells[1:3]
     assert parameters.metadata["tags"] == ["parameters"]
     tokens = tokenize.generate_tokens(io.StringIO(parameters.source).readline)
@@ -112,3 +115,13 @@ def test_form(key):
     assert notebook.cells[3].cell_type == "markdown"
     code = [cell.source.splitlines() for cell in notebook.cells[2:] if cell.cell_type == "code"]
     assert not [lines[0] for lines in code if len(lines) > 25], "cells of more than 25 lines"
+    heading, found, limits = notebook.cells[-3:]
+    assert heading.source.endswith("What this run shows, and what it does not")
+    assert "findings(\n    run," in found.source and limits.source.startswith("Not shown:")
+
+
+@each
+def test_local_links_lead_somewhere(key):
+    text = "\n".join(cell.source for cell in read(key).cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("https://")]
+    assert links and not [link for link in links if not (ROOT / "notebooks" / link).is_file()]

@@ -40,6 +40,15 @@ def test_images_are_in_rows_with_their_labels(count, columns, rows, per_row):
     assert [(tile == index).sum() for index, tile in enumerate(tiles[:count])] == [3 * 4 * 4] * count
 
 
+def test_layers_are_counted_in_whole_numbers_and_a_reference_line_is_named():
+    figure, axes = plt.subplots()
+    plotting.plot_curves(axes, {"gap": [1.0, 2.0, 3.0]}, range(1, 4))
+    plotting.reference_line(axes, 2.5, "teacher")
+    figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert [text.get_text() for text in axes.texts] == ["teacher"] and axes.lines[-1].get_ydata()[0] == 2.5
+
+
 def test_short_names_keep_what_tells_layers_apart():
     names = ["features.init.conv", "features.stage1.unit1.body.conv1.conv", "features.stage1.unit2.body.conv1.conv"]
     assert plotting.short_names([*names, "output"]) == ["init", "stage1.unit1.conv1", "stage1.unit2.conv1", "output"]

@@ -44,6 +44,7 @@ def tuning_schedule(budget: Budget) -> GeneratorSchedule:
 
 #: Where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
 SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
+REAL_SOURCES = ["few-shot", "real"]  # all others need no data
 
 
 def _images(source: str, teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
@@ -126,7 +127,7 @@ def make_students(
     """Quantized copies of the teacher, by the names of ``bits`` such as ``"W4A4"``, and the seconds they took.
 
     ``use``, one of :data:`USES`, makes them of the ``pool``. With a ``checkpoint`` a stopped fine-tuning is continued.
-    UserError for another use; Diverged if a loss is no longer finite.
+    UserError for another use. The logits of a student that diverged are not finite.
     """
     check_choice("use", use, USES)
     if use == "ranges":

@@ -20,7 +20,7 @@ from dfqlib.papers.notebook_source import notebook_sources
 #: Modules and packages that show results and compute none: a change in them leaves finished runs valid.
 DISPLAY_MODULES = ("dfqlib.progress", "dfqlib.papers", "dfqlib.report")
 #: Calls that only show their texts.
-MESSAGES = ("print", "warn", "warnings.warn")
+MESSAGES = ("print", "warn", "warnings.warn", "findings")
 MAGIC = re.compile(r"^(\s*)([%!].*)$", re.MULTILINE)
 
 
@@ -95,7 +95,7 @@ def normalise(source: str) -> str:
     """Python source without what only people read; unchanged if it is not Python.
 
     Left out are comments, layout, docstrings, ``__version__``, every string in a ``raise`` statement, and strings and
-    f-strings given to ``print`` or ``warnings.warn``. All other strings stay: they may be keys or choices.
+    f-strings given to one of :data:`MESSAGES`. All other strings stay: they may be keys or choices.
     """
     tree = parse(source)
     if tree is None:
