@@ -133,8 +133,16 @@ class Compare(Quantizing, schedules.Budget):
     repeats: int = setting(3, 1, 100)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Quantizing, schedules.Budget):
+    """Notebook 07; ``student_lr`` is Adam's, on the outputs of residual units."""
+
+    sources: list[str] = setting(["noise", "gdfq", "qimera", "real"], choices=SOURCES, least=1)
+    student_lr: float = setting(5e-4, 1e-12, 1e3)
+
+
 #: By the notebook's key in ``profiles.toml``.
-NOTEBOOKS = {each.__name__.lower(): each for each in (Teachers, ZeroQ, GDFQ, Qimera, DSG, SaFT, Compare)}
+NOTEBOOKS = {each.__name__.lower(): each for each in (Teachers, ZeroQ, GDFQ, Qimera, DSG, SaFT, Compare, Calibration)}
 
 
 def declared_by(defaults: dict[str, Any]) -> type[Settings]:
