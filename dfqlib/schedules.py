@@ -12,6 +12,7 @@ from dfqlib.settings import Settings, setting
 #: Where in a run (0 to 1) the learning rate is divided by 10.
 FALLS = {"step": (0.25, 0.5, 0.75), "late_step": (0.4, 0.8), "cosine": (), "constant": ()}
 DECAYS = tuple(FALLS)
+CALIBRATIONS = ("published", "corrected")
 SALIENCY_LAYERS = ("activations", "convolution")
 FOREVER = 10**9  # iterations
 
@@ -30,7 +31,14 @@ def decay_factor(decay: str, progress: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSchedule(Settings):
+class Calibration(Settings):
+    """How a student gets its ranges and batch-norm statistics: as published, or by dfqlib.quantizers.calibrate."""
+
+    calibration: str = setting("published", choices=CALIBRATIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSchedule(Calibration):
     """Images made by optimising their pixels with Adam. The defaults are ZeroQ's."""
 
     images: int = setting(32, 1, 10**7)
@@ -68,7 +76,7 @@ class HardImageSchedule(ImageSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningSchedule(Settings):
+class TuningSchedule(Calibration):
     """The fine-tuning of students. The defaults are SaFT's: 50 epochs of 200 iterations."""
 
     iterations: int = setting(10_000, 2, FOREVER)  # the observing ones included

@@ -5,6 +5,7 @@ import torch
 from pytorchcv.model_provider import get_model
 
 from dfqlib.bits import BitWidths
+from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import finetune
 from dfqlib.methods.gdfq import labelled_images, layer_gaps, make_stream, make_student
 from dfqlib.models.teacher import Teacher
@@ -36,6 +37,15 @@ def test_a_short_run_on_resnet20(teacher):
     history = finetune(make_stream(teacher, schedule), students, schedule)
     assert len(history.generator) == 4
     assert {name: len(losses) for name, losses in history.students.items()} == {"W3A3": 2, "W4A8": 2}
+
+
+def test_a_student_calibrated_on_images_need_not_observe(teacher):
+    schedule = GeneratorSchedule(iterations=3, observe_iterations=0, train_from=0, generator_iterations=3, batch=4)
+    stream = make_stream(teacher, schedule)
+    student = make_student(teacher, W4A4, schedule, images=stream.next_batch().images)
+    assert len(finetune(stream, {"s": student}, schedule).students["s"]) == 3
+    with pytest.raises(UserError, match="has no range yet"):
+        finetune(stream, {"s": make_student(teacher, W4A4, schedule)}, schedule)
 
 
 def test_the_stream_follows_its_seed_alone(teacher):

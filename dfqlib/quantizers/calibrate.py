@@ -39,6 +39,11 @@ def corrected(network: nn.Module, bits: BitWidths, images: Tensor) -> fx.GraphMo
     return student
 
 
+def student_network(network: nn.Module, bits: BitWidths, images: Tensor | None = None) -> fx.GraphModule:
+    """A quantized copy to fine-tune: :func:`corrected` on ``images``; without, as published, with ranges to observe."""
+    return quantize_model(network, bits) if images is None else corrected(network, bits, images)
+
+
 #: By the name of the setting ``calibration``: as the papers have it, or with the kit's corrections.
 CALIBRATIONS: dict[str, Callable[..., fx.GraphModule]] = {"published": calibrated, "corrected": corrected}
 
