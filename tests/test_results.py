@@ -164,6 +164,8 @@ def test_what_this_machine_measured_stands_beside_the_project_with_the_differenc
     theirs.row(W4A4, top1=scores(84)[0])
     rows = [run.frame().assign(images=100) for run in (ours, theirs)]
     assert tables.present(*rows).shown["project"].tolist() == ["84.00 (+4.00 ± 1.96)", ""]
+    older = rows[1].drop(columns="correct")  # before runs kept which images were right
+    assert tables.present(rows[0], older).shown["project"].tolist() == ["84.00 (+4.00)", ""]
 
 
 def test_departures_from_the_published_schedule_are_told_once(kit):

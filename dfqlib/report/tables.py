@@ -95,7 +95,7 @@ def _project(group: pd.DataFrame, project: pd.DataFrame | None) -> dict[str, str
     if project is None or project.empty:
         return {}
     keys = [*SETTING, "profile"]
-    same = project[(project[keys] == group[keys].iloc[0]).all(axis=1)]
+    same = project[(project[keys] == group[keys].iloc[0]).all(axis=1)].reindex(columns=group.columns)
     both = group.merge(same, on="seed", suffixes=("", "_theirs"))
     if both.empty:
         return {"project": ""}
