@@ -94,7 +94,7 @@ def _draw(axes: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
 def _legend(looks: dict[str, Any]) -> Markup:
     figure = pyplot.figure(figsize=(8, 0.6))
     handles = [pyplot.Line2D([], [], linestyle="", label=method, **look) for method, look in looks.items()]
-    look = {"linestyle": "", "marker": "o", "color": "0.3"}
+    look: dict[str, Any] = {"linestyle": "", "marker": "o", "color": "0.3"}
     handles.append(pyplot.Line2D([], [], **look, markerfacecolor="white", label="hollow: uses real images"))
     handles.append(pyplot.Line2D([], [], linestyle="--", marker="", color="0.45", label="best data-free so far"))
     figure.legend(handles=handles, ncols=5, loc="center")
@@ -103,7 +103,8 @@ def _legend(looks: dict[str, Any]) -> Markup:
 
 def _words(rows: pd.DataFrame, *columns: str) -> "pd.Series[str]":
     """The texts of some columns of each row in one."""
-    return rows[list(columns)].fillna("").agg(" ".join, axis=1).str.strip()
+    texts = [" ".join(words).strip() for words in rows[list(columns)].fillna("").to_numpy()]
+    return pd.Series(texts, index=rows.index, dtype=str)
 
 
 def _svg(figure: Figure, salt: str, marks: list[Markup]) -> Markup:

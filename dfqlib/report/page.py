@@ -5,6 +5,7 @@ from, with its parameters, software, hardware and executed notebook.
 """
 
 import base64
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ import pandas as pd
 from itables.utils import find_package_file
 from jinja2 import Environment
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dfqlib.bits import bits_name
 from dfqlib.files import METRICS, write_text
@@ -44,25 +45,20 @@ def write_page(root: Path, sections: list[Section]) -> None:
     """Write ``root/report.html``; a page that was made from the same content is left, since charts take seconds."""
     rows = pd.concat([section.rows for section in sections], ignore_index=True)
     rows = rows.assign(bits=list(map(bits_name, rows["weight_bits"], rows["activation_bits"])))
-    papers = []
+    papers: list[dict[str, Any]] = []
     for paper, _, missing, figures in sections:
         own = tables.parts(rows[rows["paper"] == paper.key])
-        about = {"key": paper.key, "title": paper.title, "missing": missing.to_dict("split") if len(missing) else None}
-        about["tables"] = [table(f"{paper.key}-{index}", part) for index, part in enumerate(own)]
-        papers.append(about | {"figures": [figure(paper, path) for path in figures]})
+        about = {"key": paper.key, "title": paper.title, "figures": [figure(paper, path) for path in figures]}
+        about |= {"tables": [table(f"{paper.key}-{index}", part) for index, part in enumerate(own)]}
+        papers.append(about | {"missing": missing.to_dict("split") if len(missing) else None})
     for line in (line for paper in papers for part in paper["tables"] for line in part["lines"]):
         rows.loc[line.pop("rows"), "line"] = line["id"]
     choices = {name: (label, list(rows[name].unique())) for name, label in FILTERS.items()}
+    published = overview(root, rows)
     runs = [run_details(root, row) for row in rows.drop_duplicates("run").to_dict("records")]
-    overview = None
-    if (root / "reproduced.png").is_file():
-        cells = reproduced.cells(rows)
-        picture = data_address("image/png", (root / "reproduced.png").read_bytes())
-        overview = {"sentence": reproduced.sentence(cells), "cells": reproduced.present(cells).to_dict("split")}
-        overview |= {"picture": picture, "caption": f"{reproduced.CAPTION} {reproduced.elsewhere()}"}
     scripts = [find_package_file("html", name) for name in ("dt_bundle.js", "dt_bundle.css")]
     script, style, template, *code = (path.read_text(encoding="utf-8") for path in (*scripts, *SOURCES))
-    parts = json.dumps([papers, runs, overview]), rows.drop(columns="rank", errors="ignore").to_json()
+    parts = json.dumps([papers, runs, published]), rows.drop(columns="rank", errors="ignore").to_json()
     made_from = digest(script, style, template, *code, *parts)
     path = root / "report.html"
     before = path.read_text(encoding="utf-8", errors="replace").rstrip() if path.is_file() else ""
@@ -72,10 +68,21 @@ def write_page(root: Path, sections: list[Section]) -> None:
 
     rows["filters"] = [filters(rows.loc[[index]]) for index in rows.index]
     legend, panels = charts.accuracy_against_time(rows)
-    content = {"papers": papers, "choices": choices, "runs": runs, "overview": overview}
+    content: dict[str, Any] = {"papers": papers, "choices": choices, "runs": runs, "published": published}
     content |= {"legend": legend, "panels": panels, "words": tables.WORDS, "made_from": made_from, "style": style}
     content["datatables"] = data_address("text/javascript", script.encode())
     write_text(path, Environment(autoescape=True).from_string(template).render(**content))
+
+
+def overview(root: Path, rows: pd.DataFrame) -> dict[str, Any] | None:
+    """Which published results are reproduced: sentence, table and the picture in ``root``; None without a picture."""
+    picture = root / "reproduced.png"
+    if not picture.is_file():
+        return None
+    cells = reproduced.cells(rows)
+    shown = {"sentence": reproduced.sentence(cells), "cells": reproduced.present(cells).to_dict("split")}
+    shown["picture"] = data_address("image/png", picture.read_bytes())
+    return shown | {"caption": f"{reproduced.CAPTION} {reproduced.elsewhere()}"}
 
 
 def table(key: str, rows: pd.DataFrame) -> dict[str, Any]:
@@ -83,7 +90,7 @@ def table(key: str, rows: pd.DataFrame) -> dict[str, Any]:
     shown, caption, of_lines = tables.present(rows)
     shown = shown[sorted(shown, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))]
     name = " ".join(rows.iloc[0][["dataset", "profile"]])
-    lines = []
+    lines: list[dict[str, Any]] = []
     for cells, index in zip(shown.to_numpy().tolist(), of_lines, strict=True):
         own = rows.loc[index]
         runs = [(run, f"seed {seed:.0f}") for run, seed in own.groupby("run", sort=False)["seed"].first().items()]
@@ -100,9 +107,10 @@ def filters(rows: pd.DataFrame) -> Markup:
 
 
 def figure(paper: Paper, path: Path) -> dict[str, str]:
-    """A figure as a ``data:`` address, with the alternative text that its file carries."""
-    with Image.open(path) as image:
-        text = image.info.get("Description", path.stem)
+    """A figure as a ``data:`` address, with the alternative text that its file carries, or its name."""
+    text = path.stem
+    with contextlib.suppress(UnidentifiedImageError), Image.open(path) as image:
+        text = image.info.get("Description", text)
     return {"name": path.stem, "text": f"{paper.key}: {text}", "png": data_address("image/png", path.read_bytes())}
 
 
