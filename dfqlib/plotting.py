@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 if TYPE_CHECKING:  # the report draws figures without torch
     from torch import Tensor
 
-# The first four go from dark to light, in greyscale too; the last two lie between.
-COLOURS = ("#14213d", "#b5380b", "#35ab9c", "#eeb422", "#7b2d8b", "#8d99ae")
+# Each has a contrast of 3:1 with white. The first four go from dark to light, in greyscale too; the last two between.
+COLOURS = ("#14213d", "#a32f0b", "#0c8075", "#bd8a00", "#54206a", "#75839d")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 COLOUR_MAP = "cividis"  # lightness rises steadily
@@ -89,6 +89,17 @@ def reference_line(axes: Axes, value: float, name: str) -> None:
     """A dotted horizontal line at ``value``, in front of the curves, with its name above the right end."""
     axes.axhline(value, color="0.3", linewidth=1.2, linestyle=":", marker="", zorder=3)
     axes.text(1, value, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize="x-small")
+
+
+def describe(figure: Figure, name: str) -> str:
+    """What a figure shows, for those who cannot see it: ``name``, and each panel's title, axes and legend."""
+    panels = []
+    for axes in figure.axes:
+        against = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        legend = axes.get_legend()
+        names = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+        panels.append(": ".join(filter(None, (axes.get_title("left") or axes.get_title(), against, names))))
+    return "; ".join(dict.fromkeys(filter(None, (name.replace("_", " "), figure.get_suptitle(), *panels))))
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from browser import launched
 from stub_kit import write_kit
 
 from dfqlib import places
@@ -22,6 +23,11 @@ def pytest_runtest_setup():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")  # while it is open, an event loop runs, which papermill would not bear
+def browser():
+    yield from launched()
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from browser import assert_accessible
 from nbformat import v4
 
 from dfqlib.runner.notebook_page import as_page
@@ -58,6 +60,37 @@ def test_a_figure_has_its_name_and_its_width(tmp_path):
     for part in ('alt="fine tuning"', 'width="812"', 'src="data:image/png;base64,iVBORw0KGgo="'):
         assert part in first
     assert 'alt="figure"' in second
+
+
+def test_a_page_begins_with_its_contents_its_commit_and_the_way_back(tmp_path):
+    about = {"profile": "smoke", "provenance": {"commit": "0123abc"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(about))
+    text = "# GDFQ & <b>friends</b>\n\nText.\n\n## The images of $x$\n\n### By class\n"
+    page = page_of(tmp_path / "one.ipynb", v4.new_markdown_cell(text), v4.new_code_cell("# no heading"))
+    assert "<title>GDFQ &amp; friends</title>" in page
+    contents = page.partition("<main>")[2].partition("</nav>")[0]
+    assert 'href="../../../smoke/report.html"' in contents and "0123abc" in contents
+    links = re.findall('<a href="#([^"]*)">([^<]*)</a>', contents)
+    assert [name for _, name in links] == ["The images of x", "By class"]
+    assert all(f'id="{place}"' in page for place, _ in links)
+
+
+def test_without_metrics_a_page_names_no_commit_and_no_report(tmp_path):
+    page = page_of(tmp_path / "one.ipynb", v4.new_markdown_cell("## Images"))
+    assert "<title>one</title>" in page and "commit" not in page.partition("<main>")[2] and "report.html" not in page
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_executed_notebook_can_be_read_by_everybody(browser, tmp_path, width):
+    path = tmp_path / "notebook.html"
+    path.write_text(as_page(next(path for path in NOTEBOOKS if "gdfq" in path.stem)), encoding="utf-8")
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.goto(path.as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    cut = "e => e.clientWidth && e.scrollWidth > e.clientWidth + 2 && getComputedStyle(e).overflowX === 'hidden'"
+    assert not tab.evaluate(f"[...document.querySelectorAll('main *')].filter({cut}).map(e => e.className)")
+    assert_accessible(tab)
+    tab.close()
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -20,14 +20,34 @@ def plain_look():
         plt.close("all")
 
 
-def test_curves_differ_in_colour_marker_and_dash_and_the_first_four_in_greyscale():
+def luminance(colour: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_colour_stands_out_from_white_and_from_the_others_in_greyscale():
+    shades = [luminance(colour) for colour in plotting.COLOURS]
+    assert all(1.05 / (shade + 0.05) >= 3 for shade in shades)
+    lightness = [116 * shade ** (1 / 3) - 16 for shade in shades]  # L*, from 0 to 100, in equal steps for the eye
+    assert all(later - earlier >= 10 for earlier, later in itertools.pairwise(lightness[:4])), "dark to light"
+    assert all(later - earlier >= 5 for earlier, later in itertools.pairwise(sorted(lightness)))
+
+
+def test_curves_differ_in_colour_marker_and_dash():
     axes = plt.figure().subplots()
     plotting.plot_curves(axes, {name: [1, 2, 3] for name in "abcdef"})
     looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines]
     assert len(set(looks)) == len({marker for _, marker, _ in looks}) == 6
-    shades = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(to_rgb, plotting.COLOURS[:4])]
-    assert all(later - earlier > 0.1 for earlier, later in itertools.pairwise(shades))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list("abcdef")
+
+
+def test_a_figure_is_described_by_its_titles_axes_and_legends():
+    figure, (left, right) = plt.subplots(1, 2)
+    plotting.plot_curves(left, {"W4A4": [1, 2], "W3A3": [2, 3]})
+    left.set(title="Loss", xlabel="iteration", ylabel="KL")
+    right.set_axis_off()
+    assert plotting.describe(figure, "fine_tuning") == "fine tuning; Loss: KL against iteration: W4A4, W3A3"
 
 
 @pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 16, 2, 16), (5, 16, 1, 5), (7, 3, 3, 3)])

@@ -19,6 +19,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from dfqlib import plotting
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import ImageSet
 from dfqlib.device import code_version, describe_hardware, pick_device
@@ -130,14 +131,14 @@ class Run:
     def figure(self, figure: Figure, name: str) -> Image:
         """Save a matplotlib figure as ``<name>.png`` and ``<name>.svg`` in the run's folder and return the image.
 
-        As the last expression of a cell it is shown, with ``name`` as alternative text; the figure is drawn once.
+        As the last expression of a cell it is shown; the figure is drawn once. Its alternative text is in the PNG too.
         """
         if layout := figure.get_layout_engine():
             layout.execute(figure)
             figure.set_layout_engine("none")  # laid out once for both files
         box = figure.get_tightbbox().padded(pyplot.rcParams["savefig.pad_inches"])
-        png = io.BytesIO()
-        figure.savefig(png, format="png", bbox_inches=box)
+        png, alt = io.BytesIO(), plotting.describe(figure, name)
+        figure.savefig(png, format="png", bbox_inches=box, metadata={"Description": alt})
         if self.out:
             with atomic_path(self.out / f"{name}.png") as path:
                 path.write_bytes(png.getvalue())
@@ -145,7 +146,7 @@ class Run:
                 figure.savefig(path, format="svg", bbox_inches=box)
             self.figures = list(dict.fromkeys([*self.figures, name]))
         pyplot.close(figure)  # or the notebook would show it a second time
-        return Image(png.getvalue(), width=round(box.width * figure.dpi), alt=name.replace("_", " "))
+        return Image(png.getvalue(), width=round(box.width * figure.dpi), alt=alt)
 
     def table(self) -> Styler:
         """The rows so far beside the published values; the last expression of a notebook's results cell."""

@@ -1,53 +1,121 @@
-"""The charts of ``report.html``; rows are tidy, with their bit widths as text in the column ``bits``."""
+"""The chart of ``report.html``, accuracy against time: one SVG panel for each data set and bit width.
+
+The marks are links to their runs and carry the line of the table that they belong to, so that the page's filters reach
+them. Matplotlib draws them: a library that draws in the browser weighs ten times this page's charts.
+"""
 
 import io
-import itertools
+import re
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
-import seaborn as sns
+from markupsafe import Markup
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dfqlib import plotting
 
+#: Rows whose scheme, variant or ranges say this use real images: they are no data-free methods.
+REAL_IMAGES = r"\b(?:real|few-shot)\b"
+MARK = Markup('<a href="#{0.run}" data-line="{0.line}" {0.filters} tabindex="-1"><title>{1}</title>')
 
-def overview(rows: pd.DataFrame) -> list[bytes]:
-    """The charts as SVG files; one without any rows is left out."""
+#: Fixed, since a layout that measures its texts doubles the time.
+MARGINS = {"left": 0.16, "right": 0.97, "bottom": 0.16, "top": 0.97}
+
+
+class Panel(NamedTuple):
+    """A chart as inline SVG, its heading, and in words what it shows."""
+
+    heading: str
+    svg: Markup
+    text: str
+
+
+def accuracy_against_time(rows: pd.DataFrame) -> tuple[Markup, list[Panel]]:
+    """The legend and the panels of all timed rows that are quantized, with the page's ``bits``, ``line``, ``filters``.
+
+    A bit width that was run once has no panel.
+    """
     plotting.style()
-    pyplot.rcParams["figure.constrained_layout.use"] = False  # seaborn's grids have a layout of their own
-    timed = rows.dropna(subset=["seconds"])
-    methods = rows[(rows["variant"] == "") & (rows["weight_bits"] < 32)]
-    charts = {accuracy_against_time: timed, spread_over_seeds: methods}
-    return [_svg(draw(part)) for draw, part in charts.items() if len(part)]
+    timed = rows[rows["seconds"].notna() & rows["top1"].notna() & (rows["weight_bits"] < 32)]
+    timed = timed.assign(data_free=~_words(timed, "scheme", "variant", "ranges").str.contains(REAL_IMAGES))
+    count = len(plotting.COLOURS)
+    looks = {  # after six methods the same colours come again, with other markers
+        method: {"color": plotting.COLOURS[i % count], "marker": plotting.MARKERS[(i + i // count) % count]}
+        for i, method in enumerate(timed["method"].unique())
+    }
+    groups = [group for group in timed.groupby(["dataset", "bits"]) if len(group[1]) > 1]
+    panels = [_panel(f"{dataset}, {bits}", part, looks) for (dataset, bits), part in groups]
+    return _legend(looks) if panels else Markup(), panels
 
 
-def accuracy_against_time(timed: pd.DataFrame) -> Figure:
-    """Top-1 of every timed row by its seconds; one panel for each data set."""
-    names = list(timed["method"].unique())
-    colours = dict(zip(names, itertools.cycle([*plotting.COLOURS, "0.4", "0.75"]), strict=False))
-    look = {"hue": "method", "style": "method", "style_order": names, "palette": colours, "s": 30}
-    grid = sns.relplot(timed, x="seconds", y="top1", col="dataset", **look, height=4, aspect=0.9)
-    grid.set(xscale="log").set_axis_labels("seconds", "top-1 (%)").set_titles("{col_name}")
-    grid.figure.suptitle("Accuracy against time, every row", fontsize="medium", y=1.02)
-    return grid.figure
+def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
+    """The drop from the teacher by the seconds taken; top-1 if a row has no teacher."""
+    drop = part["fp32_top1"].notna().all()
+    kind = "drop" if drop else "top-1"
+    part = part.assign(score=part["fp32_top1"] - part["top1"] if drop else part["top1"])
+    part = part.sort_values("seconds", ignore_index=True)
+    best = part[part["data_free"]]
+    best = best[(best["score"].cummin() if drop else best["score"].cummax()).diff().ne(0)]
+    figure, axes = pyplot.subplots(figsize=(4.2, 3.1), layout="none", gridspec_kw=MARGINS)
+    _draw(axes, part, looks)
+    steps = pd.concat(
+        [best, best.tail(1).assign(seconds=part["seconds"].max())]
+    )  # the last one lasts to the right edge
+    axes.step(steps["seconds"], steps["score"], "--", where="post", color="0.45", linewidth=1.2)
+    axes.set(
+        xscale="log", xlabel="seconds (log scale)", ylabel="drop from the teacher (points)" if drop else "top-1 (%)"
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    if drop:
+        axes.invert_yaxis()
+    named = _words(part, "method", "variant")
+    texts = [
+        f"{name}, seed {row.seed:.0f}: {kind} {row.score:.2f}, {row.seconds:.3g} s ({row.run})"
+        for name, row in zip(named, part.itertuples(), strict=True)
+    ]
+    marks = [MARK.format(row, text) for row, text in zip(part.itertuples(), texts, strict=True)]
+    ends = best.groupby(np.ceil(np.log10(best["seconds"]))).tail(1)  # the best of each power of ten
+    told = "; ".join(f"{row.score:.1f} in {row.seconds:.3g} s ({named[row.Index]})" for row in ends.itertuples())
+    text = f"{len(part)} results. Best data-free {kind}: {told or 'none'}."
+    return Panel(heading, _svg(figure, heading, marks), text)
 
 
-def spread_over_seeds(methods: pd.DataFrame) -> Figure:
-    """Each method as published: a point for every seed, their mean and one standard deviation."""
-    settings = methods.assign(setting=methods["method"] + " " + methods["scheme"] + " " + methods["bits"])
-    order = list(settings["setting"].unique())
-    height = 1 + 0.22 * len(order)
-    look = {"kind": "point", "linestyle": "none", "marker": "|", "markersize": 9, "color": plotting.COLOURS[0]}
-    where = {"x": "top1", "y": "setting", "order": order}
-    grid = sns.catplot(settings, **where, col="data", errorbar="sd", **look, height=height, aspect=4 / height)
-    grid.map_dataframe(sns.stripplot, **where, color=plotting.COLOURS[1], jitter=False, size=4)
-    grid.set_axis_labels("top-1 (%)", "").set_titles("{col_name}")
-    grid.figure.suptitle("Methods as published: seeds (points), mean and standard deviation", fontsize="medium", y=1.02)
-    return grid.figure
+def _draw(axes: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
+    for (method, data_free), own in part.groupby(["method", "data_free"], sort=False):
+        look = looks[method] | ({} if data_free else {"facecolor": "white"})
+        axes.scatter(
+            own["seconds"], own["score"], s=26, linewidth=1.2, zorder=3, urls=list(map(str, own.index)), **look
+        )
 
 
-def _svg(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", bbox_inches="tight")
+def _legend(looks: dict[str, Any]) -> Markup:
+    figure = pyplot.figure(figsize=(8, 0.6))
+    handles = [pyplot.Line2D([], [], linestyle="", label=method, **look) for method, look in looks.items()]
+    look: dict[str, Any] = {"linestyle": "", "marker": "o", "color": "0.3"}
+    handles.append(pyplot.Line2D([], [], **look, markerfacecolor="white", label="hollow: uses real images"))
+    handles.append(pyplot.Line2D([], [], linestyle="--", marker="", color="0.45", label="best data-free so far"))
+    figure.legend(handles=handles, ncols=5, loc="center")
+    return _svg(figure, "legend", [])
+
+
+def _words(rows: pd.DataFrame, *columns: str) -> "pd.Series[str]":
+    """The texts of some columns of each row in one."""
+    texts = [" ".join(words).strip() for words in rows[list(columns)].fillna("").to_numpy()]
+    return pd.Series(texts, index=rows.index, dtype=str)
+
+
+def _svg(figure: Figure, salt: str, marks: list[Markup]) -> Markup:
+    """The figure as an element of a page, its scatter's ``urls`` replaced by the opening tags in ``marks``.
+
+    ``salt`` makes ids unique, which all the page's pictures share.
+    """
+    file = io.StringIO()
+    with pyplot.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     pyplot.close(figure)
-    return file.getvalue()
+    svg = re.sub(r' id="[A-Za-z.]+_\d+"', "", file.getvalue()[file.getvalue().index("<svg") :])
+    svg = re.sub(r'<a xlink:href="(\d+)"[^>]*>', lambda found: str(marks[int(found[1])]), svg)
+    return Markup(svg.replace("<svg ", '<svg aria-hidden="true" ', 1))

@@ -127,7 +127,7 @@ def _write_tables(root: Path, section: Section, project: pd.DataFrame | None) ->
     text = [f"# {paper.title}\n", "[All results](../README.md).\n"]
     if len(rows):
         origin = tables.groups(rows)[ORIGIN].agg(lambda column: " | ".join(dict.fromkeys(column))).reset_index()
-        lines = tables.summarise(rows, project).drop(columns="runs").merge(origin, on=tables.LINE, how="left")
+        lines = tables.summarise(rows, project).drop(columns="rows").merge(origin, on=tables.LINE, how="left")
         with atomic_path(root / "tables" / f"{paper.key}.csv") as path:
             lines.to_csv(path, index=False, float_format="%.4f")
         hardware, commits = (", ".join(dict.fromkeys(rows[name])) for name in ("hardware", "commit"))

@@ -5,6 +5,7 @@ from, with its parameters, software, hardware and executed notebook.
 """
 
 import base64
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -13,18 +14,22 @@ from typing import Any, NamedTuple
 import pandas as pd
 from itables.utils import find_package_file
 from jinja2 import Environment
+from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
 
 from dfqlib.bits import bits_name
 from dfqlib.files import METRICS, write_text
 from dfqlib.papers.profiles import Paper
-from dfqlib.report import tables
+from dfqlib.report import reproduced, tables
 from dfqlib.runner.identity import digest
 from dfqlib.runner.run_folder import NOTEBOOK, NOTEBOOK_PAGE, read_metrics
 
 #: A change in these files draws the page again.
 SOURCES = [Path(__file__).parent / name for name in ("templates/page.html.jinja", "page.py", "charts.py")]
-#: Columns by which all tables of the page can be filtered, also from its address: ``report.html?bits=W3A3``.
-FILTERS = ("data", "model", "method", "bits")
+#: Columns by which all tables and charts of the page can be filtered, also from its address: ``?bits=W3A3``.
+FILTERS = {"dataset": "data set", "model": "model", "method": "method", "bits": "bits"}
+#: Columns that come first, so that they stay in view on a phone.
+FIRST = ["method", "variant", "bits", "top-1", "drop"]
 
 
 class Section(NamedTuple):
@@ -38,26 +43,22 @@ class Section(NamedTuple):
 
 def write_page(root: Path, sections: list[Section]) -> None:
     """Write ``root/report.html``; a page that was made from the same content is left, since charts take seconds."""
-    rows = pd.concat([section.rows for section in sections])
+    rows = pd.concat([section.rows for section in sections], ignore_index=True)
     rows = rows.assign(bits=list(map(bits_name, rows["weight_bits"], rows["activation_bits"])))
-    papers = [
-        {
-            "key": paper.key,
-            "title": paper.title,
-            "tables": [
-                {"shown": table.shown.to_dict("split"), "runs": table.runs, "caption": table.caption}
-                for table in map(tables.present, tables.parts(own))
-            ],
-            "missing": missing.to_dict("split") if len(missing) else None,
-            "figures": [{"name": path.stem, "png": data_address("image/png", path.read_bytes())} for path in figures],
-        }
-        for paper, own, missing, figures in sections
-    ]
+    papers: list[dict[str, Any]] = []
+    for paper, _, missing, figures in sections:
+        own = tables.parts(rows[rows["paper"] == paper.key])
+        about = {"key": paper.key, "title": paper.title, "figures": [figure(paper, path) for path in figures]}
+        about |= {"tables": [table(f"{paper.key}-{index}", part) for index, part in enumerate(own)]}
+        papers.append(about | {"missing": missing.to_dict("split") if len(missing) else None})
+    for line in (line for paper in papers for part in paper["tables"] for line in part["lines"]):
+        rows.loc[line.pop("rows"), "line"] = line["id"]
+    choices = {name: (label, list(rows[name].unique())) for name, label in FILTERS.items()}
+    published = overview(root, rows)
     runs = [run_details(root, row) for row in rows.drop_duplicates("run").to_dict("records")]
-    content = {"papers": papers, "choices": {name: list(rows[name].unique()) for name in FILTERS}, "runs": runs}
     scripts = [find_package_file("html", name) for name in ("dt_bundle.js", "dt_bundle.css")]
     script, style, template, *code = (path.read_text(encoding="utf-8") for path in (*scripts, *SOURCES))
-    parts = json.dumps(content), rows.drop(columns="rank", errors="ignore").to_json()
+    parts = json.dumps([papers, runs, published]), rows.drop(columns="rank", errors="ignore").to_json()
     made_from = digest(script, style, template, *code, *parts)
     path = root / "report.html"
     before = path.read_text(encoding="utf-8", errors="replace").rstrip() if path.is_file() else ""
@@ -65,10 +66,52 @@ def write_page(root: Path, sections: list[Section]) -> None:
         return
     from dfqlib.report import charts  # here, since it takes seconds
 
-    content["overview"] = [data_address("image/svg+xml", svg) for svg in charts.overview(rows)]
-    content |= {"words": tables.WORDS, "made_from": made_from, "style": style}
+    rows["filters"] = [filters(rows.loc[[index]]) for index in rows.index]
+    legend, panels = charts.accuracy_against_time(rows)
+    content: dict[str, Any] = {"papers": papers, "choices": choices, "runs": runs, "published": published}
+    content |= {"legend": legend, "panels": panels, "words": tables.WORDS, "made_from": made_from, "style": style}
     content["datatables"] = data_address("text/javascript", script.encode())
     write_text(path, Environment(autoescape=True).from_string(template).render(**content))
+
+
+def overview(root: Path, rows: pd.DataFrame) -> dict[str, Any] | None:
+    """Which published results are reproduced: sentence, table and the picture in ``root``; None without a picture."""
+    picture = root / "reproduced.png"
+    if not picture.is_file():
+        return None
+    cells = reproduced.cells(rows)
+    shown = {"sentence": reproduced.sentence(cells), "cells": reproduced.present(cells).to_dict("split")}
+    shown["picture"] = data_address("image/png", picture.read_bytes())
+    return shown | {"caption": f"{reproduced.CAPTION} {reproduced.elsewhere()}"}
+
+
+def table(key: str, rows: pd.DataFrame) -> dict[str, Any]:
+    """A table and for each of its lines the text, the runs, the filters that keep it, and the index of its rows."""
+    shown, caption, of_lines = tables.present(rows)
+    shown = shown[sorted(shown, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))]
+    name = " ".join(rows.iloc[0][["dataset", "profile"]])
+    lines: list[dict[str, Any]] = []
+    for cells, index in zip(shown.to_numpy().tolist(), of_lines, strict=True):
+        own = rows.loc[index]
+        runs = [(run, f"seed {seed:.0f}") for run, seed in own.groupby("run", sort=False)["seed"].first().items()]
+        words = " ".join(own[list(FILTERS)].stack().unique())  # what a search finds beside the cells
+        line = {"id": f"{key}-{len(lines)}", "cells": cells, "words": words, "runs": runs}
+        lines.append(line | {"filters": filters(own), "rows": index})
+    return {"key": key, "name": name, "columns": list(shown.columns), "caption": caption, "lines": lines}
+
+
+def filters(rows: pd.DataFrame) -> Markup:
+    """The attributes of an element that shows these rows: the values of each filter that keep it, with | between."""
+    attributes = [Markup('data-{}="{}"').format(name, "|".join(rows[name].unique())) for name in FILTERS]
+    return Markup(" ").join(attributes)
+
+
+def figure(paper: Paper, path: Path) -> dict[str, str]:
+    """A figure as a ``data:`` address, with the alternative text that its file carries, or its name."""
+    text = path.stem
+    with contextlib.suppress(UnidentifiedImageError), Image.open(path) as image:
+        text = image.info.get("Description", text)
+    return {"name": path.stem, "text": f"{paper.key}: {text}", "png": data_address("image/png", path.read_bytes())}
 
 
 def run_details(root: Path, row: dict[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,11 @@ MEASURED = "Project: the top-1 in the project's results/, and what it differs by
 
 
 class Table(NamedTuple):
-    """A table as people read it: text, at most ``MAX_COLUMNS`` columns, the caption, and the runs behind each line."""
+    """A table as people read it: text in up to ``MAX_COLUMNS`` columns, caption, the index of each line's rows."""
 
     shown: pd.DataFrame
     caption: str
-    runs: list[list[str]]
+    rows: list[list[Any]]
 
 
 def parts(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -56,7 +56,7 @@ def summarise(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> pd.Dat
 
     The standard error of a drop over several seeds is that of the test images, which all seeds share, and of the seeds.
     """
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "top5", "standard_error", "drop_error", "correct", "run"])))
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "top5", "standard_error", "drop_error", "correct"])))
     lines = []
     for setting, group in groups(rows):
         line = dict(zip(LINE, setting, strict=True))
@@ -66,7 +66,7 @@ def summarise(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> pd.Dat
         line["drop"] = line["fp32_top1"] - line["top1"]
         of_seeds = 0.0 if math.isnan(line["top1_std"]) else line["top1_std"] ** 2 / len(group)
         line["drop_error"] = math.sqrt(line["drop_error"] ** 2 + of_seeds)
-        line["runs"] = list(dict.fromkeys(group["run"].dropna()))
+        line["rows"] = list(group.index)
         lines.append(line | beside(line) | _project(group, project))
     return pd.DataFrame(lines)
 
@@ -145,7 +145,7 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
     for name in LEAST_NEEDED:
         if len(shown.columns) > MAX_COLUMNS:
             shown = shown.drop(columns=name, errors="ignore")
-    return Table(shown, caption(lines, constants), list(lines["runs"]))
+    return Table(shown, caption(lines, constants), list(lines["rows"]))
 
 
 def _grid(lines: pd.DataFrame) -> Table:
@@ -157,7 +157,7 @@ def _grid(lines: pd.DataFrame) -> Table:
     shown = pd.DataFrame({"source": own[0], "head": heads, "cell": cells})
     shown = shown.pivot(index="source", columns="head", values="cell")
     shown = shown.reindex(index=own[0].unique(), columns=list(dict.fromkeys(heads))).fillna("diverged").reset_index()
-    by_source = lines.groupby(own[0], sort=False)["runs"].agg(lambda column: list(dict.fromkeys(column.sum())))
+    by_source = lines.groupby(own[0], sort=False)["rows"].sum()
     constants = {**lines[["data", "model", "seeds"]].iloc[0], "schedule": ""}
     told = "Top-1 in percent, mean ± standard deviation over seeds, of every source of images with every use of them."
     return Table(shown, f"{told} {_facts(lines, constants)}", list(by_source))
