@@ -346,7 +346,11 @@ def test_every_published_cell_is_reached_near_short_or_not_run():
     assert {(method, bits): cells.loc[(method, "cifar10", bits), "state"] for method, bits in near} == near
     assert len(cells.loc[("hast", "cifar10", 3), "sources"]) == 2  # two papers print different numbers
     told = reproduced.sentence(cells.reset_index())
-    assert told.startswith(f"Reached: 1 of {len(cells)} published CIFAR cells; 1 within the 95 % interval, 1 short by")
+    expected = f"1 of {len(cells)} with the published calibration, 1 more within the 95 % interval, 1 short by"
+    assert told.startswith(f"Published CIFAR cells reached: {expected}") and f"{len(cells) - 3} not run" in told
+    both = pd.concat([*frames, frames[1].assign(calibration="corrected", top1=80, drop_error=1)])
+    told = reproduced.sentence(reproduced.cells(both))
+    assert f"1 of {len(cells)} with the corrected calibration" in told
 
 
 def test_measurements_of_a_newer_kit_are_refused_and_older_ones_read(kit, tmp_path):
@@ -380,6 +384,7 @@ def test_git_sees_only_the_published_results(kit, tmp_path):
         "results/results.csv",
         "results/tables/gdfq.csv",
         "results/tables/gdfq.md",
+        "results/tables/zeroq.md",
         "results/reproduced.csv",
         "results/reproduced.png",
         "results/quick/gdfq/a/metrics.json",

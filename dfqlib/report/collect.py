@@ -1,8 +1,8 @@
 """Turn the measurements of finished runs into a results folder's tables, figures, ``README.md`` and ``report.html``.
 
 Each run's ``metrics.json`` is what was measured; all else in a results folder is made from these, by every call of
-``run_all.py`` and by ``python -m dfqlib.report``. A group is a paper, profile, data set, test images and model. Its
-rows are of one version: the same code and schedule, those of the present call or else the latest.
+``run_all.py`` and by ``python -m dfqlib.report``. A group is a paper, profile, data set, test images, model and
+calibration. Its rows are of one version: the same code and schedule, those of this call or else the latest.
 """
 
 import glob
@@ -25,7 +25,7 @@ from dfqlib.runner.identity import digest
 from dfqlib.runner.run_folder import finished
 
 PROJECT = PACKAGE.parent / "results"  # what the project measured; nothing of it is changed by a call elsewhere
-GROUP = ["paper", "profile", "dataset", "data", "model"]
+GROUP = ["paper", "profile", "dataset", "data", "model", "calibration"]
 ORIGIN = ["run", "commit", "hardware", "finished"]
 #: Columns of a row that serve the report alone and are not written to results.csv.
 INTERNAL = ["rank", "version", "folder", "figures", "order", "correct"]
@@ -89,6 +89,7 @@ def _rows(results: Path, paper: Paper, names: Iterable[str], present: Collection
         own = {name: value for name, value in metrics["parameters"].items() if name not in RUN_PARAMETERS}
         figures = [str(folder / f"{name}.png") for name in metrics["figures"]]
         context = {"paper": paper.key, "profile": profile, "schedule": metrics["schedule"]}
+        context["calibration"] = metrics["parameters"].get("calibration", "published")
         context["rank"] = _rank(metrics, present)
         context["version"] = digest(json.dumps([own, run["depends"]], sort_keys=True))
         context |= {"run": run["id"]} | {name: provenance[name] for name in ("commit", "hardware", "finished")}

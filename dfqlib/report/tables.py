@@ -15,12 +15,25 @@ from dfqlib.papers import profiles, published
 from dfqlib.scores import Score, paired_difference, unpack
 
 SETTING = ["paper", "method", "scheme", "dataset", "data", "model"]
-SETTING += ["weight_bits", "activation_bits", "variant", "ranges"]
+SETTING += ["weight_bits", "activation_bits", "calibration", "variant", "ranges"]
 #: What the rows of one line of a table share: they differ in the seed alone.
 LINE = [*SETTING, "profile", "schedule"]
 #: Columns of text, aligned left; numbers are aligned right. One with the same text in every line goes to the caption.
-WORDS = {"method", "data", "model", "scheme", "bits", "variant", "ranges", "schedule", "seeds", "source", "needs"}
-WORDS |= {"published", "state", "note"}
+WORDS = {
+    "method",
+    "data",
+    "model",
+    "scheme",
+    "bits",
+    "calibration",
+    "variant",
+    "ranges",
+    "schedule",
+    "seeds",
+    "source",
+    "needs",
+}
+WORDS |= {"published", "cell", "state", "note"}
 MAX_COLUMNS = 8
 LEAST_NEEDED = ("seeds", "seconds", "model", "ranges", "over seeds", "schedule")  # left out first in a wide table
 NOTE = (
@@ -124,7 +137,7 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
         **lines[["method", "data", "model"]],
         "scheme": lines["scheme"].str.upper(),
         "bits": list(map(bits_name, lines["weight_bits"], lines["activation_bits"])),
-        **lines[["variant", "ranges"]],
+        **lines[["calibration", "variant", "ranges"]],
         "top-1": [number(*each) or "diverged" for each in zip(lines["top1"], lines["standard_error"], strict=True)],
         "top-5": lines["top5"].map(number) if "imagenet" in set(lines["dataset"]) else "",
         "drop": [number(*each) for each in zip(lines["drop"], lines["drop_error"], strict=True)],
