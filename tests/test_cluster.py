@@ -90,7 +90,7 @@ def notes(tmp_path: Path) -> Counter[str]:
 def test_workers_started_here_and_no_cluster_asked_for_when_nothing_is_missing(kit, tmp_path, capsys):
     assert call(tmp_path / "results", "--executor", "dask", "--workers", "2") == 0
     printed = capsys.readouterr().out
-    assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
+    assert "2 runs to make, 0 already there; 2 at once.\n0 of 2 runs ended, about 1 min left\n" in printed
     assert printed.count(": starts") == printed.count(": done") == 2
     assert len(run_folders(tmp_path / "results")) == 2
     assert call(tmp_path / "results", "--executor", "dask", "--scheduler", "nowhere") == 0
