@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from string import ascii_letters
 from typing import NoReturn
 
 from rich.console import Console
@@ -108,10 +109,10 @@ def call(options: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     chosen = selection(options)
     runs = plan.plan(chosen)
-    if options.list:
-        list_rows(console, chosen)
-        return 0
     results = places.expand(options.results).resolve()
+    if options.list:
+        list_rows(console, chosen, results)
+        return 0
     return (dry_run if options.dry_run else run)(console, runs, results, options)
 
 
@@ -140,24 +141,41 @@ def seeds(texts: list[str]) -> list[int]:
     return chosen
 
 
-def list_rows(console: Console, chosen: plan.Selection) -> None:
-    """Every published row (of the requested papers, data sets, models and bits), and whether it can run here."""
+def list_rows(console: Console, chosen: plan.Selection, results: Path) -> None:
+    """Every published row of the requested papers, data sets, models and bits: its numbers, its cost, its source.
+
+    Where papers print different numbers for the same setting, their rows stand one below the other.
+    """
     requested = chosen.papers, chosen.datasets, chosen.models, [text.upper() for text in chosen.bits]
-    table = Table("paper", "data set", "model", "bits", "scheme", "top-1", "runs here", "needs", box=None)
-    for row in published.rows():
+    expected = functools.cache(functools.partial(run_folder.expected_seconds, results, chosen.profile))
+    table = Table("method", "data set", "model", "bits", "scheme", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, side in (("top-1", "left"), ("drop", "right"), ("here", "right"), ("source", "left")):
+        table.add_column(name, justify=side)
+    sources: dict[str, str] = {}  # text -> number
+    notes: dict[str, str] = {}  # text -> letter
+    for row in sorted(published.rows(), key=lambda row: (row.method, row.dataset, row.scheme, row.model, row.bits)):
         paper = profiles.paper_of(row.method)
         values = paper and paper.key, row.dataset, row.model, row.bits
         if any(wanted and value not in wanted for wanted, value in zip(requested, values, strict=True)):
             continue
         lacking = preflight.missing(row.dataset, row.model) if paper else "no notebook for this paper yet"
-        download = "a download of its teacher" if preflight.downloads(row.model) else ""
-        top1 = "" if row.top1 is None else f"{row.top1:.2f}"
-        here = Text("no", "red") if lacking else Text("yes", "green")
-        needs = lacking.removeprefix("needs ") or download
-        table.add_row(row.method, row.dataset, row.model, row.bits, row.scheme, top1, here, needs)
-    command = "python run_all.py --profile paper --papers PAPER --models MODEL --bits BITS"
+        seconds = expected(paper.key, row.dataset, row.model) if paper and not lacking else None
+        here = "no" if lacking else "yes" if seconds is None else f"{max(1, round(seconds / 60))} min"
+        numbers = row.top1, row.std, row.drop, row.rerun
+        top1, std, drop, rerun = ("" if number is None else f"{number:.2f}" for number in numbers)
+        source = sources.setdefault(": ".join(filter(None, (row.source, row.address))), str(len(sources) + 1))
+        download = "" if lacking or not preflight.downloads(row.model) else "downloads its teacher"
+        again = f"{rerun} when its authors ran it again" if rerun else ""
+        for text in filter(None, (lacking.removeprefix("needs "), download, again, row.note)):
+            source += notes.setdefault(text, ascii_letters[len(notes)])
+        setting = row.method, row.dataset, row.model, row.bits, row.scheme.partition(" ")[0]
+        table.add_row(*setting, f"{top1}±{std}".rstrip("±"), drop, Text(here, "red" if lacking else "green"), source)
     console.print(table)
-    console.print(f"\nTo run a row: {command}", soft_wrap=True)
+    console.print("\ntop-1: per cent, ± over the authors' seeds; drop: points below the full-precision network")
+    console.print(f"here: whether it can run, or the minutes of its notebook under {chosen.profile} where known")
+    for text, mark in (sources | notes).items():
+        console.print(f"{mark:>2} {text}")
+    console.print("\nTo run a row:\npython run_all.py --profile paper --papers PAPER --models MODEL --bits BITS")
 
 
 def examine(runs: Runs, results: Path, options: argparse.Namespace) -> list[tuple[plan.PlannedRun, bool, str]]:
@@ -192,7 +210,7 @@ def dry_run(console: Console, runs: Runs, results: Path, options: argparse.Names
 def run(console: Console, runs: Runs, results: Path, options: argparse.Namespace) -> int:
     """Check everything, run what is missing, write and print the tables."""
     from dfqlib.runner import batch, execute
-    from dfqlib.runner.screen import Screen
+    from dfqlib.runner.screen import Row, Screen
 
     say = functools.partial(console.print, soft_wrap=True)
     if warning := batch.check_folder(results):
@@ -216,20 +234,24 @@ def run(console: Console, runs: Runs, results: Path, options: argparse.Namespace
             executor = stack.enter_context(Cluster(*settings))
             if executor.empty:
                 say(f"No worker is connected to {executor.address} yet; runs start when one joins.")
-        seconds = run_folder.expected_seconds(able, results)
-        for sentence in (*origins(able), forecast(missing, len(able), seconds, executor.places)):
+        count = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {len(able) - len(missing)} already there"
+        for sentence in (*origins(able), f"{count}; {executor.places} at once."):
             say(sentence)
-        screen = stack.enter_context(Screen(console, [planned.name for planned in able]))
+        expected = functools.cache(functools.partial(run_folder.expected_seconds, results))
+        timed = [(planned, 0 if there else expected(*planned.kind)) for planned, there, why in examined if not why]
+        rows = [Row(planned.name, planned.kind, seconds) for planned, seconds in timed]
+        screen = stack.enter_context(Screen(console, rows, executor.places))
         work = batch.Batch(results, screen, executor, options.force, options.keep_going)
-        # While the last runs compute, what the report needs is imported, which takes seconds.
-        imports = functools.partial(importlib.import_module, "seaborn")
-        outcomes = work.execute(able, lambda planned: seconds[planned.identity] or 0, imports)
+        # While the last runs compute, what the report's charts need is imported, which takes seconds.
+        imports = functools.partial(importlib.import_module, "seaborn") if missing else lambda: None
+        outcomes = work.execute(able, [row.seconds for row in rows], imports)
+    finished = [outcome.run for outcome in outcomes if outcome.state in ("done", "found")]
     for outcome in outcomes:
         if outcome.state not in ("done", "found"):
             failures |= rows_of(outcome.run, f"{outcome.state}: {outcome.message}")
 
     try:
-        show(console, runs, results, failures)
+        show(console, options.profile, finished, results, failures)
     except OSError as error:
         kept = "the last complete tables and all runs are kept, and the next call writes the tables again"
         print(f"run_all.py: the tables could not be written ({error}); {kept}.", file=sys.stderr)
@@ -249,30 +271,19 @@ def origins(runs: list[plan.PlannedRun]) -> list[str]:
     ]
 
 
-def forecast(missing: list[plan.PlannedRun], able: int, seconds: dict[str, float | None], at_once: int) -> str:
-    """How many of the ``able`` runs are missing, and how long they will take ``at_once``."""
-    text = f"{len(missing)} run{'s' * (len(missing) != 1)} to make, {able - len(missing)} already there"
-    known = [each for run in missing if (each := seconds[run.identity]) is not None]
-    if not known:
-        return f"{text}."
-    minutes = run_folder.makespan(known, at_once) / 60
-    unknown = f"; {len(missing) - len(known)} more were never timed" if len(known) < len(missing) else ""
-    return f"{text}: about {max(1, round(minutes))} min, {at_once} at once{unknown}."
-
-
 def rows_of(run: plan.PlannedRun, why: str) -> Failures:
     """The published rows that a run would have covered, each with ``why`` it has not."""
     return {(m, run.parameters.get("dataset", ""), run.parameters.get("model", "")): why for m in run.paper.methods}
 
 
-def show(console: Console, runs: Runs, results: Path, failures: Failures) -> None:
-    """Write the tables and print those of the papers of this call."""
+def show(console: Console, profile_name: str, finished: Runs, results: Path, failures: Failures) -> None:
+    """Write the tables and print those of the runs that this call made or found."""
     from dfqlib.report import collect, tables
 
-    profile = profiles.load()[0][runs[0].profile]
-    written = collect.write(results, profile, {run.identity for run in runs}, failures)
+    profile = profiles.load()[0][profile_name]
+    written = collect.write(results, profile, {run.identity for run in finished}, failures)
     root = profile.overview_folder(results)
-    for key in [key for key in dict.fromkeys(run.paper.key for run in runs) if key in written]:
+    for key in [key for key in dict.fromkeys(run.paper.key for run in finished) if key in written]:
         paper, rows, missing, _ = written[key]
         for part in tables.parts(rows):
             shown, caption, _ = tables.present(part)

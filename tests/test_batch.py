@@ -15,7 +15,7 @@ from dfqlib.errors import UserError
 from dfqlib.papers import profiles, published
 from dfqlib.runner import execute, plan, preflight, run_folder
 from dfqlib.runner.plan import Selection
-from dfqlib.runner.screen import Screen
+from dfqlib.runner.screen import Row, Screen
 
 
 def names(selection: Selection) -> list[str]:
@@ -94,10 +94,9 @@ def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):
     broken = zeroq[2].folder(tmp_path)
     broken.mkdir()
     (broken / "metrics.json").write_text('{"run": {"sec')
-    expected = run_folder.expected_seconds(runs, tmp_path)
-    assert {run.paper.key: expected[run.identity] for run in runs} == {"zeroq": 20.0, "gdfq": 60.0}
-    unknown = run_folder.expected_seconds(plan.plan(Selection(profile="paper", papers=["zeroq"])), tmp_path)
-    assert set(unknown.values()) == {None}
+    assert {run.kind[1]: run_folder.expected_seconds(tmp_path, *run.kind) for run in runs} == {"zeroq": 20, "gdfq": 60}
+    for run in plan.plan(Selection(profile="paper", papers=["zeroq"])):
+        assert run_folder.expected_seconds(tmp_path, *run.kind) is None
 
     assert run_folder.makespan([1, 2, 3, 4], 2) == 5 and run_folder.makespan([], 3) == 0
 
@@ -155,7 +154,7 @@ def test_a_line_shows_how_far_cells_and_their_loops_are(tmp_path):
     file = tmp_path / "progress.json"
     file.write_text(json.dumps([{"label": "a", "done": 1, "total": 2}, {"label": "b", "done": 5, "total": 10}]))
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with Screen(console, ["run"]) as screen:
+    with Screen(console, [Row("run")]) as screen:
         screen.run_starts(0, 4, file)
         assert "cell 1/4, a 1/2, b 5/10" in shown(screen)
         assert screen.tasks[0].percentage == 100 * (0.5 + 0.25) / 4
@@ -172,7 +171,7 @@ def shown(screen: Screen) -> str:
 
 def test_a_small_terminal_shows_what_matters_first(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=12)
-    screen = Screen(console, [f"run{index}." for index in range(50)])
+    screen = Screen(console, [Row(f"run{index}.") for index in range(50)])
     for index in (3, 40):
         screen.run_starts(index, 3, tmp_path / "progress.json")
     screen.run_ends(45, "failed", "why")
@@ -180,14 +179,15 @@ def test_a_small_terminal_shows_what_matters_first(tmp_path):
         screen.run_ends(index, "done", "there")
     *lines, summary = shown(screen).splitlines()
     assert [line.split()[1] for line in lines] == [f"run{index}." for index in (*range(8), 40, 45)]
-    assert summary.strip() == "runs 2, failed 1, waits 37, done 10"
+    states = "runs 2, failed 1, waits 37, done 10"
+    assert " ".join(summary.split()) == f"11 of 50 runs ended, about 1 min left; {states}"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_screen_in_a_terminal_and_on_a_pipe(tmp_path, terminal):
     """Brackets are no markup."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    with Screen(console, ["one [/b]", "two"]) as screen:
+    with Screen(console, [Row("one [/b]"), Row("two")]) as screen:
         screen.run_starts(0, 3, tmp_path / "progress.json")
         screen.cell_ends(0)
         screen.run_ends(0, "done", "there [x]")
@@ -196,5 +196,24 @@ def test_screen_in_a_terminal_and_on_a_pipe(tmp_path, terminal):
     if terminal:
         assert "done" in text and "one [/b]" in text and "[why]" in text
     else:
-        lines = ["[1/2] one [/b]: starts", "[1/2] one [/b]: done 0:00:00 there [x]", "[2/2] two: failed [why]"]
-        assert text.splitlines() == lines
+        overall, *lines = text.splitlines()
+        assert overall == "0 of 2 runs ended, 2 not timed before"
+        assert lines == ["[1/2] one [/b]: starts", "[1/2] one [/b]: done 0:00:00 there [x]", "[2/2] two: failed [why]"]
+
+
+def test_the_time_left_follows_what_runs_of_the_kind_took(tmp_path, monkeypatch):
+    """Six runs at two places; the clock is the test's."""
+    clock = [0.0]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    rows = [*(Row(f"a{index}", "a", 600.0) for index in range(4)), Row("b0", "b"), Row("b1", "b")]
+    screen = Screen(console, rows, places=2)
+    screen.get_time = lambda: clock[0]
+    for index in (0, 4):
+        screen.run_starts(index, 3, tmp_path / "progress.json")
+    clock[0] = 120
+    assert "0 of 6 runs ended, about 20 min left, 2 more not timed before" in shown(screen)
+    clock[0] = 1200
+    screen.run_ends(0, "done", "there")
+    assert "1 of 6 runs ended, about 40 min left, 2 more not timed before" in shown(screen)
+    screen.run_ends(4, "done", "there")
+    assert "2 of 6 runs ended, about 40 min left" in shown(screen) and "not timed" not in shown(screen)

@@ -90,7 +90,7 @@ def notes(tmp_path: Path) -> Counter[str]:
 def test_workers_started_here_and_no_cluster_asked_for_when_nothing_is_missing(kit, tmp_path, capsys):
     assert call(tmp_path / "results", "--executor", "dask", "--workers", "2") == 0
     printed = capsys.readouterr().out
-    assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
+    assert "2 runs to make, 0 already there; 2 at once.\n0 of 2 runs ended, about 1 min left\n" in printed
     assert printed.count(": starts") == printed.count(": done") == 2
     assert len(run_folders(tmp_path / "results")) == 2
     assert call(tmp_path / "results", "--executor", "dask", "--scheduler", "nowhere") == 0
@@ -120,12 +120,14 @@ def test_a_lost_worker_and_a_lost_scheduler_cost_no_run(kit, tmp_path, processes
     assert printed.count(": done") + printed.count(": found") == 12
 
 
-def test_a_cluster_without_workers_is_told(kit, tmp_path):
+def test_a_cluster_without_workers_is_told_and_can_be_left(kit, tmp_path):
     with LocalCluster(n_workers=0, dashboard_address=None) as empty:
         batch = start(tmp_path / "results", "--executor", "dask", "--scheduler", empty.scheduler_address)
-        lines = [batch.stdout.readline() for _ in range(3)]
-        kill_family(batch)
-        batch.communicate()
+        lines = [batch.stdout.readline() for _ in range(4)]
+        time.sleep(1)  # it asks what workers see
+        batch.send_signal(signal.SIGINT)
+        printed, errors = batch.communicate(timeout=60)
+        assert batch.returncode == 130 and printed.count(": stopped") == 2 and "Traceback" not in errors
     assert f"No worker is connected to {empty.scheduler_address} yet; runs start when one joins.\n" in lines
 
 
@@ -140,6 +142,18 @@ def test_a_gpu_takes_one_run_at_a_time(kit, tmp_path, processes):
     lines = (tmp_path / "diary").read_text().splitlines()
     assert sorted(lines[::2]) == ["begin 0", "begin 1", "begin 2"]
     assert [f"begin {line.removeprefix('end ')}" for line in lines[1::2]] == lines[::2]
+
+
+def test_workers_need_no_home(kit, tmp_path, monkeypatch, request):
+    """As in a container whose user has none; here there is a file where it should be, and none can be made."""
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "MPLCONFIGDIR"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HOME", str(tmp_path / "file" / "home"))
+        address = request.getfixturevalue("processes").address
+    write_kit(kit, zeroq="import matplotlib.pyplot, os\nassert os.access(os.path.expanduser('~'), os.W_OK)")
+    assert call(tmp_path / "results", "--papers", "zeroq", "--executor", "dask", "--scheduler", address) == 0
 
 
 @pytest.mark.parametrize(("cores", "resources", "runs"), [(64, {}, 16), (8, {}, 2), (8, {"GPU": 1.0}, 1)])
@@ -169,7 +183,7 @@ def test_an_interrupt_reaches_the_workers_and_need_not_wait_for_a_lost_scheduler
 
 
 def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "_shared", lambda client, results: False)
+    monkeypatch.setattr(cluster.Cluster, "_is_shared", lambda self, results: False)
     weights = tmp_path / "own.safetensors"
     weights.write_text("weights")
     write_kit(kit, zeroq=f"assert open(weights).read() == 'weights' and weights != {str(weights)!r}")

@@ -28,7 +28,7 @@ def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "[1/2] zeroq cifar10 resnet20_cifar10 W4A4 W3A3 seed 0: starts" in printed
     assert printed.count("cifar10: the 2,000 test images in the package; for the full set") == 1
-    assert "2 runs to make, 0 already there: about 1 min, 2 at once." in printed
+    assert "2 runs to make, 0 already there; 2 at once.\n0 of 2 runs ended, about 1 min left\n" in printed
     assert "90.11" in printed  # the published value of GDFQ W4A4 beside ours
     first = run_folders(results)
     assert [name.partition("/")[0] for name in first] == ["gdfq", "zeroq"]
@@ -188,9 +188,14 @@ def test_dry_run_and_list_write_nothing(kit, tmp_path, capsys):
     assert printed.count(": to run") == 2 and " iterations=7 " in printed and " lr=0.5 " in printed
     assert call(results, "--list") == 0
     printed = capsys.readouterr().out
-    assert "the test images of imagenet (in $DFQ_DATA/imagenet" in printed and "no notebook for this paper" in printed
-    rows = [line for line in printed.splitlines() if " yes " in line or " no " in line]
-    assert len(rows) == len(published.rows()) and " yes " in printed
+    table, _, legend = printed.partition("\n\n")
+    assert "the test images of imagenet (in $DFQ_DATA/imagenet" in legend and "no notebook for this paper" in legend
+    assert len(table.splitlines()) == 1 + len(published.rows()) and max(map(len, table.splitlines())) <= 80
+    (first, second) = re.findall(r"hast +cifar10 +resnet20_cifar10 +W3A3 .*", table)  # two papers print two numbers
+    assert " 86.34 " in first and " 88.34 " in second
+    assert re.search(r"gdfq +cifar100 .* W4A4 qat +63.58±0.23 +6.75 +1 min ", table)
+    source = re.search(r"gdfq .* W3A3 .* (\d+)", table)[1]
+    assert f"\n{source:>2} SynQ paper table 1: SynQ, ICLR 2025" in legend
     assert not results.exists()
 
 
@@ -233,7 +238,7 @@ def test_an_interrupt_stops_every_run_at_work_and_no_other_begins(kit, tmp_path)
 
 def test_a_container_s_quota_of_cores_counts(monkeypatch):
     monkeypatch.setattr("dask.system.cpu_count", lambda: 6)
-    assert execute.LocalExecutor(jobs=2).threads == 3
+    assert execute.LocalExecutor(2).threads == 3
 
 
 def test_runs_at_once_share_the_cores(kit, tmp_path, monkeypatch):

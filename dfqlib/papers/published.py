@@ -35,6 +35,11 @@ class Published:
     note: str
 
     @property
+    def drop(self) -> float | None:
+        """Points below the same source's full-precision top-1; ``None`` where one of the two was not published."""
+        return None if self.top1 is None or self.fp32_top1 is None else self.fp32_top1 - self.top1
+
+    @property
     def bits(self) -> str:
         """The bit widths as papers name them, e.g. ``"W4A8"``."""
         return str(BitWidths(self.weight_bits, self.activation_bits))

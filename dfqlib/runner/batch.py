@@ -55,17 +55,18 @@ class Batch:
     stopping: bool = False
 
     def execute(
-        self, runs: list[PlannedRun], seconds: Callable[[PlannedRun], float], at_last: Callable[[], object]
+        self, runs: list[PlannedRun], seconds: list[float | None], at_last: Callable[[], object]
     ) -> list[Outcome]:
         """Execute the outstanding runs (with ``force``, all of them) and return the outcome of each.
 
-        Runs with the most expected ``seconds`` start first, so that no long run is left over for a single core.
+        Runs with the most expected ``seconds`` start first, so that no long run is left over for a single core; those
+        of unknown length, None, start last.
         ``at_last`` is called by a thread that finds no more runs, while the last runs are still computing.
         """
         if missing := [run for run in runs if not self.there(run)]:
             self.executor.prepare(missing)
         with ThreadPoolExecutor(self.executor.jobs) as pool:
-            order = sorted(range(len(runs)), key=lambda index: -seconds(runs[index]))
+            order = sorted(range(len(runs)), key=lambda index: -(seconds[index] or 0))
             futures = {index: pool.submit(self.finish, index, runs[index]) for index in order}
             pool.submit(at_last)
             try:
@@ -88,19 +89,27 @@ class Batch:
 
     def finish(self, index: int, run: PlannedRun) -> Outcome:
         """Execute one run, or return the reason why it was not executed."""
-        if self.there(run):
-            outcome = Outcome(run, "found", str(run.folder(self.results)))
-        elif self.stopping:
-            outcome = Outcome(run, "skipped", "after the interrupt")
-        elif run.paper.key in self.broken and not self.keep_going:
-            outcome = Outcome(run, "skipped", f"after a run of {run.paper.notebook.name} failed (--keep-going runs it)")
-        else:
-            try:
-                watcher = Watcher(partial(self.screen.run_starts, index), partial(self.screen.cell_ends, index))
-                outcome = self.executor.execute(run, self.results, self.force, watcher)
-            except OSError as error:  # a full disk may have no room for the run's folder either
-                outcome = Outcome(run, "failed", str(error))
-        if outcome.state == "failed":
-            self.broken.add(run.paper.key)
+        report = partial(self.screen.run_starts, index), partial(self.screen.cell_ends, index)
+        watcher = Watcher(*report, partial(self.obstacle, run))
+        with watcher.place:
+            if self.there(run):
+                outcome = Outcome(run, "found", str(run.folder(self.results)))
+            elif reason := self.obstacle(run):
+                outcome = Outcome(run, "skipped", reason)
+            else:
+                try:
+                    outcome = self.executor.execute(run, self.results, self.force, watcher)
+                except OSError as error:  # a full disk may have no room for the run's folder either
+                    outcome = Outcome(run, "failed", str(error))
+            if outcome.state == "failed":  # known before another run of this notebook takes the place
+                self.broken.add(run.paper.key)
         self.screen.run_ends(index, outcome.state, outcome.message)
         return outcome
+
+    def obstacle(self, run: PlannedRun) -> str:
+        """Why a run is not to start any more; "" if it is."""
+        if self.stopping:
+            return "after the interrupt"
+        if run.paper.key in self.broken and not self.keep_going:
+            return f"after a run of {run.paper.notebook.name} failed (--keep-going runs it)"
+        return ""

@@ -142,7 +142,7 @@ class Cluster(contextlib.AbstractContextManager):
         self._client.subscribe_topic(self._topic, self._report)  # a new scheduler does not know it any more
         with self._lock:
             if self._shared is None:
-                self._shared = _shared(self._client, results)
+                self._shared = self._is_shared(results)
         data_root = os.fspath(places.data_root() or "")
         notebook = run.paper.notebook.read_text(encoding="utf-8")
         batch = self._topic, number, self._hosts(), data_root, self._checkpoint_every
@@ -153,6 +153,12 @@ class Cluster(contextlib.AbstractContextManager):
         future = self._client.submit(work, task, inputs, key=key, pure=False, resources=resources)
         self._waiting[number] = future
         return future
+
+    def _is_shared(self, results: Path) -> bool:
+        """Whether a worker sees this results folder; an interrupt cancels the question as it does runs that wait."""
+        with tempfile.NamedTemporaryFile(prefix=".seen-", dir=results) as probe:
+            self._waiting[-1] = self._client.submit(os.path.isfile, probe.name, pure=False)
+            return self._waiting[-1].result()
 
     def _report(self, event: tuple[float, dict[str, Any]]) -> None:
         """Pass a worker's event on to the watcher of its run."""
@@ -172,12 +178,6 @@ class Cluster(contextlib.AbstractContextManager):
         for worker in self._workers():
             hosts[worker["host"]] += int(worker["resources"].get("GPU", worker["nthreads"]))
         return dict(hosts)
-
-
-def _shared(client: Client, results: Path) -> bool:
-    """Whether a worker sees this results folder."""
-    with tempfile.NamedTemporaryFile(prefix=".seen-", dir=results) as probe:
-        return client.submit(os.path.isfile, probe.name, pure=False).result()
 
 
 def work(task: WorkerTask, inputs: bytes) -> tuple[Outcome, bytes]:

@@ -8,6 +8,7 @@ that a second attempt resumes from them. A run with a broken metrics.json is rep
 """
 
 import contextlib
+import datetime
 import errno
 import functools
 import json
@@ -29,7 +30,6 @@ import psutil
 from filelock import FileLock, Timeout
 
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
-from dfqlib.papers.notebook_source import notebook_cells
 from dfqlib.progress import FILE_VARIABLE
 from dfqlib.runner import kernels
 from dfqlib.runner.identity import imports_of
@@ -55,10 +55,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Callbacks of one run: at its start, with the number of its code cells and its progress file, and per cell."""
+    """What a batch wants to know of one run, and what the run asks it.
+
+    ``on_start`` is called with the number of its code cells and its progress file, ``on_cell`` after each cell.
+    ``obstacle`` gives a reason not to start it any more, or "". ``place`` holds the run's place among those that
+    compute: the executor leaves it early, the batch at the latest when it knows how the run ended.
+    """
 
     on_start: Callable[[int, Path], None]
     on_cell: Callable[[], None]
+    obstacle: Callable[[], str] = str
+    place: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+class Skipped(Exception):
+    """A run that was prepared and is not to start any more; the message is the reason."""
 
 
 class KernelFailure(Exception):
@@ -67,13 +78,14 @@ class KernelFailure(Exception):
 
 @dataclass
 class LocalExecutor:
-    """Executes up to ``jobs`` notebooks at once on this machine, each with its share of the cores.
+    """Executes up to ``places`` notebooks at once on this machine, each with its share of the cores.
 
+    It accepts one run more, so that the next kernel starts, and a page is written, while ``places`` notebooks compute.
     Fine-tunings write a checkpoint every ``checkpoint_every`` seconds. ``variables`` are added to the environment of
     every kernel; ``locations`` are parameters that name a file or folder of this machine.
     """
 
-    jobs: int
+    places: int
     checkpoint_every: int = 60
     variables: dict[str, str] = field(default_factory=dict)
     locations: dict[str, str] = field(default_factory=dict)
@@ -83,18 +95,19 @@ class LocalExecutor:
 
     def __post_init__(self) -> None:
         kernels.provide_home()
-        self.places = self.jobs  # all of them compute; none waits in a queue
+        self.jobs = self.places + 1
+        self.free = threading.Semaphore(self.places)
 
     @functools.cached_property
     def threads(self) -> int:
         """Threads of a run: the same whether or not others run beside it, since they change a result's last digits."""
-        return max(1, kernels.cores() // self.jobs)
+        return max(1, kernels.cores() // self.places)
 
     def prepare(self, runs: list[PlannedRun]) -> None:
         """Make kernels for ``runs`` quick to start; to be called in the main thread."""
         modules = set().union(*(imports_of(notebook) for notebook in {run.paper.notebook for run in runs}))
         self.forks = kernels.warm_up(modules, self.threads)
-        threading.Thread(target=load_papermill, daemon=True).start()  # while the kernels' process imports its modules
+        threading.Thread(target=load_exporter, daemon=True).start()  # while the kernels' process imports its modules
         # A notebook computes while another's page is written, and would wait 5 ms for that at each message.
         sys.setswitchinterval(0.0005)
 
@@ -103,6 +116,7 @@ class LocalExecutor:
         self.stopping = True
         for kernel in list(self.kernels):
             kernel.kill()
+        self.free.release(self.jobs)  # a run that waits for a place learns that it is not to start
 
     def execute(self, run: PlannedRun, results: Path, force: bool, watcher: Watcher) -> Outcome:
         """Execute one notebook into its folder in ``results``; with ``force`` also if that is complete."""
@@ -149,6 +163,9 @@ class LocalExecutor:
                 with contextlib.suppress(FileNotFoundError):  # another runner was first
                     put_in_place(final, final.with_name(f"{final.name}.broken"))
             put_in_place(partial, final)
+        except Skipped as reason:
+            shutil.rmtree(partial, ignore_errors=True)
+            return Outcome(run, "skipped", str(reason))
         except (KernelFailure, OSError) as error:
             line, details = error.args if isinstance(error, KernelFailure) else (str(error), "")
             if self.stopping:
@@ -168,21 +185,39 @@ class LocalExecutor:
     def _run_notebook(self, run: PlannedRun, partial: Path, checkpoints: Path, watcher: Watcher) -> None:
         """Execute the notebook into ``partial``, write it as a page too, and add the run to its metrics.json.
 
-        Raises KernelFailure if it does not reach its end or writes no metrics.json.
+        Raises KernelFailure if it does not reach its end or writes no metrics.json, Skipped if it is not to start.
         """
         load_papermill()
         import papermill
         from nbclient.exceptions import DeadKernelError
-
-        from dfqlib.runner.notebook_page import as_page
 
         progress_file, log, metrics = partial / PROGRESS, partial / "kernel.log", partial / METRICS
         log.touch()
         variables = kernels.environment(self.threads) | self.variables
         variables |= {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)}
         variables |= {CHECKPOINT_SECONDS: str(self.checkpoint_every), OFF_VARIABLE: run.depends.get("without", "")}
-        watcher.on_start(len(notebook_cells(run.paper.notebook)) + 1, progress_file)  # papermill adds the parameters
-        started: list[Any] = []  # the notebook's node, once its kernel runs
+        nodes: list[Any] = []  # the notebook's, once its kernel runs
+        code_cells: list[int] = []  # their places in it, once it has a place
+        # In the batch's order: the longest runs come first. A run without a place has its kernel started meanwhile.
+        if early := self.free.acquire(blocking=False):
+            watcher.place.callback(self.free.release)
+
+        def cell_starts(cell: Any, cell_index: int) -> None:
+            if cell_index:
+                return
+            if not early:
+                watcher.place.enter_context(self.free)
+            if reason := watcher.obstacle():
+                raise Skipped(reason)
+            cell.metadata.papermill["start_time"] = datetime.datetime.now(datetime.UTC).isoformat()
+            code_cells.extend(index for index, each in enumerate(nodes[0].cells) if each.cell_type == "code")
+            watcher.on_start(len(code_cells), progress_file)
+
+        def cell_ends(cell_index: int, execute_reply: dict[str, Any], **_: Any) -> None:
+            watcher.on_cell()
+            if cell_index == code_cells[-1] and execute_reply["content"]["status"] == "ok":
+                watcher.place.close()
+
         try:
             with tempfile.TemporaryDirectory(prefix="dfqlib-", ignore_cleanup_errors=True) as sockets:
                 kernel = run.paper.notebook.parent, variables, log, Path(sockets), self.forks, self.kernels
@@ -196,16 +231,23 @@ class LocalExecutor:
                     request_save_on_cell_execute=False,  # twice for each cell, it takes longer than many of them
                     kernel_manager_class=kernels.kernel_manager(*kernel),
                     shutdown_kernel="immediate",
-                    on_notebook_start=lambda notebook: started.append(notebook),
-                    on_cell_executed=lambda **_: watcher.on_cell(),
+                    on_notebook_start=lambda notebook: nodes.append(notebook),
+                    on_cell_start=cell_starts,
+                    on_cell_executed=cell_ends,
                 )
+            from dfqlib.runner.notebook_page import as_page  # once the notebook has run, which need not wait for it
+
             write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
+        except Skipped:
+            raise
         except papermill.PapermillExecutionError as error:
             # The kit's own refusals are sentences; other errors need their type to be understood.
             sentence = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
             raise KernelFailure(sentence.splitlines()[0], FORMATTING.sub("", str(error))) from None
         except Exception as error:
-            for notebook in started:  # as far as it came
+            if self.stopping and not code_cells:
+                raise Skipped(watcher.obstacle()) from error
+            for notebook in nodes:  # as far as it came
                 papermill.iorw.write_ipynb(notebook, os.fspath(partial / NOTEBOOK))
             dead = isinstance(error, DeadKernelError)
             line = "the kernel died, perhaps because memory ran out" if dead else f"{type(error).__name__}: {error}"
@@ -222,14 +264,19 @@ class LocalExecutor:
 
 @functools.cache
 def load_papermill() -> None:
-    """Import what executes notebooks and writes pages, which --list and a finished batch need not wait for."""
+    """Import what executes notebooks, which --list and a finished batch need not wait for."""
     # jsonschema, which checks notebooks, imports this URL parser if it is installed; that takes a second or two.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill  # noqa: F401
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+
+
+def load_exporter() -> None:
+    """Make the first page quick to write, once papermill is there, for which notebooks wait."""
+    load_papermill()
     from dfqlib.runner.notebook_page import exporter
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)
     exporter()
 
 

@@ -58,6 +58,12 @@ class PlannedRun:
         return " ".join(filter(None, [self.paper.key, p.get("dataset"), p.get("model"), *p.get("bits", []), seed]))
 
     @property
+    def kind(self) -> tuple[str, str, str, str]:
+        """Profile, paper, data set and model: runs that share them take about the same time."""
+        p = self.parameters
+        return self.profile, self.paper.key, p.get("dataset", ""), p.get("model", "")
+
+    @functools.cached_property
     def identity(self) -> str:
         """Hash of everything that the run depends on."""
         return digest(json.dumps([self.paper.key, self.parameters, self.depends], sort_keys=True))
@@ -92,7 +98,7 @@ def plan(selection: Selection) -> list[PlannedRun]:
     runs: dict[str, PlannedRun] = {}
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
-        code = code_identity(paper.notebook)
+        code, declared = code_identity(paper.notebook), paper.parameters
         rows = [row for row in published.rows() if row.method in paper.methods and not profile.datasets]
         for dataset, model in pairs_of(paper, profile, selection):
             values = paper.values(profile.name, dataset, model)
@@ -101,7 +107,7 @@ def plan(selection: Selection) -> list[PlannedRun]:
             bits = widths or list(dict.fromkeys(reported)) or values.get("bits")
             values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings[paper.key]
             for seed in selection.seeds:
-                parameters = paper.parameters.of(values | {"seed": seed}).values()
+                parameters = declared.of(values | {"seed": seed}).values()
                 parameters.pop("out", None)
                 depends = {
                     "code": code,

@@ -1,6 +1,5 @@
 """What a finished run looks like on disk, and how long such runs took."""
 
-import functools
 import heapq
 import json
 import statistics
@@ -10,7 +9,8 @@ from typing import Any
 
 from dfqlib.errors import UserError
 from dfqlib.files import METRICS, METRICS_FORMAT
-from dfqlib.runner.plan import PlannedRun
+from dfqlib.papers import profiles
+from dfqlib.places import TORCHVISION_FOLDERS
 
 NOTEBOOK = "notebook.ipynb"
 NOTEBOOK_PAGE = "notebook.html"
@@ -54,23 +54,18 @@ def broken_files(results: Path) -> Iterable[str]:
             yield f"{path} is broken: its run counts as not finished; {kept}."
 
 
-def expected_seconds(runs: Iterable[PlannedRun], results: Path) -> dict[str, float | None]:
-    """Seconds that each run will take, by its identity: those of the latest of its kind in ``results``.
+def expected_seconds(results: Path, profile: str, paper: str, dataset: str, model: str) -> float | None:
+    """Seconds that a run of a kind will take: the median of the latest three in ``results``.
 
-    A kind is a paper, profile, data set and model. Without a recorded one, the profile table's guess for quick, else
-    None.
+    Without one, the profile table's guess, which is for quick and images of 32 x 32; None where nothing is known.
     """
-    recorded, expected = functools.cache(_recorded), {}
-    for run in runs:
-        guess = 60 * run.paper.minutes if run.profile == "quick" else None
-        expected[run.identity] = recorded(run.folder(results).parent, run.id.rsplit("-", 2)[0]) or guess
-    return expected
-
-
-def _recorded(folder: Path, kind: str, latest: int = 3) -> float | None:
-    """Median seconds of the latest finished runs in ``folder`` whose ids begin with ``kind``."""
-    runs = sorted(finished(folder, f"{kind}-"), key=lambda run: (run[0] / METRICS).stat().st_mtime)
-    return statistics.median(metrics["run"]["seconds"] for _, metrics in runs[-latest:]) if runs else None
+    prefix = "".join(f"{part.replace('/', '_')}-" for part in (dataset, model) if part)
+    runs = finished(results / profile / paper, prefix)
+    runs.sort(key=lambda run: (run[0] / METRICS).stat().st_mtime)
+    if runs:
+        return statistics.median(metrics["run"]["seconds"] for _, metrics in runs[-3:])
+    timed = profile == "quick" and dataset in ("", *TORCHVISION_FOLDERS)
+    return 60 * profiles.paper(paper).minutes if timed else None
 
 
 def makespan(seconds: Iterable[float], jobs: int) -> float:
