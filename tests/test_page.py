@@ -91,7 +91,7 @@ def test_page_needs_nothing_but_itself(report):
 
 def test_the_frontier_is_that_of_data_free_results(report):
     panel = report.partition("cifar10, W3A3</h3>")[2].partition("</figure>")[0]
-    assert "4 results. Best data-free drop: 37.0 in 3 s (gdfq)." in panel
+    assert "4 results. Best data-free drop: 37.00 in 3 s (gdfq)." in panel
     assert "log scale" in panel and "gdfq control, seed 1: drop 2.00, 1 s (run1)" in panel
 
 
@@ -101,7 +101,7 @@ def test_a_chart_without_a_teacher_shows_top1_and_a_row_that_diverged_none():
     scores = [(40.0, 9.0), (60.0, 20.0), (50.0, 30.0), (float("nan"), 1.0)]
     rows = pd.DataFrame([row | {"top1": top1, "seconds": seconds} for top1, seconds in scores])
     _, (panel,) = charts.accuracy_against_time(rows)
-    assert panel.text == "3 results. Best data-free top-1: 40.0 in 9 s (gdfq); 60.0 in 20 s (gdfq)."
+    assert panel.text == "3 results. Best data-free top-1: 40.00 in 9 s (gdfq); 60.00 in 20 s (gdfq)."
 
 
 @pytest.fixture

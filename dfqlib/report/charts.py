@@ -78,7 +78,7 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
     ]
     marks = [MARK.format(row, text) for row, text in zip(part.itertuples(), texts, strict=True)]
     ends = best.groupby(np.ceil(np.log10(best["seconds"]))).tail(1)  # the best of each power of ten
-    told = "; ".join(f"{row.score:.1f} in {row.seconds:.3g} s ({named[row.Index]})" for row in ends.itertuples())
+    told = "; ".join(f"{row.score:.2f} in {row.seconds:.3g} s ({named[row.Index]})" for row in ends.itertuples())
     text = f"{len(part)} results. Best data-free {kind}: {told or 'none'}."
     return Panel(heading, _svg(figure, heading, marks), text)
 

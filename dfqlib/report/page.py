@@ -93,11 +93,16 @@ def table(key: str, rows: pd.DataFrame) -> dict[str, Any]:
     lines: list[dict[str, Any]] = []
     for cells, index in zip(shown.to_numpy().tolist(), of_lines, strict=True):
         own = rows.loc[index]
-        runs = [(run, f"seed {seed:.0f}") for run, seed in own.groupby("run", sort=False)["seed"].first().items()]
+        runs = [(run, _seeds(seeds)) for run, seeds in own.groupby("run", sort=False)["seed"]]
         words = " ".join(own[list(FILTERS)].stack().unique())  # what a search finds beside the cells
         line = {"id": f"{key}-{len(lines)}", "cells": cells, "words": words, "runs": runs}
         lines.append(line | {"filters": filters(own), "rows": index})
     return {"key": key, "name": name, "columns": list(shown.columns), "caption": caption, "lines": lines}
+
+
+def _seeds(seeds: pd.Series) -> str:
+    names = [f"{seed:.0f}" for seed in sorted(seeds.unique())]
+    return " ".join(["seeds" if len(names) > 1 else "seed", *names])
 
 
 def filters(rows: pd.DataFrame) -> Markup:
