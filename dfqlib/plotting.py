@@ -86,9 +86,9 @@ def plot_curves(axes: Axes, curves: Mapping[str, Sequence[float]], x: Sequence[f
 
 
 def reference_line(axes: Axes, value: float, name: str) -> None:
-    """A dotted horizontal line at ``value``, in front of the curves, with its name above the right end."""
+    """A dotted horizontal line at ``value``, in front of the curves, with its name outside, beside the right end."""
     axes.axhline(value, color="0.3", linewidth=1.2, linestyle=":", marker="", zorder=3)
-    axes.text(1, value, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize="x-small")
+    axes.text(1.01, value, name, transform=axes.get_yaxis_transform(), va="center", fontsize="x-small")
 
 
 def describe(figure: Figure, name: str) -> str:
