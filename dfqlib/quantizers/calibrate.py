@@ -26,13 +26,15 @@ def calibrated(network: nn.Module, bits: BitWidths, images: Tensor, observer: st
     return student
 
 
-def corrected(network: nn.Module, bits: BitWidths, images: Tensor) -> fx.GraphModule:
-    """:func:`calibrated` with all ranges of least squared error, then :func:`correct_batch_norms` on the same images.
+def corrected(network: nn.Module, bits: BitWidths, images: Tensor, fit_weights: bool = False) -> fx.GraphModule:
+    """:func:`calibrated` by least squared error, then :func:`correct_batch_norms` on the same images.
 
-    Weight ranges first: the activations that are observed are those that they lead to.
+    With ``fit_weights`` also :func:`fit_weight_ranges`, before the activations are observed that they lead to: it pays
+    at two bits and not always at more.
     """
     student = quantize_model(network, bits, "least_squares")
-    fit_weight_ranges(student)
+    if fit_weights:
+        fit_weight_ranges(student)
     with torch.no_grad(), observing(student):
         student(images)
     correct_batch_norms(student, network, images)
