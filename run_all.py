@@ -149,8 +149,10 @@ def list_rows(console: Console, chosen: plan.Selection, results: Path) -> None:
     requested = chosen.papers, chosen.datasets, chosen.models, [text.upper() for text in chosen.bits]
     expected = functools.cache(functools.partial(run_folder.expected_seconds, results, chosen.profile))
     table = Table("method", "data set", "model", "bits", "scheme", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for name, side in (("top-1", "left"), ("drop", "right"), ("here", "right"), ("source", "left")):
-        table.add_column(name, justify=side)
+    table.add_column("top-1")
+    table.add_column("drop", justify="right")
+    table.add_column("here", justify="right")
+    table.add_column("source")
     sources: dict[str, str] = {}  # text -> number
     notes: dict[str, str] = {}  # text -> letter
     for row in sorted(published.rows(), key=lambda row: (row.method, row.dataset, row.scheme, row.model, row.bits)):

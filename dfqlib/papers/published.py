@@ -45,11 +45,6 @@ class Published:
         return str(BitWidths(self.weight_bits, self.activation_bits))
 
     @property
-    def drop(self) -> float | None:
-        """Points below the authors' own teacher."""
-        return None if self.top1 is None or self.fp32_top1 is None else self.fp32_top1 - self.top1
-
-    @property
     def told(self) -> str:
         """The value with what its source says of it, such as ``63.58 ± 0.23 (GDFQ official README)``."""
         spread = "" if self.std is None else f" ± {self.std:.2f}"
