@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import importlib
 import io
 import re
 import signal
@@ -170,8 +169,10 @@ def list_rows(console: Console, chosen: plan.Selection, results: Path) -> None:
         again = f"{rerun} when its authors ran it again" if rerun else ""
         for text in filter(None, (lacking.removeprefix("needs "), download, again, row.note)):
             source += notes.setdefault(text, ascii_letters[len(notes)])
-        setting = row.method, row.dataset, row.model, row.bits, row.scheme.partition(" ")[0]
-        table.add_row(*setting, f"{top1}±{std}".rstrip("±"), drop, Text(here, "red" if lacking else "green"), source)
+        setting = row.method, row.dataset, row.model, row.bits, row.scheme.split()[-1]
+        table.add_row(
+            *setting, f"{top1:>5}±{std}".rstrip("±"), drop, Text(here, "red" if lacking else "green"), source
+        )
     console.print(table)
     console.print("\ntop-1: per cent, ± over the authors' seeds; drop: points below the full-precision network")
     console.print(f"here: whether it can run, or the minutes of its notebook under {chosen.profile} where known")
@@ -244,9 +245,7 @@ def run(console: Console, runs: Runs, results: Path, options: argparse.Namespace
         rows = [Row(planned.name, planned.kind, seconds) for planned, seconds in timed]
         screen = stack.enter_context(Screen(console, rows, executor.places))
         work = batch.Batch(results, screen, executor, options.force, options.keep_going)
-        # While the last runs compute, what the report's charts need is imported, which takes seconds.
-        imports = functools.partial(importlib.import_module, "seaborn") if missing else lambda: None
-        outcomes = work.execute(able, [row.seconds for row in rows], imports)
+        outcomes = work.execute(able, [row.seconds for row in rows], import_report if missing else lambda: None)
     finished = [outcome.run for outcome in outcomes if outcome.state in ("done", "found")]
     for outcome in outcomes:
         if outcome.state not in ("done", "found"):
@@ -259,6 +258,11 @@ def run(console: Console, runs: Runs, results: Path, options: argparse.Namespace
         print(f"run_all.py: the tables could not be written ({error}); {kept}.", file=sys.stderr)
         return 1
     return 130 if work.stopping else 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
+
+
+def import_report() -> None:
+    """Import what the report needs, which takes seconds, while the last runs compute."""
+    from dfqlib.report import charts, collect  # noqa: F401
 
 
 def origins(runs: list[plan.PlannedRun]) -> list[str]:

@@ -177,7 +177,7 @@ def test_a_small_terminal_shows_what_matters_first(tmp_path):
     screen.run_ends(45, "failed", "why")
     for index in range(20, 30):
         screen.run_ends(index, "done", "there")
-    *lines, summary = shown(screen).splitlines()
+    summary, *lines = shown(screen).splitlines()
     assert [line.split()[1] for line in lines] == [f"run{index}." for index in (*range(8), 40, 45)]
     states = "runs 2, failed 1, waits 37, done 10"
     assert " ".join(summary.split()) == f"11 of 50 runs ended, about 1 min left; {states}"

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -265,21 +264,6 @@ def test_a_file_system_without_locks_is_told_and_used(kit, tmp_path, monkeypatch
     assert call(tmp_path / "results") == 0
     printed = capsys.readouterr().out
     assert printed.count("is on a file system without locks") == 1 and printed.count(": done") == 2
-
-
-def test_an_interrupt_writes_the_tables_of_what_is_finished(kit, tmp_path):
-    results, flag = tmp_path / "results", tmp_path / "started"
-    write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
-    process = start(results)
-    wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")), process=process)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "All tables" in printed
-    assert "Interrupted: finished runs kept: 1; runs with a checkpoint to resume from: 0." in printed
-    table = pd.read_csv(results / "tables" / "zeroq.csv")
-    assert list(table["top1"]) == [60.0, 60.0]
-    assert list(pd.read_csv(results / "results.csv")["paper"]) == ["zeroq", "zeroq"]
-    assert "stopped: interrupted" in (results / "tables" / "gdfq.md").read_text()
 
 
 def test_terms_of_sums_of_sums_and_the_first_loss_that_breaks():

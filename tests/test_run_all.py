@@ -206,20 +206,24 @@ def test_planning_does_not_import_torch(kit):
 
 
 @pytest.mark.parametrize(("stop", "background"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
-def test_interrupt_keeps_what_is_finished(kit, tmp_path, stop, background):
+def test_an_interrupt_keeps_what_is_finished_and_prints_no_older_table(kit, tmp_path, stop, background):
     results, flag = tmp_path / "results", tmp_path / "started"
+    assert call(results, "--papers", "gdfq") == 0
+    (older,) = run_folders(results)
     write_kit(kit, gdfq=f"import time\nopen({str(flag)!r}, 'w').close()\ntime.sleep(600)")
     process = start(results, background=background)
     wait_for(lambda: flag.exists() and list(results.glob("quick/zeroq/[!.]*/metrics.json")), process=process)
     process.send_signal(stop)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "stopped" in printed
-    assert len(list(results.glob("quick/zeroq/[!.]*/metrics.json"))) == 1
-    (unfinished,) = results.glob("quick/gdfq/[!.]*")
+    assert "Interrupted: finished runs kept: 1; runs with a checkpoint to resume from: 0." in printed
+    assert [line.strip() for line in printed.splitlines() if line.strip() in ("zeroq", "gdfq")] == ["zeroq"]
+    for name in re.findall(r"All tables: (.*); in a browser: (.*)", printed)[0]:
+        assert Path(name).is_file()
+    (unfinished,) = (path for path in results.glob("quick/gdfq/[!.]*") if path.name not in older)
     assert unfinished.name.endswith(".unfinished") and (unfinished / "notebook.ipynb").is_file()
     assert (unfinished / "error.txt").read_text() == "interrupted\n"
-    assert (results / "tables" / "zeroq.csv").is_file()
+    assert list(pd.read_csv(results / "tables" / "zeroq.csv")["top1"]) == [60.0, 60.0]
 
 
 def test_an_interrupt_stops_every_run_at_work_and_no_other_begins(kit, tmp_path):

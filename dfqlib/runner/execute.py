@@ -107,7 +107,6 @@ class LocalExecutor:
         """Make kernels for ``runs`` quick to start; to be called in the main thread."""
         modules = set().union(*(imports_of(notebook) for notebook in {run.paper.notebook for run in runs}))
         self.forks = kernels.warm_up(modules, self.threads)
-        threading.Thread(target=load_exporter, daemon=True).start()  # while the kernels' process imports its modules
         # A notebook computes while another's page is written, and would wait 5 ms for that at each message.
         sys.setswitchinterval(0.0005)
 
@@ -206,6 +205,9 @@ class LocalExecutor:
             if cell_index:
                 return
             if not early:
+                from dfqlib.runner.notebook_page import exporter
+
+                exporter()  # which takes a second the first time: now, since this run has to wait
                 watcher.place.enter_context(self.free)
             if reason := watcher.obstacle():
                 raise Skipped(reason)
@@ -270,14 +272,6 @@ def load_papermill() -> None:
     import papermill  # noqa: F401
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-
-
-def load_exporter() -> None:
-    """Make the first page quick to write, once papermill is there, for which notebooks wait."""
-    load_papermill()
-    from dfqlib.runner.notebook_page import exporter
-
-    exporter()
 
 
 def lacks_locks(error: Exception) -> bool:

@@ -86,14 +86,14 @@ class Screen(Progress):
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """The lines that a terminal has room for, and one for all runs, with their states if not all are shown."""
+        """A line for all runs, with their states if not all are shown, and those that a terminal has room for."""
         self._look()
-        room = max(1, self._terminal.height - 2)  # without one line for the summary and one for the cursor
+        room = max(1, self._terminal.height - 2)  # without the line for all runs and one for the cursor
         important = sorted(self.tasks, key=lambda task: list(STATES).index(task.fields["state"]))[:room]
-        yield self.make_tasks_table(sorted(important, key=lambda task: task.id))
         counts = Counter(task.fields["state"] for task in self.tasks if len(self.tasks) > room)
         states = ", ".join(f"{state} {counts[state]}" for state in STATES if counts[state])
-        yield Text("; ".join(filter(None, (self._overall(), states))), "dim")
+        yield Text("; ".join(filter(None, (self._overall(), states))), "bold")
+        yield self.make_tasks_table(sorted(important, key=lambda task: task.id))
 
     def _overall(self) -> str:
         """How many runs have ended, and how long the others will take."""
