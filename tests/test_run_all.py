@@ -194,7 +194,7 @@ def test_dry_run_and_list_write_nothing(kit, tmp_path, capsys):
     (first, second) = re.findall(r"hast +cifar10 +resnet20_cifar10 +W3A3 .*", table)  # two papers print two numbers
     assert " 86.34 " in first and " 88.34 " in second
     assert re.search(r"gdfq +cifar100 .* W4A4 qat +63.58±0.23 +6.75 +1 min ", table)
-    source = re.search(r"gdfq .* W3A3 .* (\d+)", table)[1]
+    source = re.search(r"gdfq .* cifar10 .* W3A3 .* (\d+)", table)[1]
     assert f"\n{source:>2} SynQ paper table 1: SynQ, ICLR 2025" in legend
     assert not results.exists()
 

@@ -192,6 +192,7 @@ class LocalExecutor:
 
         progress_file, log, metrics = partial / PROGRESS, partial / "kernel.log", partial / METRICS
         log.touch()
+        shutil.copyfile(run.paper.notebook, partial / NOTEBOOK)  # a full disk fails here, not as a kernel that dies
         variables = kernels.environment(self.threads) | self.variables
         variables |= {FILE_VARIABLE: os.fspath(progress_file), CHECKPOINTS: os.fspath(checkpoints)}
         variables |= {CHECKPOINT_SECONDS: str(self.checkpoint_every), OFF_VARIABLE: run.depends.get("without", "")}

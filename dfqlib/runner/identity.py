@@ -40,7 +40,6 @@ def code_identity(notebook: Path) -> str:
     return digest(*map(normalise, cells), *(f"{name} {normalise(source)}" for name, source in sorted(modules.items())))
 
 
-@functools.cache  # reading a package's metadata takes milliseconds
 def torch_version() -> str:
     """The version of torch without its build, such as 2.6.0: sums may differ between versions in the last digits."""
     return importlib.metadata.version("torch").partition("+")[0]

@@ -96,6 +96,7 @@ def plan(selection: Selection) -> list[PlannedRun]:
     settings = check_settings(selection.settings, chosen)
 
     runs: dict[str, PlannedRun] = {}
+    torch = torch_version()
     teacher, data = functools.cache(teacher_identity), functools.cache(data_identity)  # files are hashed once a call
     for paper in chosen:
         code, declared = code_identity(paper.notebook), paper.parameters
@@ -114,7 +115,7 @@ def plan(selection: Selection) -> list[PlannedRun]:
                     "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
                     # A notebook that quantizes nothing trains teachers.
                     "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters), not paper.methods),
-                    "torch": torch_version(),
+                    "torch": torch,
                 }
                 if start := parameters.get("start"):  # weights that a training begins with
                     depends["start"] = teacher(parameters["model"], start)
