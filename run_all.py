@@ -170,9 +170,7 @@ def list_rows(console: Console, chosen: plan.Selection, results: Path) -> None:
         for text in filter(None, (lacking.removeprefix("needs "), download, again, row.note)):
             source += notes.setdefault(text, ascii_letters[len(notes)])
         setting = row.method, row.dataset, row.model, row.bits, row.scheme.split()[-1]
-        table.add_row(
-            *setting, f"{top1:>5}±{std}".rstrip("±"), drop, Text(here, "red" if lacking else "green"), source
-        )
+        table.add_row(*setting, f"{top1:>5}±{std}".rstrip("±"), drop, Text(here, "red" if lacking else "green"), source)
     console.print(table)
     console.print("\ntop-1: per cent, ± over the authors' seeds; drop: points below the full-precision network")
     console.print(f"here: whether it can run, or the minutes of its notebook under {chosen.profile} where known")

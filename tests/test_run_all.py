@@ -195,7 +195,8 @@ def test_dry_run_and_list_write_nothing(kit, tmp_path, capsys):
     assert " 86.34 " in first and " 88.34 " in second
     assert re.search(r"gdfq +cifar100 .* W4A4 qat +63.58±0.23 +6.75 +1 min ", table)
     source = re.search(r"gdfq .* cifar10 .* W3A3 .* (\d+)", table)[1]
-    assert f"\n{source:>2} SynQ paper table 1: SynQ, ICLR 2025" in legend
+    (row,) = published.find("gdfq", "cifar10", "resnet20_cifar10", 3, 3)
+    assert f"\n{source:>2} {row.source}: {row.address}\n" in legend
     assert not results.exists()
 
 
