@@ -13,7 +13,7 @@ from dfqlib.scores import Difference, Score
 
 def with_interval(score: Score) -> str:
     """``"93.00 % (95 % interval 91.88 to 94.12)"``, over the choice of test images."""
-    low, high = (score + sign * 1.96 * score.standard_error for sign in (-1, 1))
+    low, high = (min(max(score + sign * 1.96 * score.standard_error, 0), 100) for sign in (-1, 1))
     return "diverged" if score.diverged else f"{score:.2f} % (95 % interval {low:.2f} to {high:.2f})"
 
 
