@@ -1,5 +1,6 @@
 """The quantizer and its observers: against the official implementation's numbers, and by hand."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from dfqlib.errors import UserError
 from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
 from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
 from dfqlib.quantizers.observers import OBSERVERS, MovingAverage, Percentile, RunningMinMax, least_squares_shares
+from dfqlib.speed.switches import without
 
 OFFICIAL = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "data" / "quantizer.npz").items()}
 BITS = (2, 3, 4, 5, 6, 8)
@@ -71,6 +73,17 @@ def test_gradient_is_identity_also_where_clipped_and_none_for_the_range():
     (fake_quantize(x, low, high, 3) * torch.arange(9.0)).sum().backward()
     assert x.grad.tolist() == list(range(9))
     assert low.grad is None and high.grad is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_clipped_gradient_is_0_only_more_than_half_a_step_outside(fused):
+    """Levels 0, 1, 2, 3: what rounds to -1 or 4 is clipped."""
+    x = torch.tensor([-0.6, -0.4, 0.0, 1.3, 3.0, 3.4, 3.6], requires_grad=True)
+    with contextlib.nullcontext() if fused else without("fused_rounding"):
+        quantized = fake_quantize(x, torch.tensor(0.0), torch.tensor(3.0), 2, clips_gradient=True)
+    assert quantized.tolist() == [0, 0, 0, 1, 3, 3, 3]
+    (quantized * torch.arange(1.0, 8.0)).sum().backward()
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
 
 
 def test_input_is_left_as_it_was_and_memory_format_is_kept():

@@ -16,6 +16,7 @@ from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.loss_terms import add_up
 from dfqlib.losses import distillation_kl
 from dfqlib.methods.saft import BatchWithTeacherView
+from dfqlib.quantizers.layers import FakeQuantize
 
 
 def output_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -43,10 +44,13 @@ def reconstruction_loss(
 def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine", kl_weight: float = 0) -> Student:
     """How ``network``, a calibrated quantized copy of a teacher, learns by :func:`reconstruction_loss`, with Adam.
 
-    UserError if it has no residual units.
+    No gradient passes where an activation is clipped. UserError if the network has no residual units.
     """
     probe = NetworkProbe(network)
     if not probe.units:
         raise UserError("the network has no residual units whose outputs could be reconstructed.")
+    for module in network.modules():
+        if isinstance(module, FakeQuantize):
+            module.clips_gradient = True
     loss = partial(reconstruction_loss, student=probe, kl_weight=kl_weight)
     return Student(network, lr, decay, weight_decay=0.0, loss=loss, optimizer="adam")

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from dfqlib import schedules
 from dfqlib.bits import BitWidths
 from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var
 from dfqlib.quantizers.convert import quantize_model
@@ -46,8 +47,10 @@ def student_network(network: nn.Module, bits: BitWidths, images: Tensor | None =
     return quantize_model(network, bits) if images is None else corrected(network, bits, images)
 
 
-#: By the name of the setting ``calibration``: as the papers have it, or with the kit's corrections.
-CALIBRATIONS: dict[str, Callable[..., fx.GraphModule]] = {"published": calibrated, "corrected": corrected}
+#: By the value of the setting ``calibration``.
+CALIBRATIONS: dict[str, Callable[..., fx.GraphModule]] = dict(
+    zip(schedules.CALIBRATIONS, (calibrated, corrected), strict=True)
+)
 
 
 @torch.no_grad()

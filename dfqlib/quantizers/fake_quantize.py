@@ -19,35 +19,47 @@ def scale_and_zero_point(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, 
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounds in the forward pass; the backward pass is the identity, so no tensor is saved for it."""
+    """Rounds in the forward pass; the backward pass is the identity, which saves no tensor, or 0 where clipped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int, clips_gradient: bool) -> Tensor:
         scale, zero = scale_and_zero_point(low, high, bits)
-        half = 2 ** (bits - 1)
+        half = ctx.half = 2 ** (bits - 1)
         # In place after the first product: one new tensor and, on a CPU, an eighth of the time of torch's own fused
-        # kernel, which is not vectorised there (and whose gradient is zero where it clips).
-        steps = torch.mul(x, scale).sub_(zero).round_().clamp_(-half, half - 1)
-        return steps.add_(zero).div_(scale)
+        # kernel, which is not vectorised there.
+        steps = torch.mul(x, scale).sub_(zero)
+        if clips_gradient:
+            ctx.save_for_backward(steps)
+            steps = steps.clone()
+        return steps.round_().clamp_(-half, half - 1).add_(zero).div_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if ctx.saved_tensors:
+            # One pass: a tenth of the time of a comparison and a product.
+            inside = ctx.saved_tensors[0], -ctx.half - 0.5, ctx.half - 0.5
+            gradient = torch.ops.aten.hardtanh_backward(gradient, *inside)
+        return gradient, None, None, None, None
 
 
-def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, clips_gradient: bool = False) -> Tensor:
     """``x`` rounded to the ``2^bits`` levels of a uniform asymmetric quantizer over (low, high), still in float.
 
     x: any shape; low, high: one value, or shapes that broadcast with x (one range per channel). The gradient is the
     straight-through identity for every element, clipped ones included; low and high get none.
     Source: the quantizer of ZeroQ, GDFQ, Qimera, DSG, HAST and SaFT alike.
+
+    With ``clips_gradient`` it is 0 where x is more than half a step outside the levels, as in LSQ (Esser et al., ICLR
+    2020): a step cannot move what the range cuts off anyway, so activations do not drift past it.
     """
     if uses("fused_rounding"):
-        return _StraightThrough.apply(x, low, high, bits)
+        return _StraightThrough.apply(x, low, high, bits, clips_gradient)
     scale, zero = scale_and_zero_point(low, high, bits)
     half = 2 ** (bits - 1)
-    rounded = (torch.round(scale * x - zero).clamp(-half, half - 1) + zero) / scale
-    return x + (rounded - x).detach()
+    steps = scale * x - zero
+    rounded = (torch.round(steps).clamp(-half, half - 1) + zero) / scale
+    passed = torch.where((steps + 0.5).abs() < half, x, x.detach()) if clips_gradient else x
+    return passed + (rounded - x).detach()
 
 
 def fake_quantize_per_channel(weight: Tensor, bits: int, share: Tensor | None = None) -> Tensor:

@@ -13,12 +13,15 @@ from dfqlib.quantizers.observers import RunningMinMax
 
 
 class FakeQuantize(nn.Module):
-    """Fake quantization of activations over the range of its observer, which is updated only while ``observing``."""
+    """Fake quantization of activations over the range of its observer, which is updated only while ``observing``.
+
+    ``clips_gradient`` as for :func:`fake_quantize`.
+    """
 
     def __init__(self, bits: int, observer: RunningMinMax, name: str = "") -> None:
         super().__init__()
         self.bits, self.observer, self.name = bits, observer, name
-        self.observing = self._has_range = False
+        self.observing = self._has_range = self.clips_gradient = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (any shape) quantized over the range as it is after this batch. UserError if there is no range."""
@@ -29,7 +32,7 @@ class FakeQuantize(nn.Module):
             self._has_range = bool(self.observer.low.isfinite())
             if not self._has_range:
                 raise UserError(f"activation {self.name!r} has no range yet: run a batch through it while observing.")
-        return fake_quantize(x, self.observer.low, self.observer.high, self.bits)
+        return fake_quantize(x, self.observer.low, self.observer.high, self.bits, self.clips_gradient)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
