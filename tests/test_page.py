@@ -175,6 +175,7 @@ def test_everybody_can_read_it(tab, width, scheme):
     assert (tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (
         scheme == "light"
     )
+    tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert_accessible(tab)
 
 
