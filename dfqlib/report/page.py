@@ -27,7 +27,7 @@ from dfqlib.runner.run_folder import NOTEBOOK, NOTEBOOK_PAGE, read_metrics
 #: A change in these files draws the page again.
 SOURCES = [Path(__file__).parent / name for name in ("templates/page.html.jinja", "page.py", "charts.py")]
 #: Columns by which all tables and charts of the page can be filtered, also from its address: ``?bits=W3A3``.
-FILTERS = {"dataset": "data set", "model": "model", "method": "method", "bits": "bits"}
+FILTERS = {"dataset": "data set", "model": "model", "method": "method", "bits": "bits", "calibration": "calibration"}
 #: Columns that come first, so that they stay in view on a phone.
 FIRST = ["method", "variant", "bits", "top-1", "drop"]
 
@@ -53,7 +53,7 @@ def write_page(root: Path, sections: list[Section]) -> None:
         papers.append(about | {"missing": missing.to_dict("split") if len(missing) else None})
     for line in (line for paper in papers for part in paper["tables"] for line in part["lines"]):
         rows.loc[line.pop("rows"), "line"] = line["id"]
-    choices = {name: (label, list(rows[name].unique())) for name, label in FILTERS.items()}
+    choices = {name: (label, list(rows[name].unique())) for name, label in FILTERS.items() if rows[name].nunique() > 1}
     published = overview(root, rows)
     runs = [run_details(root, row) for row in rows.drop_duplicates("run").to_dict("records")]
     scripts = [find_package_file("html", name) for name in ("dt_bundle.js", "dt_bundle.css")]
@@ -66,7 +66,7 @@ def write_page(root: Path, sections: list[Section]) -> None:
         return
     from dfqlib.report import charts  # here, since it takes seconds
 
-    rows["filters"] = [filters(row) for _, row in rows.groupby(level=0)]
+    rows["filters"] = [filters(row) for _, row in rows[list(FILTERS)].groupby(level=0)]
     legend, panels = charts.accuracy_against_time(rows)
     content: dict[str, Any] = {"papers": papers, "choices": choices, "runs": runs, "published": published}
     content |= {"legend": legend, "panels": panels, "words": tables.WORDS, "made_from": made_from, "style": style}
