@@ -99,7 +99,8 @@ def describe(figure: Figure, name: str) -> str:
         legend = axes.get_legend()
         names = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
         panels.append(": ".join(filter(None, (axes.get_title("left") or axes.get_title(), against, names))))
-    return "; ".join(dict.fromkeys(filter(None, (name.replace("_", " "), figure.get_suptitle(), *panels))))
+    texts = (name.replace("_", " "), figure.get_suptitle(), *panels)
+    return "; ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))
 
 
 def short_names(names: Sequence[str]) -> list[str]:

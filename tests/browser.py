@@ -23,4 +23,5 @@ def launched():
 def assert_accessible(tab) -> None:
     """No finding of axe-core that it calls serious or critical."""
     found = [issue for issue in Axe().run(tab).response["violations"] if issue["impact"] in ("serious", "critical")]
-    assert not [(issue["id"], [node["html"] for node in issue["nodes"]]) for issue in found]
+    told = [(issue["id"], [node["html"] for node in issue["nodes"]]) for issue in found]
+    assert not told, told

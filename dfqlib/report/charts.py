@@ -71,7 +71,7 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
     axes.xaxis.set_major_formatter("{x:g}")
     if drop:
         axes.invert_yaxis()
-    named = _words(part, "method", "variant")
+    named = _words(part.replace({"calibration": {"published": ""}}), "method", "calibration", "variant")
     texts = [
         f"{name}, seed {row.seed:.0f}: {kind} {row.score:.2f}, {row.seconds:.3g} s ({row.run})"
         for name, row in zip(named, part.itertuples(), strict=True)
@@ -103,7 +103,7 @@ def _legend(looks: dict[str, Any]) -> Markup:
 
 def _words(rows: pd.DataFrame, *columns: str) -> "pd.Series[str]":
     """The texts of some columns of each row in one."""
-    texts = [" ".join(words).strip() for words in rows[list(columns)].fillna("").to_numpy()]
+    texts = [" ".join(filter(None, words)) for words in rows[list(columns)].fillna("").to_numpy()]
     return pd.Series(texts, index=rows.index, dtype=str)
 
 

@@ -27,7 +27,7 @@ from dfqlib.runner.run_folder import NOTEBOOK, NOTEBOOK_PAGE, read_metrics
 #: A change in these files draws the page again.
 SOURCES = [Path(__file__).parent / name for name in ("templates/page.html.jinja", "page.py", "charts.py")]
 #: Columns by which all tables and charts of the page can be filtered, also from its address: ``?bits=W3A3``.
-FILTERS = {"dataset": "data set", "model": "model", "method": "method", "bits": "bits"}
+FILTERS = {"dataset": "data set", "model": "model", "method": "method", "bits": "bits", "calibration": "calibration"}
 #: Columns that come first, so that they stay in view on a phone.
 FIRST = ["method", "variant", "bits", "top-1", "drop"]
 
@@ -53,7 +53,7 @@ def write_page(root: Path, sections: list[Section]) -> None:
         papers.append(about | {"missing": missing.to_dict("split") if len(missing) else None})
     for line in (line for paper in papers for part in paper["tables"] for line in part["lines"]):
         rows.loc[line.pop("rows"), "line"] = line["id"]
-    choices = {name: (label, list(rows[name].unique())) for name, label in FILTERS.items()}
+    choices = {name: (label, list(rows[name].unique())) for name, label in FILTERS.items() if rows[name].nunique() > 1}
     published = overview(root, rows)
     runs = [run_details(root, row) for row in rows.drop_duplicates("run").to_dict("records")]
     scripts = [find_package_file("html", name) for name in ("dt_bundle.js", "dt_bundle.css")]
@@ -66,7 +66,7 @@ def write_page(root: Path, sections: list[Section]) -> None:
         return
     from dfqlib.report import charts  # here, since it takes seconds
 
-    rows["filters"] = [filters(rows.loc[[index]]) for index in rows.index]
+    rows["filters"] = [filters(row) for _, row in rows[list(FILTERS)].groupby(level=0)]
     legend, panels = charts.accuracy_against_time(rows)
     content: dict[str, Any] = {"papers": papers, "choices": choices, "runs": runs, "published": published}
     content |= {"legend": legend, "panels": panels, "words": tables.WORDS, "made_from": made_from, "style": style}
@@ -90,11 +90,12 @@ def table(key: str, rows: pd.DataFrame) -> dict[str, Any]:
     shown, caption, of_lines = tables.present(rows)
     shown = shown[sorted(shown, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))]
     name = " ".join(rows.iloc[0][["dataset", "profile"]])
+    known = rows[["run", "seed", *FILTERS]]
     lines: list[dict[str, Any]] = []
     for cells, index in zip(shown.to_numpy().tolist(), of_lines, strict=True):
-        own = rows.loc[index]
+        own = known.loc[index]
         runs = [(run, _seeds(seeds)) for run, seeds in own.groupby("run", sort=False)["seed"]]
-        words = " ".join(own[list(FILTERS)].stack().unique())  # what a search finds beside the cells
+        words = " ".join(own[list(FILTERS)].to_numpy().ravel())  # what a search finds beside the cells
         line = {"id": f"{key}-{len(lines)}", "cells": cells, "words": words, "runs": runs}
         lines.append(line | {"filters": filters(own), "rows": index})
     return {"key": key, "name": name, "columns": list(shown.columns), "caption": caption, "lines": lines}
