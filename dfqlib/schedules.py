@@ -6,13 +6,13 @@ The defaults are the published values for CIFAR; a profile overrides them by nam
 import math
 from dataclasses import dataclass
 
+from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError, check_choice
 from dfqlib.settings import Settings, setting
 
 #: Where in a run (0 to 1) the learning rate is divided by 10.
 FALLS = {"step": (0.25, 0.5, 0.75), "late_step": (0.4, 0.8), "cosine": (), "constant": ()}
 DECAYS = tuple(FALLS)
-CALIBRATIONS = ("published", "corrected")
 SALIENCY_LAYERS = ("activations", "convolution")
 FOREVER = 10**9  # iterations
 
@@ -31,14 +31,7 @@ def decay_factor(decay: str, progress: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration(Settings):
-    """How a student gets its ranges and batch-norm statistics: as published, or by dfqlib.quantizers.calibrate."""
-
-    calibration: str = setting("published", choices=CALIBRATIONS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSchedule(Calibration):
+class ImageSchedule(Settings):
     """Images made by optimising their pixels with Adam. The defaults are ZeroQ's."""
 
     images: int = setting(32, 1, 10**7)
@@ -76,7 +69,7 @@ class HardImageSchedule(ImageSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningSchedule(Calibration):
+class TuningSchedule(Settings):
     """The fine-tuning of students. The defaults are SaFT's: 50 epochs of 200 iterations."""
 
     iterations: int = setting(10_000, 2, FOREVER)  # the observing ones included
@@ -112,6 +105,17 @@ class GeneratorSchedule(TuningSchedule):
     kl_weight: float = setting(1.0, 0, 1e9)  # alpha, of tau^2 KL in L_S
     temperature: float = setting(20.0, 1e-6, 1e6)  # tau
     kl_mean_over_classes: bool = False  # True is the published quirk: KL divided by the number of classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections(Settings):
+    """The students beside a method's own that get the kit's calibration and tuning on the method's images."""
+
+    corrected_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])
+    corrected_images: int = setting(4096, 2, 10**7)
+    corrected_iterations: int = setting(2000, 1, FOREVER)
+    corrected_batch: int = setting(32, 2, 2**20)
+    corrected_lr: float = setting(5e-4, 1e-12, 1e3)  # of Adam, on the outputs of residual units
 
 
 @dataclass(frozen=True, kw_only=True)

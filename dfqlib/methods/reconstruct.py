@@ -4,19 +4,27 @@ BRECQ (Li et al., ICLR 2021) reconstructs one block after the other, as do QDrop
 all blocks learn at once, end to end, so that later ones see what earlier ones still get wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
-from dfqlib.finetuning.loop import Student
+from dfqlib.finetuning.loop import Checkpoint, History, Student, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
+from dfqlib.finetuning.streams import ImageStream, Stream
 from dfqlib.loss_terms import add_up
 from dfqlib.losses import distillation_kl
-from dfqlib.methods.saft import BatchWithTeacherView
+from dfqlib.methods.saft import BatchWithTeacherView, WithTeacherView
+from dfqlib.models.teacher import Teacher
+from dfqlib.quantizers.calibrate import corrected
 from dfqlib.quantizers.layers import FakeQuantize
+from dfqlib.schedules import Corrections, TuningSchedule
+from dfqlib.scores import Score
+
+CALIBRATED_ON = 512  # images
 
 
 def output_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -54,3 +62,38 @@ def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine", kl
             module.clips_gradient = True
     loss = partial(reconstruction_loss, student=probe, kl_weight=kl_weight)
     return Student(network, lr, decay, weight_decay=0.0, loss=loss, optimizer="adam")
+
+
+def generated_pool(stream: Stream, count: int) -> Tensor:
+    """``count`` images (count, 3, H, W) of a stream, such as that of a generator after its training."""
+    batches: list[Tensor] = []
+    while sum(map(len, batches)) < count:
+        batches.append(stream.next_batch().images)
+    return torch.cat(batches)[:count]
+
+
+def tune(
+    teacher: Teacher,
+    images: Tensor,
+    bits: Sequence[BitWidths],
+    schedule: Corrections,
+    score: Callable[[nn.Module], Score],
+    vary: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    label: str = "reconstruction",
+    checkpoint: Checkpoint | None = None,
+) -> History:
+    """The scores of students that are :func:`corrected` on ``images`` (N, 3, H, W), before and after reconstruction.
+
+    They are calibrated on the first 512 images as they are and tuned on all of them, each batch changed by ``vary``.
+    """
+    students = {
+        str(w): make_student(corrected(teacher.network, w, images[:CALIBRATED_ON]), schedule.corrected_lr) for w in bits
+    }
+    unlabelled, batch = torch.zeros(len(images), dtype=torch.long, device=images.device), schedule.corrected_batch
+    stream = ImageStream(teacher.network, images, unlabelled, batch, vary, seed)
+    spans = TuningSchedule(
+        iterations=schedule.corrected_iterations + 1, observe_iterations=0, train_from=1, batch=batch
+    )
+    seen = WithTeacherView(stream, NetworkProbe(teacher.network))
+    return finetune(seen, students, spans, score, spans.iterations, label=label, checkpoint=checkpoint)

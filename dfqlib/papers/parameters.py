@@ -74,7 +74,7 @@ class ZeroQ(Quantizing, schedules.ImageSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GDFQ(Quantizing, schedules.GeneratorSchedule):
+class GDFQ(Quantizing, schedules.GeneratorSchedule, schedules.Corrections):
     """Notebook 02."""
 
     evaluations: int = setting(396, 1, 10**6)
@@ -84,7 +84,7 @@ class GDFQ(Quantizing, schedules.GeneratorSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qimera(Quantizing, schedules.GeneratorSchedule):
+class Qimera(Quantizing, schedules.GeneratorSchedule, schedules.Corrections):
     """Notebook 03."""
 
     published_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])
@@ -111,7 +111,13 @@ class DSG(Quantizing, schedules.DiverseImageSchedule, schedules.GeneratorSchedul
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaFT(Quantizing, schedules.HardImageSchedule, schedules.TuningSchedule, schedules.AlignmentWeights):
+class SaFT(
+    Quantizing,
+    schedules.HardImageSchedule,
+    schedules.TuningSchedule,
+    schedules.AlignmentWeights,
+    schedules.Corrections,
+):
     """Notebook 05."""
 
     centres: int = setting(0, 0, FOREVER)

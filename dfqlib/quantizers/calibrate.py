@@ -1,12 +1,10 @@
 """Calibration: what a student takes from images, or from its own weights, before it is trained, and after."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
-from dfqlib import schedules
 from dfqlib.bits import BitWidths
 from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var
 from dfqlib.quantizers.convert import quantize_model
@@ -45,12 +43,6 @@ def corrected(network: nn.Module, bits: BitWidths, images: Tensor, fit_weights: 
 def student_network(network: nn.Module, bits: BitWidths, images: Tensor | None = None) -> fx.GraphModule:
     """A quantized copy to fine-tune: :func:`corrected` on ``images``; without, as published, with ranges to observe."""
     return quantize_model(network, bits) if images is None else corrected(network, bits, images)
-
-
-#: By the value of the setting ``calibration``.
-CALIBRATIONS: dict[str, Callable[..., fx.GraphModule]] = dict(
-    zip(schedules.CALIBRATIONS, (calibrated, corrected), strict=True)
-)
 
 
 @torch.no_grad()
