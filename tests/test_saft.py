@@ -20,7 +20,8 @@ from dfqlib.methods.saft import HAST, WithTeacherView, agreement, attention_gap,
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.calibrate import calibrated
 from dfqlib.quantizers.layers import observing
-from dfqlib.schedules import AlignmentWeights, GeneratorSchedule, TuningSchedule
+from dfqlib.schedules import AlignmentWeights, Corrections, GeneratorSchedule, TuningSchedule
+from dfqlib.scores import Score
 
 
 class Residual(nn.Module):
@@ -250,3 +251,14 @@ def test_alignment_of_units_without_residual_units_is_refused():
     make_student(plain, NetworkProbe(plain.network), BitWidths(4, 4), AlignmentWeights(attention_weight=0))
     with pytest.raises(UserError, match="no residual units"):
         reconstruct.make_student(plain.network)
+
+
+def test_students_of_a_pool_are_calibrated_and_then_reconstructed(teacher, data):
+    stream = ImageStream(teacher.network, *data, 4)
+    images = reconstruct.generated_pool(stream, 7)
+    assert images.shape == (7, *data[0].shape[1:])
+    schedule, seen = Corrections(corrected_iterations=5, corrected_batch=4, corrected_lr=1e-3), []
+    widths = [BitWidths(4, 4), BitWidths(3, 3)]
+    history = reconstruct.tune(teacher, images, widths, schedule, lambda network: seen.append(network) or Score([True]))
+    assert {name: len(losses) for name, losses in history.students.items()} == {"W4A4": 5, "W3A3": 5}
+    assert [done for done, _ in history.scores["W3A3"]] == [1, 6] and len(seen) == 4  # before and after, of each
