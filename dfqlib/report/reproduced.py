@@ -125,7 +125,7 @@ def context() -> pd.DataFrame:
 
 def picture(table: pd.DataFrame) -> Any:
     """A figure: published drop and drop here of every cell, one panel per data set, nearest first."""
-    from matplotlib import pyplot  # here, since it takes seconds
+    from matplotlib.figure import Figure  # here, since it takes seconds
 
     from dfqlib import plotting
 
@@ -135,8 +135,8 @@ def picture(table: pd.DataFrame) -> Any:
     names = table["method"].map(NAMES) + " " + _bits(table)
     of_set = [table["dataset"] == name for name in DATASETS]
     counts = [names[chosen].nunique() for chosen in of_set]
-    size = 7.4, 1.3 + 0.24 * sum(counts)
-    figure, panels = pyplot.subplots(len(counts), figsize=size, sharex=True, height_ratios=counts)
+    figure = Figure(figsize=(7.4, 1.3 + 0.24 * sum(counts)))
+    panels = figure.subplots(len(counts), sharex=True, height_ratios=counts)
     for axes, chosen, title in zip(panels, of_set, DATASETS.values(), strict=True):
         rows, labels = table[chosen], list(dict.fromkeys(names[chosen]))
         where = names[chosen].map(labels.index)
