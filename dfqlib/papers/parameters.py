@@ -48,6 +48,8 @@ class Quantizing(Common):
 
 #: Parameters that say what is run and where; all others are a method's schedule, which is compared with the published.
 RUN_PARAMETERS = tuple(name for name in Quantizing.kinds() if name != "per_class")
+#: Of the kit's own students, which no paper has.
+CORRECTIONS = tuple(schedules.Corrections.kinds())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dfqlib.errors import UserError, check_choice
 from dfqlib.papers.notebook_source import notebook_parameters
-from dfqlib.papers.parameters import NOTEBOOKS, RUN_PARAMETERS, declared_by
+from dfqlib.papers.parameters import CORRECTIONS, NOTEBOOKS, RUN_PARAMETERS, declared_by
 from dfqlib.settings import Settings
 
 
@@ -58,6 +58,9 @@ class Paper:
         return base | own | table.get(dataset, {}) | table.get(model, {})
 
 
+CORRECTED = "{corrected_iterations} iterations of {corrected_batch} of {corrected_images} images at {corrected_lr}"
+
+
 def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
     """Profiles and papers by name, from ``$DFQ_PROFILES`` or else from the package."""
     return _read(os.environ.get("DFQ_PROFILES", ""))
@@ -98,14 +101,15 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     where others do, such as rates and weights. Lists say which experiments are made.
     """
     published = paper(key).values("paper", parameters.get("dataset", ""), parameters.get("model", ""))
-    compared = [name for name in published if name in parameters and name not in RUN_PARAMETERS]
+    compared = [name for name in published if name in parameters and name not in (*RUN_PARAMETERS, *CORRECTIONS)]
     differing = [name for name in compared if parameters[name] != published[name]]
     kinds = [type(published[name]) for name in differing]
     how = ["reduced"] * (int in kinds) + ["retuned"] * any(kind in (float, bool, str) for kind in kinds)
     seen = [_images_seen(values) for values in (parameters, published)]
     if "reduced" in how and all(seen):
         how[0] = f"reduced ({100 * seen[0] / seen[1]:.2g} % of the published images seen)"
-    told = (f"{name} {parameters[name]} (published {published[name]})" for name in differing)
+    told = [f"{name} {parameters[name]} (published {published[name]})" for name in differing]
+    told += [f"corrected students {CORRECTED.format(**parameters)}"] if parameters.get("corrected_bits") else []
     return f"{', '.join(how) or 'fewer experiments'}: {', '.join(told)}" if differing else "as published"
 
 

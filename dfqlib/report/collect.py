@@ -187,7 +187,8 @@ def _draw_cells(root: Path, cells: pd.DataFrame) -> None:
     """``reproduced.png``, drawn again only where the cells have changed, since that takes seconds."""
     values, path = root / "reproduced.csv", root / "reproduced.png"
     before = values.read_text(encoding="utf-8") if values.is_file() else ""
-    text = cells.drop(columns="sources").to_csv(index=False, float_format="%.4f")
+    shown = cells.assign(schedule=cells["schedule"].map(tables.short)).drop(columns="sources")
+    text = shown.to_csv(index=False, float_format="%.4f")
     if text != before or not path.is_file():
         figure = reproduced.picture(cells)
         with atomic_path(path) as temporary:

@@ -35,7 +35,15 @@ WORDS = {
 }
 WORDS |= {"published", "cell", "state", "note"}
 MAX_COLUMNS = 8
-LEAST_NEEDED = ("seeds", "seconds", "model", "ranges", "over seeds", "schedule")  # left out first in a wide table
+LEAST_NEEDED = (
+    "seeds",
+    "seconds",
+    "model",
+    "ranges",
+    "over seeds",
+    "schedule",
+    "scheme",
+)  # left out first in a wide table
 NOTE = (
     "Top-1 in percent after the last iteration, ± its standard error on the test images. Drop: how far it is below the "
     "full-precision teacher on the same images, ± the standard error of this paired difference; the fair measure where "
