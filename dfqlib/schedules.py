@@ -113,7 +113,7 @@ class Corrections(Settings):
 
     corrected_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])
     corrected_images: int = setting(4096, 2, 10**7)
-    corrected_iterations: int = setting(2000, 1, FOREVER)
+    corrected_iterations: int = setting(150, 1, FOREVER)
     corrected_batch: int = setting(32, 2, 2**20)
     corrected_lr: float = setting(5e-4, 1e-12, 1e3)  # of Adam, on the outputs of residual units
 
