@@ -291,7 +291,7 @@ def show(console: Console, profile_name: str, finished: Runs, results: Path, fai
         paper, rows, missing, _ = written[key]
         for part in tables.parts(rows):
             shown, caption, _ = tables.present(part)
-            for column in ("seconds", "over seeds", "seeds", "ranges", "model", "scheme", "variant"):  # in the files
+            for column in (*tables.LEAST_NEEDED, "project", "variant"):  # the files have them
                 if tables.width(shown) > console.width:
                     shown = shown.drop(columns=column, errors="ignore")
             table = Table(*shown.columns, title=paper.title, title_justify="left", caption_justify="left", box=None)

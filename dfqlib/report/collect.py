@@ -77,7 +77,9 @@ def collect(results: Path, profile: Profile, present: Collection[str]) -> pd.Dat
     rows = rows.sort_values("rank", kind="stable")
     rows = rows[rows["version"] == rows.groupby(GROUP, dropna=False)["version"].transform("last")]
     rows = rows.drop_duplicates([*tables.SETTING, "profile", "seed"], keep="last")
-    return rows.sort_values([*GROUP, "order", "seed"], kind="stable", ignore_index=True)
+    order = [*GROUP, "order", "seed"]
+    published_first = [name != "calibration" for name in order]
+    return rows.sort_values(order, ascending=published_first, kind="stable", ignore_index=True)
 
 
 def _rows(results: Path, paper: Paper, names: Iterable[str], present: Collection[str]) -> Iterable[dict[str, Any]]:

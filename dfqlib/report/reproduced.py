@@ -48,7 +48,7 @@ def _measured(cell: dict[str, Any], lines: pd.DataFrame) -> list[dict[str, Any]]
     keys = [*published.SETTING, "scheme"]
     own = lines[(lines[keys] == [cell[key] for key in keys]).all(axis=1) & (lines["variant"] == "")]
     found, order = [], list(profiles.load()[0])
-    for _, part in own[own["drop"].notna()].groupby("calibration", sort=False):
+    for _, part in sorted(own[own["drop"].notna()].groupby("calibration"), reverse=True):  # published, corrected
         ranked = (part["profile"].map(order.index), ~part["data"].str.endswith("-2k"))
         line = part.loc[pd.concat(ranked, axis=1).apply(tuple, axis=1).idxmax()].to_dict()
         error, gap = 1.96 * line["drop_error"], line["drop"] - cell["published_drop"]
@@ -63,7 +63,7 @@ def sentence(table: pd.DataFrame) -> str:
     """How many of the published cells are reached, in one sentence, from :func:`cells`."""
     count = len(table.drop_duplicates(CELL))
     parts = []
-    for calibration, lines in table[table["calibration"] != ""].groupby("calibration", sort=False):
+    for calibration, lines in sorted(table[table["calibration"] != ""].groupby("calibration"), reverse=True):
         counts, short = lines["state"].value_counts(), lines[lines["state"] == "short"]["gap"]
         near = f"{counts['within error']} more within the 95 % interval" if "within error" in counts else ""
         off = f"{len(short)} short by {short.min():.1f} to {short.max():.1f} points" if len(short) else ""

@@ -37,6 +37,7 @@ WORDS |= {"published", "cell", "state", "note"}
 MAX_COLUMNS = 8
 LEAST_NEEDED = (
     "seeds",
+    "top-5",
     "seconds",
     "model",
     "ranges",
@@ -148,7 +149,7 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
         "calibration": lines["calibration"] if lines["calibration"].nunique() > 1 else "",
         **lines[["variant", "ranges"]],
         "top-1": [number(*each) or "diverged" for each in zip(lines["top1"], lines["standard_error"], strict=True)],
-        "top-5": lines["top5"].map(number) if "imagenet" in set(lines["dataset"]) else "",
+        "top-5": lines["top5"].map(number),
         "drop": [number(*each) for each in zip(lines["drop"], lines["drop_error"], strict=True)],
         "published drop": lines["published_drop"].map(number),
         "project": lines.get("project", ""),
