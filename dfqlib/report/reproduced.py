@@ -154,6 +154,8 @@ def picture(table: pd.DataFrame) -> Any:
     for state, (colour, marker) in looks.items():
         marks += panels[0].plot([], [], color=colour, marker=marker, linestyle="none", label=f"here: {state}")
     if (table["calibration"] == "corrected").any():
-        marks += panels[0].plot([], [], color="0.4", marker="o", linestyle="none", fillstyle="none", label="hollow: corrected")
+        marks += panels[0].plot(
+            [], [], color="0.4", marker="o", linestyle="none", fillstyle="none", label="hollow: corrected"
+        )
     figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small")
     return figure
