@@ -5,7 +5,6 @@ Each run's ``metrics.json`` is what was measured; all else in a results folder i
 calibration. Its rows are of one version: the same code and schedule, those of this call or else the latest.
 """
 
-import glob
 import json
 import shutil
 from collections.abc import Collection, Iterable
@@ -174,14 +173,12 @@ def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
         return copies
     for place, group in rows.groupby(["paper", "profile", "dataset", "model"], sort=False, dropna=False):
         prefix = "".join(f"{part.replace('/', '_')}-" for part in place if part)
-        sources = [Path(name) for name in group.sort_values("seed").iloc[0]["figures"]]
-        if not all(source.is_file() for source in sources):
-            copies += sorted((root / "figures").glob(f"{glob.escape(prefix)}*.png"))
-            continue
-        for source in sources:
-            copies.append(root / "figures" / f"{prefix}{source.stem}.png")
-            with atomic_path(copies[-1]) as path:
-                shutil.copyfile(source, path)
+        for source in map(Path, group.sort_values("seed").iloc[0]["figures"]):
+            copy = root / "figures" / f"{prefix}{source.stem}.png"
+            if source.is_file():
+                with atomic_path(copy) as path:
+                    shutil.copyfile(source, path)
+            copies += [copy] if copy.is_file() else []
     return copies
 
 
