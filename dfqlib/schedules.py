@@ -73,8 +73,8 @@ class TuningSchedule(Settings):
     """The fine-tuning of students. The defaults are SaFT's: 50 epochs of 200 iterations."""
 
     iterations: int = setting(10_000, 2, FOREVER)  # the observing ones included
-    observe_iterations: int = setting(800, 0, FOREVER)  # in which students only learn their activation ranges
-    train_from: int = setting(800, 0, FOREVER)  # the iteration at which students begin to train
+    observe_iterations: int = setting(800, 1, FOREVER)  # in which students only learn their activation ranges
+    train_from: int = setting(800, 1, FOREVER)  # the iteration at which students begin to train
     batch: int = setting(64, 2, 2**20)
     student_lr: float = setting(1e-5, 1e-12, 1e3)  # SGD, Nesterov momentum 0.9, weight decay 1e-4
     decay: str = setting("late_step", choices=DECAYS)
@@ -85,8 +85,16 @@ class TuningSchedule(Settings):
         if not observe_iterations <= train_from < iterations:
             raise UserError(
                 f"{observe_iterations=}, {train_from=}, {iterations=} leave nothing to observe or to train; allowed: "
-                "0 <= observe_iterations <= train_from < iterations, 0 for students that are calibrated already."
+                "0 < observe_iterations <= train_from < iterations."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedSchedule(TuningSchedule):
+    """The fine-tuning of students that are calibrated already, and so need not observe."""
+
+    observe_iterations: int = setting(0, 0, 0)
+    train_from: int = setting(0, 0, FOREVER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from dfqlib.methods.saft import HAST, WithTeacherView, agreement, attention_gap,
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.calibrate import calibrated
 from dfqlib.quantizers.layers import observing
-from dfqlib.schedules import AlignmentWeights, Corrections, GeneratorSchedule, TuningSchedule
+from dfqlib.schedules import AlignmentWeights, CalibratedSchedule, Corrections, GeneratorSchedule, TuningSchedule
 from dfqlib.scores import Score
 
 
@@ -239,7 +239,7 @@ def test_reconstruction_of_calibrated_students_brings_their_answers_closer(teach
         return (student.network(data[0]) - teacher.network(data[0])).square().mean().item()
 
     before = gap()
-    losses = finetune(stream, {"s": student}, spans(40, 0)).students["s"]
+    losses = finetune(stream, {"s": student}, CalibratedSchedule(iterations=40)).students["s"]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10]) and gap() < 0.8 * before
 
 

@@ -21,7 +21,7 @@ from dfqlib.finetuning.streams import Batch, Losses, Stateful, Stream, read_loss
 from dfqlib.losses import student_loss
 from dfqlib.progress import track
 from dfqlib.quantizers.layers import observing
-from dfqlib.schedules import GeneratorSchedule, TuningSchedule, decay_factor
+from dfqlib.schedules import CalibratedSchedule, GeneratorSchedule, TuningSchedule, decay_factor
 from dfqlib.scores import Score
 from dfqlib.speed.scale_weights import scale_weights
 
@@ -160,7 +160,8 @@ def finetune(
 
 def _settings(stream: Stream, students: Mapping[str, Student], schedule: TuningSchedule) -> dict[str, Any]:
     """What the checkpoint of a fine-tuning that is about to start must have been made with, by name."""
-    kind = GeneratorSchedule if isinstance(schedule, GeneratorSchedule) else TuningSchedule
+    kinds = GeneratorSchedule, CalibratedSchedule, TuningSchedule
+    kind = next(kind for kind in kinds if isinstance(schedule, kind))
     settings = kind.of(schedule).values() | {"students": list(students)}  # a notebook's settings hold more than these
     for name, student in students.items():
         modules = list(student.network.modules())

@@ -14,7 +14,7 @@ from dfqlib.generators.networks import Generator, draw_one_label
 from dfqlib.losses import bns_loss, generator_loss, student_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.models.teacher import Teacher
-from dfqlib.quantizers.calibrate import student_network
+from dfqlib.quantizers.convert import quantize_model
 from dfqlib.schedules import GeneratorSchedule
 
 LARGE = 32  # pixels; above this size the generator is conditional, as published for 224
@@ -46,19 +46,12 @@ def make_stream(
 
 
 def make_student(
-    teacher: Teacher,
-    bits: BitWidths,
-    schedule: GeneratorSchedule,
-    images: Tensor | None = None,
-    **loss_options: float | bool,
+    teacher: Teacher, bits: BitWidths, schedule: GeneratorSchedule, **loss_options: float | bool
 ) -> Student:
-    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` change its loss.
-
-    With ``images`` it is :func:`~dfqlib.quantizers.calibrate.corrected` on them, so that it need not observe.
-    """
+    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` change its loss."""
     options = {name: getattr(schedule, name) for name in ("ce_weight", "kl_weight", "temperature")}
     options |= {"mean_over_classes": schedule.kl_mean_over_classes} | loss_options
-    network, loss = student_network(teacher.network, bits, images), partial(student_loss, **options)
+    network, loss = quantize_model(teacher.network, bits), partial(student_loss, **options)
     return Student(network, schedule.student_lr, schedule.decay, loss=partial(distillation_loss, loss=loss))
 
 

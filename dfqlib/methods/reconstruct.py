@@ -21,7 +21,7 @@ from dfqlib.methods.saft import BatchWithTeacherView, WithTeacherView
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.calibrate import corrected
 from dfqlib.quantizers.layers import FakeQuantize
-from dfqlib.schedules import Corrections, TuningSchedule
+from dfqlib.schedules import CalibratedSchedule, Corrections
 from dfqlib.scores import Score
 
 CALIBRATED_ON = 512  # images
@@ -92,8 +92,6 @@ def tune(
     }
     unlabelled, batch = torch.zeros(len(images), dtype=torch.long, device=images.device), schedule.corrected_batch
     stream = ImageStream(teacher.network, images, unlabelled, batch, vary, seed)
-    spans = TuningSchedule(
-        iterations=schedule.corrected_iterations + 1, observe_iterations=0, train_from=1, batch=batch
-    )
+    spans = CalibratedSchedule(iterations=schedule.corrected_iterations + 1, train_from=1, batch=batch)
     seen = WithTeacherView(stream, NetworkProbe(teacher.network))
     return finetune(seen, students, spans, score, spans.iterations, label=label, checkpoint=checkpoint)

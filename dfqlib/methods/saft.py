@@ -21,7 +21,7 @@ from dfqlib.loss_terms import add_up
 from dfqlib.losses import difficulty, distillation_kl
 from dfqlib.methods import gdfq
 from dfqlib.models.teacher import Teacher
-from dfqlib.quantizers.calibrate import student_network
+from dfqlib.quantizers.convert import quantize_model
 from dfqlib.schedules import AlignmentWeights, GeneratorSchedule
 
 # HAST has cross-entropy on every image and no saliency; SynQ has SaFT's weights.
@@ -146,16 +146,15 @@ def make_student(
     weights: AlignmentWeights,
     lr: float = 1e-5,
     decay: str = "late_step",
-    images: Tensor | None = None,
 ) -> Student:
     """A quantized copy of ``teacher`` that learns by :func:`alignment_loss`; ``probe`` is the teacher's, same layer.
 
-    Ranges, ``images`` and SGD are as in :func:`dfqlib.methods.gdfq.make_student`; ``lr`` and ``decay`` SaFT's.
-    UserError if FA is asked for and the teacher has no residual units.
+    Moving-average ranges and SGD are GDFQ's; ``lr`` and ``decay`` SaFT's. UserError if FA is asked for and the teacher
+    has no residual units.
     """
     if weights.attention_weight and not probe.units:
         lam = f"attention_weight={weights.attention_weight:g}"
         raise UserError(f"{lam} aligns residual units, of which this network has none; allowed: 0.")
-    network = student_network(teacher.network, bits, images)
+    network = quantize_model(teacher.network, bits)
     student = NetworkProbe(network, weights.saliency_of)
     return Student(network, lr, decay, loss=partial(alignment_loss, teacher=probe, student=student, weights=weights))

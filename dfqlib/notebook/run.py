@@ -84,7 +84,7 @@ class Run:
             "model": self.parameters.get("model", ""),
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
-            "calibration": self.parameters.get("calibration", "published"),
+            "calibration": "published",
             "variant": "",
             "ranges": "",
             "seed": self.parameters.get("seed"),

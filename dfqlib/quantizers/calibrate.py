@@ -40,11 +40,6 @@ def corrected(network: nn.Module, bits: BitWidths, images: Tensor, fit_weights: 
     return student
 
 
-def student_network(network: nn.Module, bits: BitWidths, images: Tensor | None = None) -> fx.GraphModule:
-    """A quantized copy to fine-tune: :func:`corrected` on ``images``; without, as published, with ranges to observe."""
-    return quantize_model(network, bits) if images is None else corrected(network, bits, images)
-
-
 @torch.no_grad()
 def fit_weight_ranges(student: nn.Module) -> None:
     """Give each output channel of every quantized layer the share of its min and max with the least squared error.
