@@ -98,7 +98,7 @@ def test_every_way_to_write_a_relu(relu):
             return (self.act or relu)(x + 0)
 
     x = torch.linspace(-3, 3, 64).view(1, 64)
-    output = calibrated(Net(), x, 4, 2)(x)
+    output = calibrated(Net(), x, None, 2)(x)
     assert output.unique().tolist() == pytest.approx([0, 1, 2, 3])
 
 
@@ -303,14 +303,14 @@ def test_description_by_hand():
     student = calibrated(model, x, {"conv1": 4, "depthwise": 3, "grouped": 2, "linear": None}, 6)
     table = describe(student)
     rows = table.set_index("layer")
-    assert list(table.layer[:4]) == ["conv1", "relu", "depthwise", "relu:2"]
+    assert list(table.layer[:5]) == ["input", "conv1", "relu", "depthwise", "relu:2"]
     assert list(table.kind) == [
-        "conv", "relu", "depthwise conv", "relu", "grouped conv", "relu", "relu", "relu", "linear",
-        "biases, batch norm", "total",
+        "input", "conv", "relu", "depthwise conv", "relu", "grouped conv", "batchnorm", "relu", "relu6", "relu",
+        "linear", "biases, batch norm", "total",
     ]  # fmt: skip
     assert rows.bytes[["conv1", "depthwise", "grouped", "linear"]].tolist() == [54, 14, 2, 80]  # 36 * 3 / 8 rounded up
     assert rows.float_bytes[["conv1", "depthwise", "grouped", "linear"]].tolist() == [432, 144, 32, 80]
-    assert rows.weight_bits["linear"] == 32
+    assert (rows.weight_bits["linear"], rows.activation_bits["input"]) == (32, 32)  # in float
     rest = 4 * (4 + 4 + 5 + 4 * 4)  # biases of conv1, grouped and linear; four vectors of the batch norm
     assert table.bytes.tolist()[-2:] == [rest, rest + 54 + 14 + 2 + 80]
     assert table.float_bytes.iloc[-1] == model_bytes(model) == 4 * (108 + 36 + 8 + 20) + rest

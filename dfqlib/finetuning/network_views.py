@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from dfqlib.errors import UserError, check_choice
 from dfqlib.finetuning.grad_cam import grad_cam
 from dfqlib.models.batch_norm_statistics import sample_mean_square
-from dfqlib.quantizers.convert import is_relu
-from dfqlib.quantizers.layers import used_weight
+from dfqlib.quantizers.layers import FakeQuantize, used_weight
+from dfqlib.quantizers.sites import is_relu
 from dfqlib.quantizers.trace import trace
 from dfqlib.schedules import SALIENCY_LAYERS
 from dfqlib.speed.scale_weights import scale_weights
@@ -133,7 +133,7 @@ def _global_pooling_head(modules: Modules, output: fx.Node) -> tuple[fx.Node | N
         is_linear = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
         if classifier is None and is_linear:
             classifier = node
-        elif not (node.target in _RESHAPES or isinstance(module, nn.Flatten | nn.Dropout | nn.Identity)):
+        elif not (node.target in _RESHAPES or isinstance(module, nn.Flatten | nn.Dropout | nn.Identity | FakeQuantize)):
             break
         node = source
     return None, None

@@ -31,6 +31,12 @@ class ModelEntry:
         """The package that defines the architecture, and has its pretrained weights: pytorchcv, torchvision, dfqlib."""
         return self.factory.partition(".")[0]
 
+    @property
+    def input_range(self) -> tuple[Tensor, Tensor]:
+        """What black and white pixels become, by channel: (C, 1, 1) each."""
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        return -mean / std, (1 - mean) / std
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, per channel: uint8 (N, C, H, W) -> float32, on the same device."""
         mean, std = _on_device(self.mean, self.std, pixels.device)

@@ -1,43 +1,66 @@
 """Calibration: what a student takes from images, or from its own weights, before it is trained, and after."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dfqlib.bits import BitWidths
 from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var
-from dfqlib.quantizers.convert import quantize_model
-from dfqlib.quantizers.layers import QuantizedLayer, observing
+from dfqlib.quantizers.convert import Range, quantize_model
+from dfqlib.quantizers.layers import QuantizedLayer, by_output_channel, observing
 from dfqlib.quantizers.observers import least_squares_shares
 
 
 @torch.no_grad()
-def calibrated(network: nn.Module, bits: BitWidths, images: Tensor, observer: str = "minmax") -> fx.GraphModule:
-    """A quantized copy of ``network`` with activation ranges from one pass of ``images`` (B, 3, H, W), normalised.
+def calibrated(
+    network: nn.Module,
+    bits: BitWidths,
+    images: Tensor,
+    observer: str = "minmax",
+    input_range: Range | None = None,
+    **options: Any,
+) -> fx.GraphModule:
+    """A quantized copy of ``network`` with activation ranges from one pass of ``images`` (B, C, H, W), normalised.
 
     Each layer sees the images as the layers before it, already quantized, pass them on; nothing is trained. Observers
-    as in :func:`dfqlib.quantizers.convert.quantize_model`. Source: ZeroQ, section 3.
+    and ``options`` as in :func:`.convert.quantize_model`. Source: ZeroQ, section 3.
+
+    With ``input_range`` the images are clipped to what pixels can be. Synthetic images are often beyond it, test images
+    never; the papers do not clip, and their ranges, and so their numbers, are those without.
     """
-    student = quantize_model(network, bits, observer)
+    student = quantize_model(network, bits, observer, input_range=input_range, **options)
     with observing(student):
-        student(images)
+        student(_clipped(images, input_range))
     return student
 
 
-def corrected(network: nn.Module, bits: BitWidths, images: Tensor, fit_weights: bool = False) -> fx.GraphModule:
+def corrected(
+    network: nn.Module,
+    bits: BitWidths,
+    images: Tensor,
+    fit_weights: bool = False,
+    input_range: Range | None = None,
+    **options: Any,
+) -> fx.GraphModule:
     """:func:`calibrated` by least squared error, then :func:`correct_batch_norms` on the same images.
 
     With ``fit_weights`` also :func:`fit_weight_ranges`, before the activations are observed that they lead to: it pays
     at two bits and not always at more.
     """
-    student = quantize_model(network, bits, "least_squares")
+    student = quantize_model(network, bits, "least_squares", input_range=input_range, **options)
+    images = _clipped(images, input_range)
     if fit_weights:
         fit_weight_ranges(student)
     with torch.no_grad(), observing(student):
         student(images)
     correct_batch_norms(student, network, images)
     return student
+
+
+def _clipped(images: Tensor, input_range: Range | None) -> Tensor:
+    return images.clamp(*(torch.as_tensor(end).to(images) for end in input_range)) if input_range else images
 
 
 @torch.no_grad()
@@ -48,7 +71,8 @@ def fit_weight_ranges(student: nn.Module) -> None:
     """
     for layer in student.modules():
         if isinstance(layer, QuantizedLayer) and layer.weight_bits is not None:
-            layer.share = least_squares_shares(layer.weight.flatten(1), layer.weight_bits)
+            rows = by_output_channel(layer, layer.weight).flatten(1)
+            layer.share = least_squares_shares(rows, layer.weight_bits, layer.symmetric)
 
 
 @torch.no_grad()

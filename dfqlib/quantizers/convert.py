@@ -1,93 +1,127 @@
 """Turn a trained network into its quantized student."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import Tensor, fx, nn
 
 from dfqlib.bits import BitWidths, Width
 from dfqlib.errors import UserError, check_choice
-from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
-from dfqlib.quantizers.observers import OBSERVERS, RunningMinMax
+from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize
+from dfqlib.quantizers.observers import OBSERVERS, CommonRange, KnownRange, RunningMinMax
+from dfqlib.quantizers.sites import ARITHMETIC, NONLINEARITIES, integer_sites, operation, relu_sites
 from dfqlib.quantizers.trace import trace, weight_layers
 
-_RELUS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, "relu", "relu_"}  # functions, and methods of a tensor
-_ALWAYS_INPLACE = {F.relu_, torch.relu_, "relu_"}
+Range = tuple[Tensor | float, Tensor | float]  # low and high, one for each channel (C, 1, 1) or one for all
+SITES = {"papers": relu_sites, "integer": integer_sites}
+WEIGHTS = "asymmetric", "symmetric"
+INPUT_BITS = 8  # as the pixels have
 
 
 def quantize_model(
-    model: nn.Module, bits: BitWidths, observer: str | Callable[[], RunningMinMax] = "moving_average"
+    model: nn.Module,
+    bits: BitWidths,
+    observer: str | Callable[[], RunningMinMax] = "moving_average",
+    sites: str = "papers",
+    weights: str = "asymmetric",
+    input_range: Range | None = None,
 ) -> fx.GraphModule:
     """A quantized copy of ``model`` to calibrate or fine-tune; ``model`` and its hooks are left as they are.
 
-    Every Conv2d and Linear, first and last included, becomes a layer that fake-quantizes its weight per output channel.
-    A :class:`FakeQuantize` with an observer of its own follows each call of a ReLU or ReLU6, whether module or
-    function, and nothing else: the input, linear bottlenecks and pooled features stay in float, as in the papers' code.
+    Every layer of ``QUANTIZED``, first and last included, becomes one that fake-quantizes its weight per output
+    channel: over its min and max (``weights`` "asymmetric", as in the papers) or with a zero point of 0 ("symmetric",
+    as integer kernels want it: :func:`.fake_quantize.channel_ranges`).
+
+    A :class:`FakeQuantize` with an observer of its own follows each of ``sites``. "papers": each call of a ReLU or
+    ReLU6, whether module or function, and nothing else; the input, linear bottlenecks and pooled features stay in
+    float, as in the papers' code. "integer": all that an integer runtime needs on a grid, see
+    :func:`.sites.integer_sites`. There every range holds 0, and the input has the 8 bits of its pixels whatever
+    ``bits`` says for all activations; ``input_range`` is what black and white pixels become; None observes it.
+
     The copy is in eval mode (batch-norm statistics frozen) and all its parameters require gradients. Activation ranges
     must be learned before use: ``with observing(student): student(images)``.
 
     bits: for all layers, or by layer. observer: a name in ``OBSERVERS`` or a function that makes one.
-    Raises UserError for missing or unknown layers, and for a model that torch.fx cannot trace, naming the part.
+    Raises UserError for missing or unknown layers, for bits that apply to nothing, and for a model that torch.fx cannot
+    trace, naming the part.
     """
     make_observer = OBSERVERS[check_choice("observer", observer, OBSERVERS)] if isinstance(observer, str) else observer
+    integer = check_choice("sites", sites, SITES) == "integer"
+    symmetric = check_choice("weights", weights, WEIGHTS) == "symmetric"
     student = trace(model)
+    if integer:
+        _remove_identities(student)
+    found, activation = SITES[sites](student), bits.activation
+    if activation is not None and not found:
+        _refuse_activation_bits(student, activation, sites)
+    if integer and isinstance(activation, int):
+        inputs = [site for site, (first, *_) in found.items() if first.op == "placeholder"]
+        activation = dict.fromkeys(found, activation) | dict.fromkeys(inputs, INPUT_BITS)
     for name, width in _by_name("weight", bits.weight, weight_layers(student)).items():
         layer = student.get_submodule(name)
-        student.add_submodule(name, (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear)(layer, width))
-    sites = _relu_sites(student)
-    for site, width in _by_name("activation", bits.activation, list(sites)).items():
-        if width is not None:
-            _insert_after(student, sites[site], FakeQuantize(width, make_observer(), site))
+        student.add_submodule(name, QUANTIZED[type(layer)](layer, width, symmetric))
+    for site, width in _by_name("activation", activation, list(found)).items():
+        if width is None:
+            continue
+        observers = [
+            KnownRange(*input_range) if input_range and node.op == "placeholder" else make_observer()
+            for node in found[site]
+        ]
+        quantizer = FakeQuantize(width, CommonRange(observers) if integer else observers[0], site)
+        for part, node in enumerate(found[site]):
+            _insert_after(student, node, f"fake_quantize.{found[site][0].name}", quantizer, [part] if integer else [])
     student.graph.lint()
     student.recompile()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return student.to(device).eval().requires_grad_(True)
 
 
-def is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether ``node`` calls a ReLU or ReLU6, be it a module, a function or a tensor's method."""
-    if node.op == "call_module":
-        return isinstance(model.get_submodule(node.target), (nn.ReLU, nn.ReLU6))
-    return node.op in ("call_function", "call_method") and node.target in _RELUS
+def _remove_identities(model: fx.GraphModule) -> None:
+    """Take out what computes nothing in eval mode, so that a ReLU is seen right after its batch norm."""
+    for node in model.graph.nodes:
+        if node.op == "call_module" and operation(model, node).startswith(("identity", "dropout")):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            model.graph.erase_node(node)
 
 
-def _relu_sites(model: fx.GraphModule) -> dict[str, fx.Node]:
-    """Every call of a ReLU or ReLU6, named by its module, or "<module>.relu" for a function called inside of one."""
-    sites: dict[str, fx.Node] = {}
-    seen: Counter[str] = Counter()
-    for node in filter(partial(is_relu, model), model.graph.nodes):
-        inside = ".".join([*list(node.meta.get("nn_module_stack", ()))[-1:], "relu"])
-        name = node.target if node.op == "call_module" else inside
-        seen[name] += 1
-        sites[name if seen[name] == 1 else f"{name}:{seen[name]}"] = node
-    return sites
+def _refuse_activation_bits(model: fx.GraphModule, bits: object, sites: str) -> None:
+    """UserError for activation bits that apply to nothing, which names the nonlinearities that there are."""
+    found = sorted({operation(model, node) for node in model.graph.nodes} & NONLINEARITIES) or ["none"]
+    held = f"activation bits={bits!r} apply to nothing: sites={sites!r} are"
+    if sites == "integer":
+        raise UserError(f"{held} values that enter a layer with weights, and {type(model).__name__} has no such layer.")
+    held = f"{held} ReLU and ReLU6, and the nonlinearities of {type(model).__name__} are {', '.join(found)}"
+    raise UserError(f"{held}; allowed: None, or sites='integer', which quantizes after all of them.")
 
 
-def _insert_after(model: fx.GraphModule, relu: fx.Node, quantizer: FakeQuantize) -> None:
-    """Put ``quantizer`` between a ReLU and everything that uses its output."""
-    target = f"fake_quantize.{relu.name}"
+def _insert_after(model: fx.GraphModule, node: fx.Node, target: str, quantizer: FakeQuantize, part: list[int]) -> None:
+    """Put ``quantizer``, called as ``target``, between ``node`` and everything that uses its value."""
     model.add_submodule(target, quantizer)
-    order = {node: i for i, node in enumerate(model.graph.nodes)}
-    with model.graph.inserting_after(relu):
-        quantized = model.graph.call_module(target, (relu,))
-    relu.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
-    if relu.op == "call_module":
-        inplace = model.get_submodule(relu.target).inplace
-    else:
-        inplace = relu.target in _ALWAYS_INPLACE or relu.kwargs.get("inplace", relu.args[1:] == (True,))
-    if inplace:
-        # Code that goes on to use the tensor it gave to an in-place ReLU reads the ReLU's output under another name.
-        given = relu.all_input_nodes[0]
-        for user in [user for user in given.users if order[user] > order[relu]]:
+    order = {each: i for i, each in enumerate(model.graph.nodes)}
+    with model.graph.inserting_after(node):
+        quantized = model.graph.call_module(target, (node, *part))
+    node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+    if _overwrites(model, node):
+        # Code that goes on to use the tensor it gave to an in-place operation reads the result under another name.
+        given = node.all_input_nodes[0]
+        for user in [user for user in given.users if order[user] > order[node]]:
             user.replace_input_with(given, quantized)
+
+
+def _overwrites(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` writes its result into its first input."""
+    if node.op == "call_module":
+        return getattr(model.get_submodule(node.target), "inplace", False)
+    by_position = operation(model, node) in NONLINEARITIES and node.args[-1] is True
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.endswith("_") or name in ARITHMETIC or node.kwargs.get("inplace", by_position)
 
 
 def _by_name(parameter: str, widths: Width | Mapping[str, Width], names: list[str]) -> dict[str, Width]:
     """One bit width, or None for float, for each of ``names``."""
     if not isinstance(widths, Mapping):
+        if widths is not None and not names:
+            raise UserError(f"{parameter} bits={widths!r} apply to nothing: the network has no such layer.")
         return dict.fromkeys(names, widths)
     for name in widths:
         check_choice(f"layer in {parameter} bits", name, names)

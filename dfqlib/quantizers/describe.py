@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from dfqlib.quantizers.layers import FakeQuantize, QuantizedLayer, QuantLinear
 from dfqlib.quantizers.observers import RunningMinMax
+from dfqlib.quantizers.sites import integer_sites, operation
 
 
 def weight_bytes(weight: torch.Tensor, bits: int | None) -> int:
@@ -20,7 +21,7 @@ def model_bytes(model: nn.Module) -> int:
     """
     bits = {id(m.weight): m.weight_bits for m in model.modules() if isinstance(m, QuantizedLayer)}
     ranges = {id(b) for m in model.modules() if isinstance(m, RunningMinMax) for b in m.buffers()}
-    ranges |= {id(m.share) for m in model.modules() if isinstance(m, QuantizedLayer)}
+    ranges |= {id(b) for m in model.modules() if isinstance(m, QuantizedLayer) for b in (m.share, m.grid)}
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and id(t) not in ranges]
     return sum(weight_bytes(t, bits.get(id(t))) for t in tensors)
 
@@ -28,20 +29,28 @@ def model_bytes(model: nn.Module) -> int:
 def describe(student: fx.GraphModule) -> pd.DataFrame:
     """What is quantized, and how: a row per layer and activation in the order they run, then the rest and the total.
 
-    Columns: layer (as the bit-width mappings name it), kind, weight_bits (32: float), activation_bits (activations in
-    float have no row), low, high (of the weight over all channels, or the activation range), bytes, float_bytes (in
-    full precision).
+    Columns: layer (as the bit-width mappings name it), kind, weight_bits, activation_bits (32 each: float), low, high
+    (of the weight over all channels, or the activation range), bytes, float_bytes (in full precision). Activations in
+    float, those an integer runtime would need as integers (:func:`.sites.integer_sites`), have no range.
     """
-    rows = []
-    for name in dict.fromkeys(node.target for node in student.graph.nodes if node.op == "call_module"):
-        module = student.get_submodule(name)
+    rows, seen = [], set()
+    in_float = {group[0]: name for name, group in integer_sites(student).items()}
+    for node in student.graph.nodes:
+        if node in in_float:
+            rows.append((in_float[node], operation(student, node), None, 32, None, None, 0, 0))
+        if node.op != "call_module" or node.target in seen:
+            continue
+        seen.add(node.target)
+        name, module = node.target, student.get_submodule(node.target)
         if isinstance(module, QuantizedLayer):
             low, high = module.weight.detach().aminmax()
             sizes = weight_bytes(module.weight, module.weight_bits), weight_bytes(module.weight, None)
             rows.append((name, _kind(module), module.weight_bits or 32, None, low.item(), high.item(), *sizes))
         elif isinstance(module, FakeQuantize):
             low, high = module.observer.low, module.observer.high
-            rows.append((module.name, "relu", None, module.bits, low.item(), high.item(), 0, 0))
+            rows.append(
+                (module.name, operation(student, node.args[0]), None, module.bits, low.item(), high.item(), 0, 0)
+            )
     rest = model_bytes(student) - sum(row[-2] for row in rows)
     rows.append(("", "biases, batch norm", None, None, None, None, rest, rest))
     rows.append(("", "total", None, None, None, None, sum(row[-2] for row in rows), sum(row[-1] for row in rows)))
@@ -52,4 +61,6 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
 def _kind(layer: QuantizedLayer) -> str:
     if isinstance(layer, QuantLinear):
         return "linear"
+    if layer.transposed:
+        return "transposed conv"
     return {layer.in_channels: "depthwise conv", 1: "conv"}.get(layer.groups, "grouped conv")

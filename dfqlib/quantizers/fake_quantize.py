@@ -62,12 +62,25 @@ def fake_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int, clips_gradien
     return passed + (rounded - x).detach()
 
 
-def fake_quantize_per_channel(weight: Tensor, bits: int, share: Tensor | None = None) -> Tensor:
-    """``weight`` (O, ...) fake-quantized with one range per output channel: the channel's own min and max.
+def channel_ranges(
+    weight: Tensor, bits: int, share: Tensor | None = None, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The range (low, high) of each output channel of ``weight`` (O, ...): (O, 1, ...) each.
 
-    With ``share`` (O, 1) the range is that share of it.
+    It is the channel's min and max, or the ``share`` (O, 1) of it. ``symmetric`` makes all zero points 0, as the
+    integer kernels of ONNX Runtime want them: the highest level, 2^(k-1) - 1, is the channel's max |w|; the lowest,
+    -2^(k-1), lies below -max |w|, so that only what a share cuts off reaches it.
     """
+    low, high = torch.aminmax(weight.detach().flatten(1), dim=1, keepdim=True)
+    if symmetric:
+        high = torch.maximum(-low, high).clamp(min=1e-7)  # so that a channel of zeros has zero point 0, too
+        low = -high * (2 ** (bits - 1) / (2 ** (bits - 1) - 1))
     shape = (-1,) + (1,) * (weight.dim() - 1)
-    bounds = torch.aminmax(weight.detach().flatten(1), dim=1, keepdim=True)
-    low, high = ((bound if share is None else bound * share).view(shape) for bound in bounds)
-    return fake_quantize(weight, low, high, bits)
+    return tuple((bound if share is None else bound * share).view(shape) for bound in (low, high))
+
+
+def fake_quantize_per_channel(
+    weight: Tensor, bits: int, share: Tensor | None = None, symmetric: bool = False
+) -> Tensor:
+    """``weight`` (O, ...) fake-quantized with one range per output channel, as :func:`channel_ranges` gives it."""
+    return fake_quantize(weight, *channel_ranges(weight, bits, share, symmetric), bits)

@@ -4,12 +4,18 @@ import contextlib
 import copy
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfqlib.errors import UserError
-from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
-from dfqlib.quantizers.observers import RunningMinMax
+from dfqlib.quantizers.fake_quantize import (
+    channel_ranges,
+    fake_quantize,
+    fake_quantize_per_channel,
+    scale_and_zero_point,
+)
+from dfqlib.quantizers.observers import CommonRange, RunningMinMax
 
 
 class FakeQuantize(nn.Module):
@@ -18,46 +24,74 @@ class FakeQuantize(nn.Module):
     ``clips_gradient`` as for :func:`fake_quantize`.
     """
 
-    def __init__(self, bits: int, observer: RunningMinMax, name: str = "") -> None:
+    def __init__(self, bits: int, observer: RunningMinMax | CommonRange, name: str = "") -> None:
         super().__init__()
         self.bits, self.observer, self.name = bits, observer, name
         self.observing = self._has_range = self.clips_gradient = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (any shape) quantized over the range as it is after this batch. UserError if there is no range."""
+    def forward(self, x: Tensor, *part: int) -> Tensor:
+        """``x`` (any shape) quantized over the range as it is after this batch. UserError if there is no range.
+
+        ``part`` tells a :class:`CommonRange` which of its values ``x`` is.
+        """
         if self.observing:
-            self.observer.observe(x, self.bits)
-        elif not self._has_range:
+            self.observer.observe(x, self.bits, *part)
+        return fake_quantize(x, *self.range(), self.bits, self.clips_gradient)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """(low, high), scalars; UserError if there is none yet."""
+        low, high = self.observer.low, self.observer.high
+        if not self.observing and not self._has_range:
             # Read from the device once: later forward passes never wait for it.
-            self._has_range = bool(self.observer.low.isfinite())
+            self._has_range = bool(low.isfinite())
             if not self._has_range:
                 raise UserError(f"activation {self.name!r} has no range yet: run a batch through it while observing.")
-        return fake_quantize(x, self.observer.low, self.observer.high, self.bits, self.clips_gradient)
+        return low, high
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
 
 
 class QuantizedLayer(nn.Module):
-    """Takes over the attributes and parameters of a Conv2d or Linear, whose weight each forward pass fake-quantizes.
+    """Takes over the attributes and parameters of a layer, whose weight each forward pass fake-quantizes.
 
-    One range per output channel; ``weight_bits`` None leaves the weight in float. The bias stays in float. ``share``
-    (O, 1) is the part of each channel's min and max that is its range; None takes all of it.
+    One range per output channel, :func:`channel_ranges`, of which ``share`` (O, 1) is used; None uses all of it.
+    ``weight_bits`` None leaves the weight in float. The bias stays in float. Where ``grid`` (2, O) is set, the weight
+    is already quantized, with these scales and zero points (:func:`dfqlib.quantizers.finalise.finalise`).
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, weight_bits: int | None) -> None:
+    def __init__(self, layer: nn.Module, weight_bits: int | None, symmetric: bool = False) -> None:
         nn.Module.__init__(self)  # a layer's own constructor would draw weights that are replaced at once
         vars(self).update({name: copy.copy(value) for name, value in vars(layer).items()})
-        self.weight_bits = weight_bits
+        self.weight_bits, self.symmetric = weight_bits, symmetric
         self.register_buffer("share", None)
+        self.register_buffer("grid", None)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
+class _QuantConv(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, used_weight(self), self.bias)
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    pass
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    pass
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    pass
+
+
+class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    def forward(self, x: Tensor) -> Tensor:
+        options = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return F.conv_transpose2d(x, used_weight(self), self.bias, *options)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -65,10 +99,45 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return F.linear(x, used_weight(self), self.bias)
 
 
+QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.Linear: QuantLinear,
+}  # every layer whose weights are quantized
+
+
+def by_output_channel(layer: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` of ``layer`` with the output channels first, (O, ...); called on that, the weight as it was."""
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return weight
+    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)  # stored as (I, O / groups, h, w)
+
+
 def used_weight(layer: nn.Module) -> Tensor:
     """The weight that ``layer`` computes with: fake-quantized in a quantized layer, else as it is."""
     bits = getattr(layer, "weight_bits", None)
-    return layer.weight if bits is None else fake_quantize_per_channel(layer.weight, bits, layer.share)
+    if bits is None or layer.grid is not None:
+        return layer.weight
+    rows = by_output_channel(layer, layer.weight)
+    return by_output_channel(layer, fake_quantize_per_channel(rows, bits, layer.share, layer.symmetric))
+
+
+def integer_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """``layer``'s weight as integers: levels, int8 in its shape, and the scale and zero point (O,) of each channel.
+
+    Output channel o of :func:`used_weight` is (levels + zero[o]) / scale[o], bit for bit; as in
+    :func:`scale_and_zero_point`, scales are steps per unit and ONNX's zero point is ``-zero``.
+    """
+    rows, half = by_output_channel(layer, layer.weight.detach()), 2 ** (layer.weight_bits - 1)
+    if layer.grid is None:
+        ranges = channel_ranges(rows, layer.weight_bits, layer.share, layer.symmetric)
+        scale, zero = scale_and_zero_point(*ranges, layer.weight_bits)
+    else:
+        scale, zero = (each.view(-1, *[1] * (rows.dim() - 1)) for each in layer.grid)
+    levels = torch.mul(rows, scale).sub_(zero).round_().clamp_(-half, half - 1)
+    return by_output_channel(layer, levels).to(torch.int8), scale.flatten(), zero.flatten()
 
 
 @contextlib.contextmanager

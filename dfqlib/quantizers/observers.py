@@ -1,10 +1,13 @@
 """Observers: each derives the range of an activation from the batches it sees."""
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from dfqlib.errors import check_range
-from dfqlib.quantizers.fake_quantize import fake_quantize
+from dfqlib.quantizers.fake_quantize import channel_ranges, fake_quantize
 
 
 class RunningMinMax(nn.Module):
@@ -52,13 +55,14 @@ class Percentile(RunningMinMax):
         return values.topk(beyond, largest=False).values.max(), values.topk(beyond).values.min()
 
 
-def least_squares_shares(x: Tensor, bits: int) -> Tensor:
+def least_squares_shares(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     """Of each row of ``x`` (R, N), the share s (R, 1) of its range that is quantized with the least squared error.
 
-    argmin over s = 1, 0.99, ..., 0.21 of ||x - Q(x; s min x, s max x)||^2. Source: DSG's code; OMSE (Choukroun et al.,
-    "Low-bit quantization of neural networks for efficient inference", 2019).
+    argmin over s = 1, 0.99, ..., 0.21 of ||x - Q(x; s low, s high)||^2, over the row's :func:`channel_ranges`.
+    Source: DSG's code; OMSE (Choukroun et al., "Low-bit quantization of neural networks for efficient inference",
+    2019).
     """
-    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = channel_ranges(x, bits, symmetric=symmetric)
     shares = 1 - 0.01 * torch.arange(80, device=x.device)
     errors = [(fake_quantize(x, low * s, high * s, bits) - x).square().mean(1) for s in shares]
     return shares[torch.stack(errors).argmin(0)][:, None]
@@ -104,6 +108,41 @@ class LeastSquares(MovingAverage):
     def batch_range(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         some = x.flatten()[:: -(-x.numel() // 20_000) | 1]  # an odd stride meets every column of an image
         return MeanSquaredError.batch_range(self, some, bits)
+
+
+class KnownRange(RunningMinMax):
+    """A range that is known and not observed, such as that of an image's pixels: of all channels, if given for each."""
+
+    def __init__(self, low: Tensor | float, high: Tensor | float) -> None:
+        super().__init__()
+        self.low.copy_(torch.as_tensor(low).min())
+        self.high.copy_(torch.as_tensor(high).max())
+
+    def observe(self, x: Tensor, bits: int = 8) -> None:
+        pass
+
+
+class CommonRange(nn.Module):
+    """The least range with 0 in it that holds those of some observers: of one, or of all whose values are concatenated.
+
+    An integer runtime needs a level for 0 (it pads with it), and one grid for all parts of a concatenation.
+    """
+
+    def __init__(self, observers: Iterable[RunningMinMax]) -> None:
+        super().__init__()
+        self.observers = nn.ModuleList(observers)
+
+    def observe(self, x: Tensor, bits: int, part: int) -> None:
+        """Let the observer of the ``part``-th value see it."""
+        self.observers[part].observe(x, bits)
+
+    @property
+    def low(self) -> Tensor:
+        return functools.reduce(torch.fmin, [each.low for each in self.observers]).clamp(max=0)
+
+    @property
+    def high(self) -> Tensor:
+        return functools.reduce(torch.fmax, [each.high for each in self.observers]).clamp(min=0)
 
 
 OBSERVERS: dict[str, type[RunningMinMax]] = {

@@ -9,9 +9,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from dfqlib.errors import UserError
-from dfqlib.quantizers.layers import FakeQuantize, QuantizedLayer
+from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize, QuantizedLayer
 
-_WEIGHT_LAYERS = nn.Conv2d, nn.Linear
+_WEIGHT_LAYERS = tuple(QUANTIZED)
 _WEIGHT_FUNCTIONS = F.conv2d, torch.conv2d, F.linear
 
 
