@@ -10,7 +10,7 @@ from torch import nn
 
 from dfqlib.errors import UserError
 from dfqlib.quantizers.fake_quantize import fake_quantize, fake_quantize_per_channel
-from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear
+from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize
 from dfqlib.quantizers.observers import OBSERVERS, MovingAverage, Percentile, RunningMinMax, least_squares_shares
 from dfqlib.speed.switches import without
 
@@ -196,7 +196,7 @@ def test_bad_observer_parameters_are_refused():
     ],
 )
 def test_quantized_layer_is_the_layer_with_a_quantized_weight(layer, shape):
-    kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+    kind = QUANTIZED[type(layer)]
     x = torch.randn(shape)
     state = torch.get_rng_state()
     quantized, same = kind(layer, 3), kind(layer, None)

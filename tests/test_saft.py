@@ -229,10 +229,11 @@ def test_output_gap_by_hand():
     assert reconstruct.output_gap([7 * ones], [7 * twos]).item() == 1 / 4
 
 
-@pytest.mark.parametrize("kl_weight", [0, 0.02])
-def test_reconstruction_of_calibrated_students_brings_their_answers_closer(teacher, data, kl_weight):
+@pytest.mark.parametrize("kl_weight, sites", [(0, "papers"), (0.02, "papers"), (0, "integer")])
+def test_reconstruction_of_calibrated_students_brings_their_answers_closer(teacher, data, kl_weight, sites):
     """Weights, ranges and batch norms start as calibrated: nothing is left to observe."""
-    student = reconstruct.make_student(calibrated(teacher.network, BitWidths(3, 3), data[0]), 3e-3, kl_weight=kl_weight)
+    network = calibrated(teacher.network, BitWidths(3, 4), data[0], sites=sites)
+    student = reconstruct.make_student(network, 3e-3, kl_weight=kl_weight)
     stream = WithTeacherView(ImageStream(teacher.network, *data, batch=8), NetworkProbe(teacher.network))
 
     def gap():

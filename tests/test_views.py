@@ -14,8 +14,7 @@ from dfqlib.errors import UserError
 from dfqlib.finetuning.grad_cam import grad_cam, map_correlation
 from dfqlib.finetuning.network_views import NetworkProbe, channel_attention
 from dfqlib.models.zoo import build
-from dfqlib.quantizers.convert import quantize_model
-from dfqlib.quantizers.layers import observing
+from dfqlib.quantizers.calibrate import calibrated
 
 
 def lived(network):
@@ -36,10 +35,12 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    network = quantize_model(teacher, BitWidths(4, 4))
-    with observing(network), torch.no_grad():
-        network(torch.randn(8, 3, 32, 32))
-    return network
+    return calibrated(teacher, BitWidths(4, 4), torch.randn(8, 3, 32, 32), "moving_average")
+
+
+@pytest.fixture(scope="module")
+def integer_student(teacher):
+    return calibrated(teacher, BitWidths(4, 8), torch.randn(8, 3, 32, 32), sites="integer").double()
 
 
 def headed(*head):
@@ -71,10 +72,10 @@ def map_by_hand(network, images, module):
     return ((maps - low) / (high - low).clamp(min=1e-8)).detach()  # of a class that nothing speaks for it is 0
 
 
-@pytest.mark.parametrize("which", ["teacher", "student"])
+@pytest.mark.parametrize("which", ["teacher", "student", "integer_student"])
 def test_maps_by_closed_form_and_by_autograd_are_equal(which, request):
     network = request.getfixturevalue(which)
-    images = torch.randn(4, 3, 32, 32)
+    images = torch.randn(4, 3, 32, 32).to(next(network.parameters()))
     closed, slow = NetworkProbe(network), NetworkProbe(network, autograd=True)
     assert closed.closed_form and not slow.closed_form
     with torch.no_grad():

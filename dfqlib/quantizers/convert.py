@@ -112,7 +112,7 @@ def _overwrites(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` writes its result into its first input."""
     if node.op == "call_module":
         return getattr(model.get_submodule(node.target), "inplace", False)
-    by_position = operation(model, node) in NONLINEARITIES and node.args[-1] is True
+    by_position = operation(model, node) in NONLINEARITIES and any(argument is True for argument in node.args)
     name = getattr(node.target, "__name__", str(node.target))
     return name.endswith("_") or name in ARITHMETIC or node.kwargs.get("inplace", by_position)
 

@@ -31,7 +31,8 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
 
     Columns: layer (as the bit-width mappings name it), kind, weight_bits, activation_bits (32 each: float), low, high
     (of the weight over all channels, or the activation range), bytes, float_bytes (in full precision). Activations in
-    float, those an integer runtime would need as integers (:func:`.sites.integer_sites`), have no range.
+    float that an integer runtime would need as integers (:func:`.sites.integer_sites`) have no range; at the end are
+    parameters, other than vectors, of no quantized layer.
     """
     rows, seen = [], set()
     in_float = {group[0]: name for name, group in integer_sites(student).items()}
@@ -51,6 +52,11 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
             rows.append(
                 (module.name, operation(student, node.args[0]), None, module.bits, low.item(), high.item(), 0, 0)
             )
+    known = {id(m.weight) for m in student.modules() if isinstance(m, QuantizedLayer)}
+    for name, parameter in student.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in known:
+            low, high, size = *parameter.detach().aminmax(), weight_bytes(parameter, None)
+            rows.append((name, "parameter", 32, None, low.item(), high.item(), size, size))
     rest = model_bytes(student) - sum(row[-2] for row in rows)
     rows.append(("", "biases, batch norm", None, None, None, None, rest, rest))
     rows.append(("", "total", None, None, None, None, sum(row[-2] for row in rows), sum(row[-1] for row in rows)))

@@ -26,14 +26,15 @@ def finalise(student: fx.GraphModule, round_biases: bool = True) -> fx.GraphModu
     """
     final = copy.deepcopy(student)
     on_grid = grids(final)
-    called: set[str] = set()
+    layers: dict[str, fx.Node] = {}
     for node in [node for node in final.graph.nodes if is_layer(final, node)]:
-        layer = final.get_submodule(node.target)
-        if node.target in called:
-            layer = copy.deepcopy(layer)
+        if node.target in layers:
+            layer = copy.deepcopy(final.get_submodule(node.target))
             node.target = f"{node.target}_{node.name}"
             final.add_submodule(node.target, layer)
-        called.add(node.target)
+        layers[node.target] = node
+    for name, node in layers.items():
+        layer = final.get_submodule(name)
         gain, bias = layer.weight.new_ones(1), layer.bias
         if folds(final, node):
             (after,) = node.users

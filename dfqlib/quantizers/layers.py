@@ -88,10 +88,23 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
     pass
 
 
-class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+class _QuantConvTranspose(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.kernel_size) - 1]
         options = self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        return F.conv_transpose2d(x, used_weight(self), self.bias, *options)
+        return transposed(x, used_weight(self), self.bias, *options)
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    pass
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    pass
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    pass
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -103,16 +116,18 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
     nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.Linear: QuantLinear,
 }  # every layer whose weights are quantized
 
 
 def by_output_channel(layer: nn.Module, weight: Tensor) -> Tensor:
     """``weight`` of ``layer`` with the output channels first, (O, ...); called on that, the weight as it was."""
-    if not isinstance(layer, nn.ConvTranspose2d):
+    if not getattr(layer, "transposed", False):
         return weight
-    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)  # stored as (I, O / groups, h, w)
+    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)  # stored as (I, O / groups, ...)
 
 
 def used_weight(layer: nn.Module) -> Tensor:
