@@ -148,7 +148,7 @@ def make_zeroq(teacher: Teacher, batch: int) -> Case:
         return synthesised(teacher, tick, lambda: zeroq.distil_images(teacher, settings, seed=SEED))
 
     def theirs() -> Step:
-        start = zeroq.start_images(batch, teacher.entry.input_size, SEED).to(teacher.device)
+        start = zeroq.start_images(batch, teacher.entry.image_shape, SEED).to(teacher.device)
         return published.Synthesis(plain(teacher), start, published.zeroq_loss, lr=0.5, patience=100)
 
     return Case("zeroq", "ZeroQ, images", batch, ours, theirs)
@@ -184,7 +184,7 @@ def make_dsg(teacher: Teacher, batch: int) -> Case:
         random = torch.Generator().manual_seed(SEED + 1)
         labels = torch.randint(teacher.entry.classes, (batch,), generator=random).to(teacher.device)
         loss = published.dsg_loss(labels, gaps.margins(), round(dsg.SHIFT * size), SEED)
-        start = dsg.start_images(batch, size, SEED).to(teacher.device)
+        start = dsg.start_images(batch, teacher.entry.image_shape, SEED).to(teacher.device)
         return published.Synthesis(plain(teacher), start, loss, lr=0.9, patience=260)
 
     return Case("dsg", "DSG, images", batch, ours, theirs)

@@ -43,8 +43,9 @@ def channels_last(x: ImagesOrNetwork) -> ImagesOrNetwork:
 
     On a CPU that is about 1.5 times as fast. Apple's backend gains nothing: there, ``x`` is returned unchanged.
     """
-    tensor = x if isinstance(x, Tensor) else next(x.parameters(), None)
-    if not uses("channels_last") or tensor is None or tensor.device.type == "mps":
+    tensors = [x] if isinstance(x, Tensor) else [*x.parameters()]
+    volumes = any(tensor.dim() > 4 for tensor in tensors)  # have another such layout
+    if not uses("channels_last") or volumes or not tensors or tensors[0].device.type == "mps":
         return x
     layout = {"memory_format": torch.channels_last}
     return x.contiguous(**layout) if isinstance(x, Tensor) else x.to(**layout)

@@ -36,3 +36,8 @@ def check_range(parameter: str, value: float, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise UserError(f"{parameter}={value!r} is out of range; allowed: a number from {low} to {high}.")
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to quote; its type's name if it has none."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -120,7 +120,8 @@ def test_a_network_that_overwrites_its_tensors_is_returned_as_it_is():
 
 
 def test_a_teacher_folds_a_copy_once():
-    network = with_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)))
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    network = with_statistics(nn.Sequential(*layers))
     teacher = Teacher.from_module(network, 4, (0.5,) * 3, (0.5,) * 3)
     assert isinstance(teacher.folded.get_submodule("1"), FoldedNorm)
     assert isinstance(teacher.network[1], nn.BatchNorm2d)

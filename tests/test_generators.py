@@ -11,7 +11,7 @@ from dfqlib.generators.networks import ConditionalBatchNorm2d, Generator, Upsamp
 
 @pytest.mark.parametrize(
     ("prefix", "column", "options"),
-    [("cifar", 0, {"classes": 10}), ("imagenet_16px", 1, {"classes": 1000, "size": 16, "conditional": True})],
+    [("cifar", 0, {"classes": 10}), ("imagenet_16px", 1, {"classes": 1000, "shape": (3, 16, 16), "conditional": True})],
 )
 def test_generator_equals_the_official_one(prefix, column, options):
     tensors, generator = recorded("generator_gdfq"), Generator(**options)
@@ -48,14 +48,14 @@ def test_conditional_batch_norm_has_gain_and_shift_of_the_label_or_a_mixture():
     torch.testing.assert_close(mixed[1], standardised[1])
 
 
-@pytest.mark.parametrize("size", [4, 30, 31, 32])
-def test_images_of_any_size_from_4_pixels_are_normalised(size):
-    images = Generator(classes=3, latent=5, size=size)(torch.randn(8, 5), torch.arange(8) % 3)
-    assert images.shape == (8, 3, size, size)
-    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(images.std((0, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 30, 31), (1, 32, 32), (5, 8, 16)])
+def test_images_of_any_shape_from_4_pixels_are_normalised(shape):
+    images = Generator(classes=3, latent=5, shape=shape)(torch.randn(8, 5), torch.arange(8) % 3)
+    assert images.shape == (8, *shape)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3)), torch.ones(shape[0]), atol=1e-2, rtol=0)
 
 
 def test_a_size_the_body_cannot_reach_is_refused():
-    with pytest.raises(UserError, match="size=3 "):
-        Generator(classes=10, size=3)
+    with pytest.raises(UserError, match=r"shape=\(3, 32, 3\) "):
+        Generator(classes=10, shape=(3, 32, 3))

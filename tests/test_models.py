@@ -85,7 +85,7 @@ def test_normalise_and_back():
 
 def test_own_network_becomes_a_teacher_and_stays_as_it_was():
     network = tiny().train()
-    teacher = Teacher.from_module(network, 3, mean=(0.5,) * 3, std=(0.25,) * 3, name="mine")
+    teacher = Teacher.from_module(network, 3, mean=(0.5,) * 3, std=(0.25,) * 3, name="mine", input_size=8)
     assert (teacher.name, teacher.entry.classes, len(teacher.sha256)) == ("mine", 3, 64)
     assert not teacher.network.training and network.training
     assert all(parameter.requires_grad for parameter in network.parameters())
@@ -160,8 +160,21 @@ def test_wrong_weights_are_refused_in_one_sentence(state, tmp_path):
     refuse(other, r"another architecture than resnet20_cifar10: output.weight has shape \(100, 64\)")
     save_file({"something": torch.zeros(2)}, other)
     refuse(other, "is missing, expected")
-    torch.save({"epoch": 3, "state": state}, tmp_path / "checkpoint.pth")
+    torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "checkpoint.pth")
     refuse(tmp_path / "checkpoint.pth", "not a state dict")
+    torch.save({"model": state, "ema": state}, tmp_path / "checkpoint.pth")
+    refuse(tmp_path / "checkpoint.pth", "not a state dict of tensors, but holds several: 'model', 'ema'")
+    torch.save(state | {"output.bias": torch.full((10,), torch.nan)}, tmp_path / "nan.pth")
+    refuse(tmp_path / "nan.pth", "holds values that are not a number, in 'output.bias'")
+
+
+def test_weights_in_a_checkpoint_and_under_a_wrapper_are_taken_out_and_said(state, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    torch.save({"epoch": 3, "state_dict": wrapped, "optimizer": {"state": {0: {}}, "param_groups": []}}, path)
+    with pytest.warns(UserWarning, match=r"weights are its \['state_dict'\] without the prefix 'module._orig_mod.'"):
+        taken = read_weights(path)
+    assert taken.keys() == state.keys() and all(torch.equal(taken[key], state[key]) for key in state)
 
 
 class Code:

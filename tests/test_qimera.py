@@ -48,7 +48,7 @@ def test_each_vector_is_standardised_on_its_own_unless_as_released():
 
 def test_the_latent_is_the_weighted_sum_of_the_mapped_embeddings():
     torch.manual_seed(0)
-    generator = QimeraGenerator(torch.randn(4, 8), size=8, mapped=6)
+    generator = QimeraGenerator(torch.randn(4, 8), shape=(3, 8, 8), mapped=6)
     z, labels, weights = torch.randn(3, 2, 8), torch.tensor([[0, 1], [3, 3], [2, 0]]), torch.rand(3, 2)
     weights /= weights.sum(1, keepdim=True)
     seen = []
@@ -63,7 +63,7 @@ def test_conditional_gain_and_bias_are_superposed_and_as_released_averaged():
     inputs = torch.randn(2, 2, 8), torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     given = {}
     for released in (False, True):
-        generator = QimeraGenerator(torch.randn(3, 8), size=8, conditional=True, as_released=released)
+        generator = QimeraGenerator(torch.randn(3, 8), shape=(3, 8, 8), conditional=True, as_released=released)
         generator.body.norm1.register_forward_pre_hook(lambda _, seen, key=released: given.update({key: seen[1]}))
         generator(*inputs)
         assert generator.body.norm1.gain.shape == (3, 128)
@@ -77,7 +77,7 @@ def test_repeated_labels_add_up_in_the_targets():
 
 
 def test_superposition_draws_k_labels_in_a_share_p_of_the_batches():
-    generator, random = QimeraGenerator(torch.zeros(5, 8), size=4), torch.Generator()
+    generator, random = QimeraGenerator(torch.zeros(5, 8), shape=(3, 4, 4)), torch.Generator()
     draw, slots = qimera.Superposition(0.4, 3, seed=0), []
     for _ in range(400):
         (z, labels, weights), targets = draw(generator, 4, random)
@@ -140,7 +140,7 @@ def test_paths_run_from_one_class_to_the_other():
     ends = [0, 4, 5, 9]
     assert targets.argmax(1)[ends].tolist() == [0, 3, 1, 2]
     for conditional in (False, True):
-        generator = Generator(4, latent=8, size=8, conditional=conditional)
+        generator = Generator(4, latent=8, shape=(3, 8, 8), conditional=conditional)
         mixed = qimera.mix_in_gdfq(generator, z[ends, 0], labels[ends], weights[ends])
         torch.testing.assert_close(mixed, generator(z[ends, 0], torch.tensor([0, 3, 1, 2])))
 

@@ -265,19 +265,14 @@ class Branching(nn.Module):
 
 
 class BorrowedWeight(nn.Module):
-    """Uses the weight of its layer without calling it."""
+    """Computes with the weight of its layer without calling it, and with kernels that depend on its input."""
 
     def __init__(self, function):
         super().__init__()
-        self.linear, self.kernel, self.function = nn.Linear(3, 3), nn.Parameter(torch.zeros(2, 3, 1, 1)), function
+        self.linear, self.function = nn.Linear(3, 3), function
 
     def forward(self, x):
         return self.function(self, x)
-
-
-class OwnConv(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x) * 2
 
 
 @pytest.mark.parametrize(
@@ -285,11 +280,11 @@ class OwnConv(nn.Conv2d):
     [
         (nn.Sequential(nn.ReLU(), Branching()), "module '1' \\(Branching\\): symbolically traced variables cannot"),
         (Branching(), "forward of Branching"),
-        (BorrowedWeight(lambda self, x: F.conv2d(x, self.kernel)), "BorrowedWeight calls conv2d on 'kernel'"),
-        (BorrowedWeight(lambda self, x: x @ self.linear.weight), "reads 'linear.weight' without calling 'linear'"),
-        (nn.Sequential(OwnConv(3, 2, 1)), "calls conv2d|reads '0.weight'"),
+        (BorrowedWeight(lambda self, x: F.conv2d(x, x)), "BorrowedWeight calls conv2d on weights that depend on its"),
+        (BorrowedWeight(lambda self, x: x * self.linear.weight), "reads 'linear.weight' without calling 'linear'"),
+        (nn.Sequential(nn.LSTM(3, 3)), "Sequential has weights in '0' \\(LSTM\\), which cannot be quantized"),
+        (Block().half(), "Block has weights of torch.float16"),
         (nn.Sequential(nn.TransformerEncoderLayer(4, 2)), "hides '.*' inside module '0' \\(TransformerEncoderLayer\\)"),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 1)), "ParametrizedConv2d"),
         (quantized(Block()), "is already quantized \\(at 'conv1'\\)"),
     ],
 )

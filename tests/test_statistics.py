@@ -34,9 +34,13 @@ def test_statistics_by_hand():
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1, 1)])
-def test_a_sample_without_space_has_no_spread(shape):
-    with pytest.raises(ValueError, match="no spread over space"):
-        sample_mean_std(torch.zeros(shape))
+def test_a_sample_without_space_has_the_statistics_of_the_batch(shape):
+    x = torch.randn(shape, requires_grad=True)
+    mean, std = sample_mean_std(x)
+    for found, expected in ((mean, x.flatten(1).mean(0)), (std.square() - 1e-6, x.flatten(1).var(0, correction=0))):
+        torch.testing.assert_close(found, expected.expand(4, 3))
+    mean.square().sum().backward()
+    torch.testing.assert_close(x.grad.flatten(1), 2 * mean.detach())
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

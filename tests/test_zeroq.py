@@ -37,7 +37,7 @@ def schedule(**changes):
 
 
 def test_start_images_are_the_official_ones_levels():
-    levels = start_images(4, 8) * 5418.75 + 127.5
+    levels = start_images(4, (3, 8, 8)) * 5418.75 + 127.5
     assert levels.shape == (4, 3, 8, 8)
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
     assert levels.min() >= -0.001 and levels.max() <= 254.001
@@ -51,7 +51,7 @@ def test_distilled_statistics_come_closer_and_the_teacher_stays_as_it_was():
     images, [history] = made.images, made.losses
     assert images.shape == (4, 3, 8, 8) and not images.requires_grad and made.labels is None
     assert len(history) == 60 and history[-1] < history[0] / 3
-    first, last = statistics_gaps(teacher.network, start_images(4, 8)), statistics_gaps(teacher.network, images)
+    first, last = statistics_gaps(teacher.network, start_images(4, (3, 8, 8))), statistics_gaps(teacher.network, images)
     assert list(last.index) == ["0.1", "0.4"]
     assert (last["std_gap"] < first["std_gap"] / 3).all()
     assert all(torch.equal(value, before[name]) for name, value in teacher.network.state_dict().items())
@@ -101,7 +101,8 @@ def test_outlier_channels_change_the_ranges_but_not_the_function():
 
 
 def test_a_teacher_without_batch_norm_is_refused():
-    teacher = Teacher.from_module(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, (0.5,) * 3, (0.5,) * 3)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    teacher = Teacher.from_module(network, 4, (0.5,) * 3, (0.5,) * 3)
     for use in (lambda: distil_images(teacher, schedule(images=2)), lambda: noise_gaps(teacher, 4)):
         with pytest.raises(UserError, match="no batch norm with running statistics"):
             use()

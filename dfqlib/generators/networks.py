@@ -1,5 +1,6 @@
 """The generator, from noise and labels to images: one body for every method and every image size."""
 
+import math
 from functools import partial
 
 import torch
@@ -57,52 +58,55 @@ class PlainBatchNorm2d(nn.BatchNorm2d):
 
 
 class GeneratorBody(nn.Module):
-    """Latent vectors (B, features) and labels (B,) to images (B, 3, size, size), normalised.
+    """Latent vectors (B, features) and labels (B,) to images (B, C, H, W) of ``shape`` (C, H, W), normalised.
 
-    The last batch norm has no affine part, so each colour channel of a batch has mean 0 and variance 1. With
+    The last batch norm has no affine part, so each channel of a batch has mean 0 and variance 1. With
     ``classes`` the three inner batch norms are conditional on the label, or on weights (B, classes).
-    Source: GDFQ, knowledge matching generator; sizes and constants from the official settings. UserError for a size
+    Source: GDFQ, knowledge matching generator; sizes and constants from the official settings. UserError for a side
     below 4.
     """
 
-    def __init__(self, features: int, size: int = 32, classes: int | None = None) -> None:
+    def __init__(self, features: int, shape: tuple[int, int, int] = (3, 32, 32), classes: int | None = None) -> None:
         super().__init__()
-        if size < 4:
-            raise UserError(f"size={size} is too small for two x2 upsamplings; allowed: 4 or more.")
+        channels, *self.size = shape
+        if min(self.size) < 4:
+            raise UserError(f"shape={shape} is too small for two x2 upsamplings; allowed: sides of 4 or more.")
         norm = PlainBatchNorm2d if classes is None else partial(ConditionalBatchNorm2d, classes)
-        self.size, self.side = size, -(-size // 4)
-        self.linear = nn.Linear(features, 128 * self.side**2)
+        self.start = 128, *(-(-side // 4) for side in self.size)
+        self.linear = nn.Linear(features, math.prod(self.start))
         self.norm0 = norm(128, 1e-5)
         self.conv1 = UpsampleConv2d(128, 128)
         self.norm1 = norm(128, 0.8)
         self.conv2 = UpsampleConv2d(128, 64)
         self.norm2 = norm(64, 0.8)
-        self.conv3 = nn.Conv2d(64, 3, kernel_size=3, padding=1)
-        self.norm3 = nn.BatchNorm2d(3, affine=False)
+        self.conv3 = nn.Conv2d(64, channels, kernel_size=3, padding=1)
+        self.norm3 = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
-        x = channels_last(self.linear(latent).view(-1, 128, self.side, self.side))
+        x = channels_last(self.linear(latent).view(-1, *self.start))
         x = self.norm0(x, labels)
         x = F.leaky_relu_(self.norm1(self.conv1(x), labels), 0.2)
         x = F.leaky_relu_(self.norm2(self.conv2(x), labels), 0.2)
         # Two x2 upsamplings give multiples of 4; for 299 pixels one row and one column of 300 are dropped.
-        images = torch.tanh(self.conv3(x)[..., : self.size, : self.size])
-        # On a CPU a batch norm of three channels is six times slower in channels-last than in contiguous memory.
+        images = torch.tanh(self.conv3(x)[..., : self.size[0], : self.size[1]])
+        # On a CPU a batch norm of few channels is six times slower in channels-last than in contiguous memory.
         return self.norm3(images.contiguous())
 
 
 class Generator(nn.Module):
-    """GDFQ's generator: noise z (B, latent) and labels (B,) to images (B, 3, size, size).
+    """GDFQ's generator: noise z (B, latent) and labels (B,) to images (B, C, H, W) of ``shape`` (C, H, W).
 
     The label's embedding multiplies the noise (published for 32 pixels); with ``conditional`` the label enters through
     conditional batch norms instead (for 224). Source: GDFQ, knowledge matching generator.
     """
 
-    def __init__(self, classes: int, latent: int = 100, size: int = 32, conditional: bool = False) -> None:
+    def __init__(
+        self, classes: int, latent: int = 100, shape: tuple[int, int, int] = (3, 32, 32), conditional: bool = False
+    ) -> None:
         super().__init__()
         self.classes, self.latent = classes, latent
         self.embedding = None if conditional else nn.Embedding(classes, latent)
-        self.body = GeneratorBody(latent, size, classes if conditional else None)
+        self.body = GeneratorBody(latent, shape, classes if conditional else None)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.body(z if self.embedding is None else self.embedding(labels) * z, labels)

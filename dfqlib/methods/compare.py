@@ -49,10 +49,10 @@ REAL_SOURCES = ["few-shot", "real"]  # all others need no data
 
 def _images(source: str, teacher: Teacher, budget: Budget, seed: int) -> SyntheticImages:
     """At most ``budget.images`` of a source, labelled if it has labels."""
-    size, random = teacher.entry.input_size, torch.Generator().manual_seed(seed)
+    shape, random = teacher.entry.image_shape, torch.Generator().manual_seed(seed)
     match source:
         case "noise":
-            return SyntheticImages(torch.randn(budget.images, 3, size, size, generator=random).to(teacher.device))
+            return SyntheticImages(torch.randn(budget.images, *shape, generator=random).to(teacher.device))
         case "zeroq":
             return zeroq.distil_images(teacher, ImageSchedule.of(budget), seed)
         case "dsg":

@@ -76,12 +76,12 @@ def noise_gaps(teacher: Teacher, count: int = 1024, seed: int = 0) -> NoiseGaps:
     Anyone can draw noise; the authors load their margins from files that they never published.
     UserError for a teacher without batch norms. Source: DSG, slack distribution alignment.
     """
-    size, random = teacher.entry.input_size, torch.Generator().manual_seed(seed)
-    counts = [len(part) for part in torch.arange(count).split(128 if size <= 64 else 32)]
+    shape, random = teacher.entry.image_shape, torch.Generator().manual_seed(seed)
+    counts = [len(part) for part in torch.arange(count).split(128 if max(shape[1:]) <= 64 else 32)]
     weights, passes = torch.tensor(counts, dtype=torch.float32, device=teacher.device), []
     with BatchNormInputs(teacher.network) as norms:
         for part in counts:
-            noise = torch.randn(part, 3, size, size, generator=random).to(teacher.device)
+            noise = torch.randn(part, *shape, generator=random).to(teacher.device)
             teacher.network(channels_last(noise))
             passes.append([layer.mean_var() for layer in norms.layers])
         layers = norms.layers
@@ -145,7 +145,7 @@ def sample_weights(layers: int, samples: int, as_released: bool = False) -> Tens
 def dsg_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput], margins: Margins, weights: Tensor) -> Tensor:
     """PTQ: :func:`dfqlib.methods.zeroq.zeroq_statistics_loss` with slack and enhancement.
 
-    ``images`` (B, 3, H, W) have no margin. Margins of 0 and ``weights`` (L, B) of 1 give ZeroQ's loss. Source: DSG.
+    ``images`` (B, C, H, W) have no margin. Margins of 0 and ``weights`` (L, B) of 1 give ZeroQ's loss. Source: DSG.
     """
     mean, std = sample_mean_std(images)
     of_images = mean.square().sum() + (1 - std).square().sum()
@@ -223,7 +223,7 @@ eigenpairs = _Eigenpairs.apply
 def spatial_correlation_loss(images: Tensor, noise: Tensor) -> Tensor:
     """1e-4 MSE(l, m) + |sum_k n_k (-<u_k, v_k>)|: images are to be as little alike as Gaussian noise is.
 
-    l, u: :func:`eigenpairs` of the similarity matrix of ``images`` (B, 3, H, W), B at least 2; m, v: those of
+    l, u: :func:`eigenpairs` of the similarity matrix of ``images`` (B, C, H, W), B at least 2; m, v: those of
     ``noise``, of the same shape and without gradient; n: m scaled to 0..1. Source: DSG (TPAMI 2023), spatial
     correlation; the released code uses ``torch.eig``, whose eigenpairs have no order and which torch no longer has.
     """
@@ -254,7 +254,7 @@ class CorrelationWithNoise:
 
 
 def image_prior_loss(images: Tensor, shift: int) -> Tensor:
-    """Total variation plus mean length of ``images`` (B, 3, H, W), after rolling both axes by ``shift`` pixels.
+    """Total variation plus mean length of ``images`` (B, C, H, W), after rolling both axes by ``shift`` pixels.
 
     Total variation: the Euclidean norms, over the whole batch, of the differences to the neighbours right, below and on
     both diagonals. Source: DSG's released PTQ code, after DeepInversion.
@@ -265,10 +265,10 @@ def image_prior_loss(images: Tensor, shift: int) -> Tensor:
     return torch.stack([each.norm() for each in straight + diagonal]).sum() + images.flatten(1).norm(dim=1).mean()
 
 
-def start_images(count: int, size: int, seed: int = 0, as_released: bool = False) -> Tensor:
-    """Where synthesis starts: (count, 3, size, size), N(0, 1); as released, uniform in [0, 1). Drawn on the CPU."""
+def start_images(count: int, shape: tuple[int, int, int], seed: int = 0, as_released: bool = False) -> Tensor:
+    """Where synthesis starts: (count, C, H, W), N(0, 1); as released, uniform in [0, 1). Drawn on the CPU."""
     draw = torch.rand if as_released else torch.randn
-    return draw(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return draw(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
 def synthesise_diverse(
@@ -285,11 +285,11 @@ def synthesise_diverse(
     on a copy rolled by a random offset. A weight of 0 drops its term. Diverged if the loss diverges.
     Source: DSG, and its official code.
     """
-    size, device, count = teacher.entry.input_size, teacher.device, schedule.images
-    start = channels_last(start_images(count, size, seed, terms.as_released).to(device))
+    shape, device, count = teacher.entry.image_shape, teacher.device, schedule.images
+    start = channels_last(start_images(count, shape, seed, terms.as_released).to(device))
     random = torch.Generator().manual_seed(seed + 1)
     labels = torch.randint(teacher.entry.classes, (count,), generator=random).to(device)
-    shift = max(1, round(SHIFT * size))
+    shift = max(1, round(SHIFT * max(shape[1:])))
     margins, weights = terms.margins(gaps), terms.weights(len(gaps.layers), count, device)
     correlation = CorrelationWithNoise(len(gaps.layers), device, seed)
     with BatchNormInputs(teacher.folded) as norms:
@@ -344,7 +344,7 @@ def share_within(network: nn.Module, images: Tensor, margins: Margins) -> list[f
 def deviations(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Per batch norm, in order of execution, (m - mu) / sigma (B, C) of the channel means m of each image.
 
-    ``images`` (B, 3, H, W), normalised. A column of one value: homogenisation at the distribution level.
+    ``images`` (B, C, H, W), normalised. A column of one value: homogenisation at the distribution level.
     """
     with BatchNormInputs(network) as norms:
         network(images)

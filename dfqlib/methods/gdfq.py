@@ -34,8 +34,8 @@ def make_stream(
     ``loss`` replaces L_G; ``image_loss``, a function of the images, is added to it. ``build`` makes another generator,
     whose input ``draw`` draws. ``seed`` alone decides the initial weights and the noise.
     """
-    size = teacher.entry.input_size
-    build = build or partial(Generator, teacher.entry.classes, size=size, conditional=size > LARGE)
+    shape = teacher.entry.image_shape
+    build = build or partial(Generator, teacher.entry.classes, shape=shape, conditional=max(shape[1:]) > LARGE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = build()
@@ -57,7 +57,7 @@ def make_student(
 
 @torch.no_grad()
 def labelled_images(generator: Generator, labels: Tensor, seed: int = 0) -> Tensor:
-    """Images (N, 3, H, W) of ``labels`` (N,); the noise depends on ``seed`` alone.
+    """Images (N, C, H, W) of ``labels`` (N,); the noise depends on ``seed`` alone.
 
     Batch norms use this batch's statistics, as in training: only dozens of labels give images as students see them.
     """
@@ -68,7 +68,7 @@ def labelled_images(generator: Generator, labels: Tensor, seed: int = 0) -> Tens
 
 @torch.no_grad()
 def layer_gaps(network: nn.Module, images: Tensor) -> list[float]:
-    """The terms of L_BNS for ``images`` (B, 3, H, W): one per batch norm, in execution order; their mean is L_BNS."""
+    """The terms of L_BNS for ``images`` (B, C, H, W): one per batch norm, in execution order; their mean is L_BNS."""
     with BatchNormInputs(network) as norms:
         network(images)
         return [bns_loss([layer]).item() for layer in norms.layers]

@@ -30,7 +30,7 @@ PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5)}
 class Centres:
     """TexQ's calibration centres: one image per class, and its statistics at the deeper batch norms.
 
-    ``images`` (classes, 3, H, W); ``statistics``: per batch norm, by name, the means and standard deviations over space
+    ``images`` (classes, C, H, W); ``statistics``: per batch norm, by name, the means and standard deviations over space
     (classes, C) of its input.
     """
 
@@ -98,7 +98,7 @@ def hard_images(
     """
     check_range("beta", beta, 0, 10**6)
     check_range("gamma", gamma, 0, 100)
-    size, random, made = teacher.entry.input_size, torch.Generator().manual_seed(seed), []
+    shape, random, made = teacher.entry.image_shape, torch.Generator().manual_seed(seed), []
     if labels is None:
         labels = torch.randint(teacher.entry.classes, (schedule.images,), generator=random)
     labels = labels.to(teacher.device)
@@ -110,7 +110,7 @@ def hard_images(
             return hast_loss(logits, labels, norms.layers, beta, gamma, centres)
 
         for number, batch in enumerate(batches, 1):
-            start = channels_last(torch.randn(len(batch), 3, size, size, generator=random).to(teacher.device))
+            start = channels_last(torch.randn(len(batch), *shape, generator=random).to(teacher.device))
             of_batch, named = partial(loss, batch, itertools.count(1)), f"{label}, batch {number} of {len(batches)}"
             made.append(synthesise(start, of_batch, schedule, named))
     return SyntheticImages(torch.cat([m.images for m in made]), labels, [curve for m in made for curve in m.losses])

@@ -61,7 +61,7 @@ def soft_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
 
 
 class QimeraGenerator(nn.Module):
-    """Noise z (B, K, latent), labels and weights (B, K) to images (B, 3, size, size): sum_k lambda_k map(e_k).
+    """Noise z (B, K, latent), labels and weights (B, K) to images (B, C, H, W): sum_k lambda_k map(e_k).
 
     e_k = standardise(E[y_k] + z_k), with one trained embedding per class, initially ``embeddings`` (classes, latent);
     map is linear (the disentanglement mapping), to ``mapped`` features; 0: as many as published.
@@ -72,7 +72,12 @@ class QimeraGenerator(nn.Module):
     """
 
     def __init__(
-        self, embeddings: Tensor, size: int = 32, mapped: int = 0, conditional: bool = False, as_released: bool = False
+        self,
+        embeddings: Tensor,
+        shape: tuple[int, int, int] = (3, 32, 32),
+        mapped: int = 0,
+        conditional: bool = False,
+        as_released: bool = False,
     ) -> None:
         super().__init__()
         self.classes, self.latent = embeddings.shape
@@ -80,7 +85,7 @@ class QimeraGenerator(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(embeddings.clone(), freeze=False)
         features = self.latent if as_released else mapped or MAPPED[conditional]
         self.mapping = nn.Identity() if as_released else nn.Linear(self.latent, features)
-        self.body = GeneratorBody(features, size, self.classes if conditional else None)
+        self.body = GeneratorBody(features, shape, self.classes if conditional else None)
 
     def forward(self, z: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         slots = labels.shape[1]
@@ -133,7 +138,7 @@ def path_between(pairs: Tensor, steps: int, latent: int, random: torch.Generator
 
 
 def mix_in_gdfq(generator: Generator, z: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Images (B, 3, size, size) of GDFQ's ``generator`` for mixtures of classes, on which it was not trained.
+    """Images (B, C, H, W) of GDFQ's ``generator`` for mixtures of classes, on which it was not trained.
 
     Noise z (B, latent); ``weights`` (B, K) mix the embeddings of ``labels`` (B, K), or their gains and biases.
     """
@@ -152,11 +157,11 @@ def make_stream(
 
     Embeddings that start as the ``"teacher"``'s last weights point to where each class's features lie (section 4.2).
     """
-    size = teacher.entry.input_size
+    shape = teacher.entry.image_shape
 
     def build() -> QimeraGenerator:
         weight = classifier(teacher.network).weight.detach().flatten(1)
         embeddings = weight.cpu() if setting.embedding == "teacher" else torch.randn(weight.shape)
-        return QimeraGenerator(embeddings, size, conditional=size > gdfq.LARGE, as_released=as_released)
+        return QimeraGenerator(embeddings, shape, conditional=max(shape[1:]) > gdfq.LARGE, as_released=as_released)
 
     return gdfq.make_stream(teacher, schedule, seed=seed, build=build, draw=Superposition(setting.p, setting.k, seed))

@@ -20,7 +20,7 @@ from dfqlib.schedules import ImageSchedule
 def zeroq_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
     """Squared gap of each sample's channel means and standard deviations to the batch-norm statistics.
 
-    ``images`` (B, 3, H, W), normalised, are compared with mean 0 and standard deviation 1, like the input of a first
+    ``images`` (B, C, H, W), normalised, are compared with mean 0 and standard deviation 1, like the input of a first
     batch norm. Sums over channels and layers, mean over the batch. Source: ZeroQ, generation of distilled data.
     """
     mean, std = sample_mean_std(images)
@@ -29,14 +29,14 @@ def zeroq_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput]) -> T
     return (of_images + mean_gaps.square().sum() + std_gaps.square().sum()) / len(images)
 
 
-def start_images(count: int, size: int, seed: int = 0) -> Tensor:
-    """Initial images of the distillation, (count, 3, size, size): uniform integers 0 to 254 minus 127.5, over 5418.75.
+def start_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
+    """Initial images of the distillation, (count, *shape): uniform integers 0 to 254 minus 127.5, over 5418.75.
 
-    Nearly grey. Drawn on the CPU, so a seed gives the same images on every device. Source: the released code; the paper
+    ``shape`` is (C, H, W). Nearly grey. Drawn on the CPU, so a seed gives the same images on every device. Source: the released code; the paper
     (section 3.1) says random data.
     """
     random = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 255, (count, 3, size, size), generator=random).sub(127.5).div(5418.75)
+    return torch.randint(0, 255, (count, *shape), generator=random).sub(127.5).div(5418.75)
 
 
 def distil_images(teacher: Teacher, schedule: ImageSchedule, seed: int = 0) -> SyntheticImages:
@@ -44,7 +44,7 @@ def distil_images(teacher: Teacher, schedule: ImageSchedule, seed: int = 0) -> S
 
     UserError if the teacher has none; Diverged if the loss diverges. Source: section 3.1.
     """
-    start = channels_last(start_images(schedule.images, teacher.entry.input_size, seed).to(teacher.device))
+    start = channels_last(start_images(schedule.images, teacher.entry.image_shape, seed).to(teacher.device))
     with BatchNormInputs(teacher.folded) as taps:
 
         def loss(images: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def distil_images(teacher: Teacher, schedule: ImageSchedule, seed: int = 0) -> S
 
 @torch.no_grad()
 def statistics_gaps(network: nn.Module, images: Tensor) -> pd.DataFrame:
-    """Distance of ``images`` (B, 3, H, W) from the batch-norm statistics: one row per layer, in execution order.
+    """Distance of ``images`` (B, C, H, W) from the batch-norm statistics: one row per layer, in execution order.
 
     ``mean_gap`` and ``std_gap``: RMS, over samples and channels, of mean - mu and std - sigma, over that of sigma.
     """

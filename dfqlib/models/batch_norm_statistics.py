@@ -45,6 +45,12 @@ class BatchNormInput(NamedTuple):
         return torch.ones_like(self.norm.running_mean), torch.zeros_like(self.norm.running_mean)
 
 
+def batch_norms(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the batch norms of ``network`` that have running statistics."""
+    norms = ((name, module) for name, module in network.named_modules() if isinstance(module, BATCH_NORMS))
+    return [(name, norm) for name, norm in norms if norm.running_mean is not None]
+
+
 class BatchNormInputs:
     """Collects the input of each batch norm of ``network``, while open as a context manager.
 
@@ -56,8 +62,7 @@ class BatchNormInputs:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.layers: list[BatchNormInput] = []
-        norms = ((name, module) for name, module in network.named_modules() if isinstance(module, BATCH_NORMS))
-        self._norms = [(name, norm) for name, norm in norms if norm.running_mean is not None]
+        self._norms = batch_norms(network)
         if not self._norms:
             held = f"network={type(network).__name__} has no batch norm with running statistics"
             raise UserError(f"{held}; data-free methods read the training data's statistics there.")
@@ -128,12 +133,13 @@ def batch_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance (B, C) of each sample and channel of ``x`` (B, C, h, w, ...) over space.
+    """Mean and unbiased variance (B, C) of each sample and channel of ``x`` (B, C, ...) over space.
 
-    ValueError if there are fewer than two positions, for then a sample has no spread of its own.
+    A single position has no spread: there each sample has :func:`batch_mean_var`, over the batch alone.
     """
     if math.prod(x.shape[2:]) < 2:
-        raise ValueError(f"x of shape {tuple(x.shape)} has no spread over space; allowed: (B, C, h, w), h * w >= 2.")
+        mean, variance = batch_mean_var(x)
+        return mean.expand(x.shape[:2]), variance.expand(x.shape[:2])
     mean, variance = _mean_var(x, tuple(range(2, x.dim())), 1)
     return mean.flatten(1), variance.flatten(1)
 

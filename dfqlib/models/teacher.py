@@ -1,12 +1,12 @@
 """A teacher: a frozen full-precision network with its normalisation, and where its weights come from."""
 
-import copy
 import functools
 import hashlib
 import importlib
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from dfqlib import files, places
 from dfqlib.data.image_sets import require_network
 from dfqlib.device import channels_last, pick_device
-from dfqlib.errors import UserError, check_choice
+from dfqlib.errors import UserError, check_choice, first_line
+from dfqlib.models import intake
 from dfqlib.models.zoo import MODELS, ModelEntry, build
 from dfqlib.speed.fold_batch_norms import fold_batch_norms
 from dfqlib.speed.switches import uses
+
+WRAPPERS = "module.", "_orig_mod."  # what DataParallel and torch.compile put before the names of weights
 
 
 @dataclass(eq=False, repr=False)
@@ -59,22 +62,31 @@ class Teacher:
         std: Sequence[float],
         name: str = "own",
         dataset: str = "own",
-        input_size: int = 32,
+        input_size: int | tuple[int, int] = 32,
         device: str | torch.device = "cpu",
+        logits: str | int | None = None,
     ) -> Self:
         """A teacher from any network that maps normalised images (N, len(mean), H, W) to logits (N, ``classes``).
 
-        ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]. The network is copied: the one given keeps
-        its mode and its gradients.
+        ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]; ``input_size`` is height and width, or one
+        number for both; ``logits`` names the logits where the network returns a dict, a tuple or a dataclass. The
+        network is copied, in float32 and in layers the kit knows, as :func:`~dfqlib.models.intake.prepare` does: the
+        one given keeps its mode and its gradients. UserError, which says why, if that is not possible.
         """
         if not len(mean) == len(std) > 0 or not all(value > 0 for value in std):
             raise UserError(f"mean={mean!r}, std={std!r} do not fit; allowed: one number per channel, std above 0.")
         entry = ModelEntry(name, dataset, "own", input_size, classes, tuple(mean), tuple(std))
+        given, network = type(network).__name__, intake.unwrapped(network)
         digest = hashlib.sha256()
         for key, value in network.state_dict().items():
-            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-        network = channels_last(copy.deepcopy(network).to(pick_device(device)))
-        return cls(network, entry, f"a network given as {type(network).__name__}", digest.hexdigest())
+            digest.update(key.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        source, dtypes = f"a network given as {given}", {parameter.dtype for parameter in network.parameters()}
+        if changed := sorted(map(str, dtypes - {torch.float32})):
+            source += f", converted from {' and '.join(changed)} to float32"
+            warnings.warn(f"{source}.", stacklevel=2)
+        images = torch.randn(3, *entry.image_shape, generator=torch.Generator().manual_seed(0))
+        prepared = intake.prepare(network, images, classes, logits)
+        return cls(channels_last(prepared.to(pick_device(device))), entry, source, digest.hexdigest())
 
     @property
     def name(self) -> str:
@@ -116,22 +128,11 @@ def load_teacher(
     network = build(name)
     given = places.weights_file(name, weights or "")
     path = given or _download_weights(entry, download)
-    state, told = read_weights(path), f"weights={str(path)!r}"
+    told = f"weights={str(path)!r}"
     origin = "the package" if path.parent == places.ASSETS else f"the file {path}"
-    if given is None:  # a library's file may hold more than the network, such as auxiliary classifiers
-        state = {key: value for key, value in state.items() if key in network.state_dict()}
+    if given is None:
         origin = f"{entry.library}'s pretrained weights ({path.name})"
-    # Eval mode does not use batch norm's step counter, and files of other tools leave it out.
-    expected, found = (
-        {key: tuple(value.shape) for key, value in each.items() if not key.endswith("num_batches_tracked")}
-        for each in (network.state_dict(), state)
-    )
-    for key in expected | found:
-        if found.get(key) != expected.get(key):
-            has = f"has shape {found[key]}" if key in found else "is missing"
-            wanted = expected.get(key, "no such tensor")
-            raise UserError(f"{told} is of another architecture than {name}: {key} {has}, expected {wanted}.")
-    network.load_state_dict(state, strict=False)
+    load_weights(network, path, name, whole=given is not None)
     digest, beside = files.sha256(path), path.with_suffix(".json")
     card = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
     if card and card.get("sha256", digest) != digest:
@@ -151,23 +152,72 @@ def save_teacher(network: nn.Module, path: str | Path, card: Mapping[str, Any]) 
     files.write_json(path.with_suffix(".json"), {**card, "sha256": files.sha256(path)})
 
 
+def load_weights(network: nn.Module, path: str | Path, name: str | None = None, whole: bool = True) -> None:
+    """Give ``network``, called ``name`` in errors, the weights in a file that :func:`read_weights` reads.
+
+    UserError if they are of another architecture or not numbers. With ``whole`` off the file may hold more than the
+    network does, such as the auxiliary classifiers in a library's file.
+    """
+    state, told = read_weights(path), f"weights={str(path)!r}"
+    if not whole:
+        state = {key: value for key, value in state.items() if key in network.state_dict()}
+    # Eval mode does not use batch norm's step counter, and files of other tools leave it out.
+    expected, found = (
+        {key: tuple(value.shape) for key, value in each.items() if not key.endswith("num_batches_tracked")}
+        for each in (network.state_dict(), state)
+    )
+    for key in expected | found:
+        if found.get(key) != expected.get(key):
+            has = f"has shape {found[key]}" if key in found else "is missing"
+            wanted, known = expected.get(key, "no such tensor"), name or type(network).__name__
+            raise UserError(f"{told} is of another architecture than {known}: {key} {has}, expected {wanted}.")
+    intake.refuse_nan(state, told)
+    network.load_state_dict(state, strict=False)
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors file, or from a file of torch that holds tensors only; never runs its code."""
+    """A state dict from a safetensors file, or from a file of torch that holds tensors only; never runs its code.
+
+    A state dict that lies in a checkpoint, as in {"epoch": 3, "state_dict": ...}, is taken out, and so are the prefixes
+    of DataParallel and torch.compile; a warning says so.
+    """
     path, told = Path(path), f"weights={str(path)!r}"
     if not path.is_file():
         raise UserError(f"{told} is not a file.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"{told} is truncated or not a weights file ({_first_line(error)}).") from None
+        raise UserError(f"{told} is truncated or not a weights file ({first_line(error)}).") from None
     except pickle.UnpicklingError:
         held = "holds code or Python objects beside tensors, so it is not loaded"
         raise UserError(f"{told} {held}; allowed: safetensors, or a state dict of tensors.") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{told} is not a state dict of tensors.")
-    return dict(state)
+    return _bare(state, told)
+
+
+def _bare(state: Any, told: str) -> dict[str, Tensor]:
+    """The state dict inside of ``state``, without prefixes; a warning says where it was."""
+    taken = ""
+    while not _is_state(state):
+        inner = [key for key, part in state.items() if isinstance(part, Mapping)] if isinstance(state, Mapping) else []
+        inner = [key for key in inner if _is_state(state[key])] or inner
+        if len(inner) != 1:
+            several = f", but holds several: {', '.join(map(repr, inner))}" if inner else ""
+            raise UserError(f"{told} is not a state dict of tensors{several}.")
+        taken, state = f"{taken}[{inner[0]!r}]", state[inner[0]]
+    state, prefixes = dict(state), ""
+    while wrapper := next((each for each in WRAPPERS if all(key.startswith(each) for key in state)), ""):
+        state, prefixes = {key.removeprefix(wrapper): value for key, value in state.items()}, prefixes + wrapper
+    if taken or prefixes:
+        without = f" without the prefix {prefixes!r}" if prefixes else ""
+        warnings.warn(f"{told}: the weights are its {taken or 'tensors'}{without}.", stacklevel=4)
+    return state
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(each, Tensor) for each in value.values())
 
 
 def _download_weights(entry: ModelEntry, download: bool) -> Path:
@@ -194,9 +244,5 @@ def _download_weights(entry: ModelEntry, download: bool) -> Path:
         else:
             model_store.get_model_file(architecture, os.fspath(path.parent))
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{told}: {url} could not be downloaded ({_first_line(error)}).") from None
+        raise UserError(f"{told}: {url} could not be downloaded ({first_line(error)}).") from None
     return path
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

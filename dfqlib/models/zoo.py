@@ -8,7 +8,7 @@ import torch
 from pytorchcv.models.resnet_cifar import CIFARResNet
 from torch import Tensor, nn
 
-from dfqlib.errors import check_choice
+from dfqlib.errors import UserError, check_choice
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -21,7 +21,7 @@ class ModelEntry:
     name: str
     dataset: str
     factory: str  # "module:function"
-    input_size: int  # height and width in pixels
+    input_size: int | tuple[int, int]  # height and width in pixels
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -37,8 +37,18 @@ class ModelEntry:
         mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        height, width = self.input_size if isinstance(self.input_size, tuple) else (self.input_size,) * 2
+        return len(self.mean), height, width
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """(pixels / 255 - mean) / std, per channel: uint8 (N, C, H, W) -> float32, on the same device."""
+        if pixels.shape[1] != len(self.mean):
+            raise UserError(
+                f"images of {pixels.shape[1]} channels; {self.name} takes {len(self.mean)}, as its mean says."
+            )
         mean, std = _on_device(self.mean, self.std, pixels.device)
         return pixels.float().mul(1 / (255 * std)).sub_(mean / std)
 
