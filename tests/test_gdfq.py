@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pytorchcv.model_provider import get_model
+from torch import nn
 
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
@@ -71,7 +72,9 @@ def test_loss_options_vary_one_student(teacher):
 
 def test_large_images_get_the_conditional_generator(teacher):
     assert make_stream(teacher, GeneratorSchedule()).generator.embedding
-    large = Teacher.from_module(get_model("resnet20_cifar10"), 10, (0.5,) * 3, (0.25,) * 3, input_size=64)
+    network = get_model("resnet20_cifar10")
+    network.features.final_pool = nn.AdaptiveAvgPool2d(1)
+    large = Teacher.from_module(network, 10, (0.5,) * 3, (0.25,) * 3, input_size=64)
     stream = make_stream(large, GeneratorSchedule(batch=2))
     assert stream.generator.embedding is None
     assert stream.generator(torch.randn(2, 100), torch.tensor([0, 9])).shape == (2, 3, 64, 64)

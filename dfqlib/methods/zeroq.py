@@ -32,8 +32,8 @@ def zeroq_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput]) -> T
 def start_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """Initial images of the distillation, (count, *shape): uniform integers 0 to 254 minus 127.5, over 5418.75.
 
-    ``shape`` is (C, H, W). Nearly grey. Drawn on the CPU, so a seed gives the same images on every device. Source: the released code; the paper
-    (section 3.1) says random data.
+    ``shape`` is (C, H, W). Nearly grey. Drawn on the CPU, so a seed gives the same images on every device. Source: the
+    released code; the paper (section 3.1) says random data.
     """
     random = torch.Generator().manual_seed(seed)
     return torch.randint(0, 255, (count, *shape), generator=random).sub(127.5).div(5418.75)
