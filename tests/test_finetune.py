@@ -40,7 +40,9 @@ def small_teacher(seed=0):
 
 def make_stream(teacher, iterations=6, seed=0, **options):
     torch.manual_seed(seed)
-    return GeneratorStream(teacher, Generator(4, size=8), iterations, batch=16, decay="constant", seed=seed, **options)
+    return GeneratorStream(
+        teacher, Generator(4, shape=(3, 8, 8)), iterations, batch=16, decay="constant", seed=seed, **options
+    )
 
 
 def make_student(teacher, bits=4, **options):

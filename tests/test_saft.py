@@ -180,7 +180,7 @@ def test_the_view_of_a_batch_is_the_teachers_and_carries_no_gradient(teacher, da
 
 
 def test_a_generator_learns_behind_the_view(teacher, data):
-    stream = GeneratorStream(teacher.network, Generator(4, size=8), 2, batch=4)
+    stream = GeneratorStream(teacher.network, Generator(4, shape=(3, 8, 8)), 2, batch=4)
     first, then = WithTeacherView(stream, NetworkProbe(teacher.network)), ImageStream(teacher.network, *data, 8)
     both = FirstThen(first, 2, then)
     assert [len(both.next_batch().images) for _ in range(3)] == [4, 4, 8] and len(stream.losses) == 2
