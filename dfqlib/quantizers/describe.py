@@ -37,21 +37,17 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
     rows, seen = [], set()
     in_float = {group[0]: name for name, group in integer_sites(student).items()}
     for node in student.graph.nodes:
-        if node in in_float:
-            rows.append((in_float[node], operation(student, node), None, 32, None, None, 0, 0))
-        if node.op != "call_module" or node.target in seen:
-            continue
+        module = student.get_submodule(node.target) if node.op == "call_module" and node.target not in seen else None
         seen.add(node.target)
-        name, module = node.target, student.get_submodule(node.target)
         if isinstance(module, QuantizedLayer):
             low, high = module.weight.detach().aminmax()
             sizes = weight_bytes(module.weight, module.weight_bits), weight_bytes(module.weight, None)
-            rows.append((name, _kind(module), module.weight_bits or 32, None, low.item(), high.item(), *sizes))
+            rows.append((node.target, _kind(module), module.weight_bits or 32, None, low.item(), high.item(), *sizes))
         elif isinstance(module, FakeQuantize):
-            low, high = module.observer.low, module.observer.high
-            rows.append(
-                (module.name, operation(student, node.args[0]), None, module.bits, low.item(), high.item(), 0, 0)
-            )
+            ends, kind = (module.observer.low.item(), module.observer.high.item()), operation(student, node.args[0])
+            rows.append((module.name, kind, None, module.bits, *ends, 0, 0))
+        if node in in_float:
+            rows.append((in_float[node], operation(student, node), None, 32, None, None, 0, 0))
     known = {id(m.weight) for m in student.modules() if isinstance(m, QuantizedLayer)}
     for name, parameter in student.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in known:
