@@ -123,7 +123,8 @@ class Corrections(Settings):
     corrected_images: int = setting(4096, 2, 10**7)
     corrected_iterations: int = setting(150, 1, FOREVER)
     corrected_batch: int = setting(32, 2, 2**20)
-    corrected_lr: float = setting(5e-4, 1e-12, 1e3)  # of Adam, on the outputs of residual units
+    corrected_lr: float = setting(5e-4, 1e-12, 1e3)  # of Adam, on the outputs of residual units and the logits
+    corrected_refinement: int = setting(0, 0, FOREVER)  # iterations by HAST's loss of the images first
 
 
 @dataclass(frozen=True, kw_only=True)

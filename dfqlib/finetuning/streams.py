@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfqlib.device import channels_last, fused
 from dfqlib.generators.networks import draw_one_label
+from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
 from dfqlib.losses import generator_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
@@ -47,6 +48,16 @@ class Stream(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def generated_pool(stream: Stream, count: int) -> SyntheticImages:
+    """``count`` images of a stream, such as that of a generator after its training, with the labels asked for."""
+    batches = [stream.next_batch()]
+    while sum(len(batch.images) for batch in batches) < count:
+        batches.append(stream.next_batch())
+    return SyntheticImages(
+        *(torch.cat([getattr(batch, part) for batch in batches])[:count] for part in ("images", "labels"))
+    )
 
 
 def read_losses(stream: Stream) -> list[float]:

@@ -15,7 +15,7 @@ from dfqlib.data import image_sets
 from dfqlib.errors import check_choice
 from dfqlib.finetuning.loop import Checkpoint, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
-from dfqlib.finetuning.streams import GeneratorStream, ImageStream
+from dfqlib.finetuning.streams import GeneratorStream, ImageStream, generated_pool
 from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
 from dfqlib.models.evaluate import images_per_pass
@@ -77,11 +77,10 @@ def _generated(stream: GeneratorStream, budget: Budget) -> SyntheticImages:
     for _ in track(range(budget.synthesis_iterations), "training a generator"):
         stream.next_batch()
     losses = stream.read_losses()
-    batches = [stream.next_batch() for _ in range(-(-budget.images // budget.batch))]
-    images, labels = (torch.cat([getattr(batch, part) for batch in batches]) for part in ("images", "labels"))
-    if labels.ndim == 2 and (labels[: budget.images].amax(1) == 1).all():  # nothing is mixed
-        labels = labels.argmax(1)
-    return SyntheticImages(images[: budget.images], labels[: budget.images], [losses])
+    pool = generated_pool(stream, budget.images)
+    if pool.labels.ndim == 2 and (pool.labels.amax(1) == 1).all():  # nothing is mixed
+        pool = replace(pool, labels=pool.labels.argmax(1))
+    return replace(pool, losses=[losses])
 
 
 def make_pool(

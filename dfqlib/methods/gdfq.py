@@ -28,14 +28,17 @@ def make_stream(
     build: Callable[[], nn.Module] | None = None,
     draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
     image_loss: Callable[[Tensor], Tensor] | None = None,
+    conditional: bool = False,
 ) -> GeneratorStream:
     """Images of a new generator for the teacher's classes and input size, which trains as they are drawn.
 
     ``loss`` replaces L_G; ``image_loss``, a function of the images, is added to it. ``build`` makes another generator,
-    whose input ``draw`` draws. ``seed`` alone decides the initial weights and the noise.
+    whose input ``draw`` draws; ``conditional`` gives GDFQ's the labels by its batch norms at every size. ``seed`` alone
+    decides the initial weights and the noise.
     """
     shape = teacher.entry.image_shape
-    build = build or partial(Generator, teacher.entry.classes, shape=shape, conditional=max(shape[1:]) > LARGE)
+    conditional = conditional or max(shape[1:]) > LARGE
+    build = build or partial(Generator, teacher.entry.classes, shape=shape, conditional=conditional)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = build()

@@ -14,9 +14,10 @@ from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Checkpoint, History, Student, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
-from dfqlib.finetuning.streams import ImageStream, Stream
+from dfqlib.finetuning.streams import ImageStream
+from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.loss_terms import add_up
-from dfqlib.losses import distillation_kl
+from dfqlib.methods.hast import refined
 from dfqlib.methods.saft import BatchWithTeacherView, WithTeacherView
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.calibrate import corrected
@@ -28,7 +29,7 @@ CALIBRATED_ON = 512  # images
 
 
 def output_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over residual units of ||f_S - f_T||^2 / ||f_T||^2, of outputs f (B, C, h, w) of a batch.
+    """Mean over ``student`` and ``teacher``, outputs f of a batch, of ||f_S - f_T||^2 / ||f_T||^2.
 
     Relative, so that one learning rate serves all units, networks and data sets. Source: BRECQ, block reconstruction.
     """
@@ -38,18 +39,18 @@ def output_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack(gaps).mean()
 
 
-def reconstruction_loss(
-    _: nn.Module, batch: BatchWithTeacherView, student: NetworkProbe, kl_weight: float = 0
-) -> Tensor:
-    """:func:`output_gap` + ``kl_weight`` tau^2 KL(T || S); ``student`` probes the network."""
+def reconstruction_loss(_: nn.Module, batch: BatchWithTeacherView, student: NetworkProbe) -> Tensor:
+    """:func:`output_gap` of the residual units (B, C, h, w) + that of the logits (B, classes), which end the network.
+
+    ``student`` probes the network. The logits' mean over classes is no answer, and is left out.
+    """
     ours = student(batch.images)
+    logits = [each - each.mean(1, keepdim=True) for each in (ours.logits, batch.teacher_logits)]
     parts = {"outputs of units": output_gap(ours.outputs, batch.seen.outputs)}
-    if kl_weight:
-        parts["KL"] = kl_weight * distillation_kl(batch.teacher_logits, ours.logits)
-    return add_up(parts)
+    return add_up(parts | {"logits": output_gap(logits[:1], logits[1:])})
 
 
-def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine", kl_weight: float = 0) -> Student:
+def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine") -> Student:
     """How ``network``, a calibrated quantized copy of a teacher, learns by :func:`reconstruction_loss`, with Adam.
 
     No gradient passes where an activation is clipped. UserError if the network has no residual units.
@@ -60,21 +61,13 @@ def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine", kl
     for module in network.modules():
         if isinstance(module, FakeQuantize):
             module.clips_gradient = True
-    loss = partial(reconstruction_loss, student=probe, kl_weight=kl_weight)
+    loss = partial(reconstruction_loss, student=probe)
     return Student(network, lr, decay, weight_decay=0.0, loss=loss, optimizer="adam")
-
-
-def generated_pool(stream: Stream, count: int) -> Tensor:
-    """``count`` images (count, 3, H, W) of a stream, such as that of a generator after its training."""
-    batches: list[Tensor] = []
-    while sum(map(len, batches)) < count:
-        batches.append(stream.next_batch().images)
-    return torch.cat(batches)[:count]
 
 
 def tune(
     teacher: Teacher,
-    images: Tensor,
+    pool: SyntheticImages,
     bits: Sequence[BitWidths],
     schedule: Corrections,
     score: Callable[[nn.Module], Score],
@@ -83,10 +76,14 @@ def tune(
     label: str = "reconstruction",
     checkpoint: Checkpoint | None = None,
 ) -> History:
-    """The scores of students that are :func:`corrected` on ``images`` (N, 3, H, W), before and after reconstruction.
+    """The scores of students that are :func:`corrected` on the images of ``pool``, before and after reconstruction.
 
     They are calibrated on the first 512 images as they are and tuned on all of them, each batch changed by ``vary``.
+    With ``corrected_refinement`` the images are :func:`dfqlib.methods.hast.refined` first.
     """
+    if schedule.corrected_refinement:
+        pool = refined(teacher, pool, schedule.corrected_refinement, f"{label}: refining images")
+    images = pool.images
     students = {
         str(w): make_student(corrected(teacher.network, w, images[:CALIBRATED_ON]), schedule.corrected_lr) for w in bits
     }

@@ -79,6 +79,7 @@ class ZeroQ(Quantizing, schedules.ImageSchedule):
 class GDFQ(Quantizing, schedules.GeneratorSchedule, schedules.Corrections):
     """Notebook 02."""
 
+    conditional: bool = False
     evaluations: int = setting(396, 1, 10**6)
     ablation_generator_iterations: int = setting(4000, 1, FOREVER)
     ablation_iterations: int = setting(4000, 2, FOREVER)
