@@ -13,7 +13,7 @@ from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Checkpoint
 from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.methods import dsg
-from dfqlib.methods.compare import SOURCES, USES, make_pool, make_students, variance_shares
+from dfqlib.methods.compare import CALIBRATIONS, SOURCES, USES, make_pool, make_students, variance_shares
 from dfqlib.models.teacher import load_teacher
 from dfqlib.papers import parameters
 from dfqlib.schedules import Budget
@@ -42,7 +42,8 @@ def pool(teacher):
 
 
 def test_notebook_and_module_know_the_same_names():
-    assert (SOURCES, USES) == (parameters.SOURCES, parameters.USES)
+    known = parameters.SOURCES, parameters.USES, parameters.CALIBRATIONS
+    assert known == (SOURCES, USES, CALIBRATIONS)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -70,10 +71,11 @@ def test_images_without_labels_get_the_teachers(teacher, pool):
             assert torch.equal(pool(source).labels, teacher.network(pool(source).images).argmax(1))
 
 
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("use", USES)
-def test_every_use_makes_a_student_of_every_width_and_only_fine_tuning_changes_weights(use, teacher, pool):
+def test_every_use_makes_a_student_of_every_width_and_only_fine_tuning_changes_weights(use, calibration, teacher, pool):
     before = copy.deepcopy(teacher.network.state_dict())
-    students, seconds = make_students(use, teacher, pool("gdfq"), BITS, BUDGET)
+    students, seconds = make_students(use, teacher, pool("gdfq"), BITS, BUDGET, calibration=calibration)
     assert list(students) == ["W4A4", "W3A3"] and seconds > 0
     with torch.no_grad():
         logits = [student(pool("real").images) for student in students.values()]
@@ -83,6 +85,9 @@ def test_every_use_makes_a_student_of_every_width_and_only_fine_tuning_changes_w
     name = "features.init_block.conv.weight"
     for student in students.values():
         assert torch.equal(student.get_parameter(name), teacher.network.get_parameter(name)) == (use == "ranges")
+        mean = "features.init_block.bn.running_mean"
+        moved = not torch.equal(student.get_buffer(mean), teacher.network.get_buffer(mean))
+        assert moved == (calibration == "corrected")
 
 
 def test_what_is_finished_is_not_made_again(teacher, pool, tmp_path, monkeypatch):
@@ -117,11 +122,14 @@ def test_unknown_names_are_refused(teacher, pool):
         make_pool("zero", teacher, BUDGET)
     with pytest.raises(UserError, match="use='tune'"):
         make_students("tune", teacher, pool("real"), BITS, BUDGET)
+    with pytest.raises(UserError, match="calibration='none'"):
+        make_students("ranges", teacher, pool("real"), BITS, BUDGET, calibration="none")
 
 
 def test_shares_of_the_variance_by_hand():
-    additive = pd.DataFrame([[1.0, 3.0], [5.0, 7.0]])  # rows differ by 4, columns by 2: variances 4 and 1
-    assert variance_shares(additive) == {"source": 80.0, "use": 20.0, "both": 0.0}
-    crossed = pd.DataFrame([[1.0, 0.0], [0.0, 1.0]])
-    assert variance_shares(crossed) == {"source": 0.0, "use": 0.0, "both": 100.0}
-    assert variance_shares(pd.DataFrame([[2.0, 2.0]])) == {"source": 0.0, "use": 0.0, "both": 0.0}
+    def shares(*values):
+        return variance_shares(pd.DataFrame(values).rename_axis("source").rename_axis("use", axis=1).stack())
+
+    assert shares([1.0, 3.0], [5.0, 7.0]) == {"source": 80.0, "use": 20.0, "interactions": 0.0}  # variances 4 and 1
+    assert shares([1.0, 0.0], [0.0, 1.0]) == {"source": 0.0, "use": 0.0, "interactions": 100.0}
+    assert shares([2.0, 2.0]) == {"source": 0.0, "use": 0.0, "interactions": 0.0}

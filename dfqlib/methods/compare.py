@@ -25,6 +25,7 @@ from dfqlib.quantizers import calibrate
 from dfqlib.schedules import (
     AlignmentWeights,
     Budget,
+    CalibratedSchedule,
     DiverseImageSchedule,
     GeneratorSchedule,
     HardImageSchedule,
@@ -112,6 +113,7 @@ def make_pool(
 #: ``gdfq``: cross-entropy and distillation. ``saft``: distillation with selective cross-entropy, attention and
 #: saliency, also on harder copies of the images.
 USES = ("ranges", "gdfq", "saft")
+CALIBRATIONS = ("published", "corrected")  # of the students, before they are tuned
 
 
 def make_students(
@@ -122,39 +124,50 @@ def make_students(
     budget: Budget,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
+    calibration: str = "published",
 ) -> tuple[dict[str, nn.Module], float]:
     """Quantized copies of the teacher, by the names of ``bits`` such as ``"W4A4"``, and the seconds they took.
 
-    ``use``, one of :data:`USES`, makes them of the ``pool``. With a ``checkpoint`` a stopped fine-tuning is continued.
-    UserError for another use. The logits of a student that diverged are not finite.
+    ``use``, one of :data:`USES`, makes them of the ``pool``, with a ``calibration`` of :data:`CALIBRATIONS`. Students
+    that are tuned train on equally many batches under both. With a ``checkpoint`` a stopped fine-tuning is continued.
+    UserError for another name. The logits of a student that diverged are not finite.
     """
     check_choice("use", use, USES)
+    check_choice("calibration", calibration, CALIBRATIONS)
+    began, schedule = time.perf_counter(), tuning_schedule(budget)
+    corrected: dict[str, nn.Module] = {}
+    if calibration == "corrected":
+        corrected = {str(width): calibrate.corrected(teacher.network, width, pool.images) for width in bits}
+        schedule = CalibratedSchedule(
+            iterations=schedule.iterations, train_from=schedule.train_from, batch=budget.batch
+        )
     if use == "ranges":
-        began = time.perf_counter()
-        students = {str(width): calibrate.calibrated(teacher.network, width, pool.images) for width in bits}
+        students = corrected or {str(w): calibrate.calibrated(teacher.network, w, pool.images) for w in bits}
         return students, time.perf_counter() - began
-    schedule = tuning_schedule(budget)
+    calibrating = time.perf_counter() - began if corrected else 0.0
     if use == "gdfq":
         stream = ImageStream(teacher.folded, pool.images, pool.labels, budget.batch, seed=seed)
-        make = partial(gdfq.make_student, schedule=schedule)
+        make = partial(gdfq.make_student, schedule=tuning_schedule(budget))
     else:
         weights, labels = AlignmentWeights(), pool.labels if pool.labels.ndim == 1 else pool.labels.argmax(1)
         probe = NetworkProbe(teacher.network, weights.saliency_of)
         stream = saft.WithTeacherView(ImageStream(teacher.network, pool.images, labels, budget.batch, seed=seed), probe)
         make = partial(saft.make_student, probe=probe, weights=weights, lr=budget.student_lr, decay="cosine")
-    tuned = {str(width): make(teacher, bits=width) for width in bits}
+    tuned = {str(width): make(teacher, bits=width, network=corrected.get(str(width))) for width in bits}
     history = finetune(stream, tuned, schedule, label=f"fine-tuning as {use}", checkpoint=checkpoint)
-    return {name: student.network for name, student in tuned.items()}, history.seconds
+    return {name: student.network for name, student in tuned.items()}, calibrating + history.seconds
 
 
-def variance_shares(table: pd.DataFrame) -> dict[str, float]:
-    """Two-way analysis of variance of ``table`` (sources x uses): the share that each explains, in per cent.
+def variance_shares(means: pd.Series) -> dict[str, float]:
+    """Analysis of variance of ``means``, one for each combination of its index's levels, such as source and use.
 
-    ``source``: variance of the row means; ``use``: of the column means; ``both``: the rest. Zeros if all are equal.
+    The share, in per cent, that each level explains by the variance of its own means; ``"interactions"``: the rest.
+    Zeros if all are equal.
     """
-    whole = table.to_numpy().mean()
-    by_source, by_use = table.mean(axis=1) - whole, table.mean(axis=0) - whole
-    left = table.sub(by_source, axis=0).sub(by_use, axis=1) - whole
-    parts = {"source": (by_source**2).mean(), "use": (by_use**2).mean(), "both": (left**2).to_numpy().mean()}
-    total = sum(parts.values())
-    return {name: 100 * float(part / total) if total > 0 else 0.0 for name, part in parts.items()}
+    apart, shares = means - means.mean(), {}
+    for level in means.index.names:
+        effect = means.groupby(level=level).transform("mean") - means.mean()
+        apart, shares[level] = apart - effect, (effect**2).mean()
+    shares["interactions"] = (apart**2).mean()
+    total = sum(shares.values())
+    return {name: 100 * float(part / total) if total > 0 else 0.0 for name, part in shares.items()}

@@ -49,12 +49,19 @@ def make_stream(
 
 
 def make_student(
-    teacher: Teacher, bits: BitWidths, schedule: GeneratorSchedule, **loss_options: float | bool
+    teacher: Teacher,
+    bits: BitWidths,
+    schedule: GeneratorSchedule,
+    network: nn.Module | None = None,
+    **loss_options: float | bool,
 ) -> Student:
-    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` change its loss."""
+    """A quantized copy of the teacher with GDFQ's observers, optimizer and loss; ``loss_options`` change its loss.
+
+    ``network``, a quantized copy that is calibrated already, takes the place of the new one.
+    """
     options = {name: getattr(schedule, name) for name in ("ce_weight", "kl_weight", "temperature")}
     options |= {"mean_over_classes": schedule.kl_mean_over_classes} | loss_options
-    network, loss = quantize_model(teacher.network, bits), partial(student_loss, **options)
+    network, loss = network or quantize_model(teacher.network, bits), partial(student_loss, **options)
     return Student(network, schedule.student_lr, schedule.decay, loss=partial(distillation_loss, loss=loss))
 
 

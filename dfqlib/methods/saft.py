@@ -146,15 +146,17 @@ def make_student(
     weights: AlignmentWeights,
     lr: float = 1e-5,
     decay: str = "late_step",
+    network: nn.Module | None = None,
 ) -> Student:
     """A quantized copy of ``teacher`` that learns by :func:`alignment_loss`; ``probe`` is the teacher's, same layer.
 
-    Moving-average ranges and SGD are GDFQ's; ``lr`` and ``decay`` SaFT's. UserError if FA is asked for and the teacher
-    has no residual units.
+    Moving-average ranges and SGD are GDFQ's; ``lr`` and ``decay`` SaFT's. ``network``, a quantized copy that is
+    calibrated already, takes the place of the new one. UserError if FA is asked for and the teacher has no residual
+    units.
     """
     if weights.attention_weight and not probe.units:
         lam = f"attention_weight={weights.attention_weight:g}"
         raise UserError(f"{lam} aligns residual units, of which this network has none; allowed: 0.")
-    network = quantize_model(teacher.network, bits)
+    network = network or quantize_model(teacher.network, bits)
     student = NetworkProbe(network, weights.saliency_of)
     return Student(network, lr, decay, loss=partial(alignment_loss, teacher=probe, student=student, weights=weights))

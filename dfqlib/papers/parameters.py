@@ -17,6 +17,7 @@ from dfqlib.settings import Settings, setting
 MAX_SEED = 2**32 - 1  # of NumPy
 SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
 USES = ("ranges", "gdfq", "saft")
+CALIBRATIONS = ("published", "corrected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,7 @@ class Compare(Quantizing, schedules.Budget):
 
     sources: list[str] = setting(list(SOURCES), choices=SOURCES, least=1)
     uses: list[str] = setting(list(USES), choices=USES, least=1)
+    calibrations: list[str] = setting(list(CALIBRATIONS), choices=CALIBRATIONS, least=1)
     repeats: int = setting(3, 1, 100)
 
 

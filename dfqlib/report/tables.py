@@ -172,15 +172,15 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
 
 
 def _grid(lines: pd.DataFrame) -> Table:
-    """Sources of images by bits and use; each cell is the mean top-1 over seeds, and their standard deviation."""
+    """Sources of images and calibrations by bits and use; each cell is the mean top-1 over seeds, and their standard deviation."""
     own = lines["variant"].str.partition(": ")
     spread = lines["top1_std"].map(lambda std: "" if pd.isna(std) else f" ± {std:.1f}")
     cells = lines["top1"].map("{:.1f}".format) + spread
     heads = list(map("{} {}".format, map(bits_name, lines["weight_bits"], lines["activation_bits"]), own[2]))
-    shown = pd.DataFrame({"source": own[0], "head": heads, "cell": cells})
-    shown = shown.pivot(index="source", columns="head", values="cell")
-    shown = shown.reindex(index=own[0].unique(), columns=list(dict.fromkeys(heads))).fillna("diverged").reset_index()
-    by_source = lines.groupby(own[0], sort=False)["rows"].sum()
+    index = pd.MultiIndex.from_arrays([own[0], lines["calibration"]], names=["source", "calibration"])
+    shown = pd.DataFrame({"head": heads, "cell": cells.to_numpy()}, index).pivot(columns="head", values="cell")
+    shown = shown.reindex(index=index.unique(), columns=list(dict.fromkeys(heads))).fillna("diverged").reset_index()
+    by_source = lines.groupby([own[0], "calibration"], sort=False)["rows"].sum()
     constants = {**lines[["data", "model", "seeds"]].iloc[0], "schedule": ""}
     told = "Top-1 in percent, mean ± standard deviation over seeds, of every source of images with every use of them."
     return Table(shown, f"{told} {_facts(lines, constants)}", list(by_source))
