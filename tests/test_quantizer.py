@@ -67,23 +67,25 @@ def test_levels_are_at_most_two_to_the_bits_and_errors_at_most_half_a_step():
         assert (quantized - x).abs().max() <= 0.5001 * (x.max() - x.min()) / (2**bits - 1) + 1e-6
 
 
-def test_gradient_is_identity_also_where_clipped_and_none_for_the_range():
+def test_gradient_is_identity_also_where_clipped():
     x = torch.linspace(-2, 2, 9, requires_grad=True)
-    low, high = torch.tensor(-1.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-    (fake_quantize(x, low, high, 3) * torch.arange(9.0)).sum().backward()
+    (fake_quantize(x, torch.tensor(-1.0), torch.tensor(1.0), 3) * torch.arange(9.0)).sum().backward()
     assert x.grad.tolist() == list(range(9))
-    assert low.grad is None and high.grad is None
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_clipped_gradient_is_0_only_more_than_half_a_step_outside(fused):
-    """Levels 0, 1, 2, 3: what rounds to -1 or 4 is clipped."""
+def test_a_range_that_learns_gets_the_gradient_of_its_step(fused):
+    """Levels 0, 1, 2, 3: what rounds to -1 or 4 is clipped, has no gradient of its own, and moves with the range."""
     x = torch.tensor([-0.6, -0.4, 0.0, 1.3, 3.0, 3.4, 3.6], requires_grad=True)
+    stretch = torch.ones((), requires_grad=True)
     with contextlib.nullcontext() if fused else without("fused_rounding"):
-        quantized = fake_quantize(x, torch.tensor(0.0), torch.tensor(3.0), 2, clips_gradient=True)
+        quantized = fake_quantize(x, 0 * stretch, 3 * stretch, 2)
     assert quantized.tolist() == [0, 0, 0, 1, 3, 3, 3]
-    (quantized * torch.arange(1.0, 8.0)).sum().backward()
+    weights = torch.arange(1.0, 8.0)
+    (quantized * weights).sum().backward()
     assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
+    # Inside, level - x: 0.4, 0, -0.3, 0, -0.4; clipped, the level itself: 0 and 3.
+    assert stretch.grad.item() == pytest.approx(2 * 0.4 - 4 * 0.3 - 6 * 0.4 + 7 * 3, rel=1e-5)
 
 
 def test_input_is_left_as_it_was_and_memory_format_is_kept():

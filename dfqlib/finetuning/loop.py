@@ -54,6 +54,7 @@ def distillation_loss(network: nn.Module, batch: Batch, loss: Callable[..., Tens
 class Student:
     """A quantized network and how it learns: its loss on a batch, and SGD with Nesterov momentum, or Adam.
 
+    ``range_lr`` is the rate of activation ranges that learn, which are shares and so have one of their own.
     The network keeps its mode: in eval mode, as published, its batch-norm statistics stay the teacher's.
     """
 
@@ -64,6 +65,7 @@ class Student:
     weight_decay: float = 1e-4
     loss: Callable[[nn.Module, Batch], Tensor] = distillation_loss
     optimizer: Literal["sgd", "adam"] = "sgd"
+    range_lr: float = 0.0
 
 
 @dataclass
@@ -167,7 +169,7 @@ def _settings(stream: Stream, students: Mapping[str, Student], schedule: TuningS
         modules = list(student.network.modules())
         each = ([getattr(m, bits) for m in modules if hasattr(m, bits)] for bits in ("weight_bits", "bits"))
         settings[f"bits of {name}"] = "W{}A{}".format(*(bits[0] if len(set(bits)) == 1 else bits for bits in each))
-        learning = "lr", "decay", "momentum", "weight_decay", "optimizer"
+        learning = "lr", "decay", "momentum", "weight_decay", "optimizer", "range_lr"
         settings |= {f"{key} of {name}": getattr(student, key) for key in learning}
     teacher = digest([student.network.state_dict() for student in students.values()])  # students start as its copies
     return settings | {"teacher": teacher, "stream": digest(stream.state_dict())}
@@ -193,12 +195,17 @@ class _Tuner(Stateful):
     def __init__(self, name: str, student: Student, train_from: int) -> None:
         self.student, self.network = student, student.network
         self.fast_network = scale_weights(student.network)  # the same parameters, trained faster
-        parameters, momentum = list(student.network.parameters()), student.momentum
-        options = {"lr": student.lr, "weight_decay": student.weight_decay, "fused": fused(parameters)}
+        named, momentum = list(student.network.named_parameters()), student.momentum
+        rates = {False: student.lr, True: student.range_lr}
+        groups = [
+            {"params": [p for name, p in named if name.endswith("stretch") == ranges], "lr": lr, "initial_lr": lr}
+            for ranges, lr in rates.items()
+        ]
+        options = {"weight_decay": student.weight_decay, "fused": fused([p for _, p in named])}
         if student.optimizer == "adam":
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, **options)
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, **options)
         else:
-            self.optimizer = torch.optim.SGD(parameters, momentum=momentum, nesterov=momentum > 0, **options)
+            self.optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **options)
         self.losses = Losses(f"student {name!r}", train_from + 1)
 
     def step(self, batch: Batch, progress: float, training_progress: float) -> None:
@@ -206,7 +213,7 @@ class _Tuner(Stateful):
         decay = self.student.decay
         factor = decay_factor(decay, progress if decay in ("step", "late_step") else training_progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.student.lr * factor
+            group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad()
         loss = self.student.loss(self.fast_network, batch)
         loss.backward()

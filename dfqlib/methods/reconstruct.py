@@ -26,6 +26,7 @@ from dfqlib.schedules import CalibratedSchedule, Corrections
 from dfqlib.scores import Score
 
 CALIBRATED_ON = 512  # images
+RANGE_LR = 5e-3  # of Adam on the ranges, as a share of them
 
 
 def output_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -53,16 +54,16 @@ def reconstruction_loss(_: nn.Module, batch: BatchWithTeacherView, student: Netw
 def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine") -> Student:
     """How ``network``, a calibrated quantized copy of a teacher, learns by :func:`reconstruction_loss`, with Adam.
 
-    No gradient passes where an activation is clipped. UserError if the network has no residual units.
+    Activation ranges learn with it, at ``RANGE_LR``. UserError if the network has no residual units.
     """
     probe = NetworkProbe(network)
     if not probe.units:
         raise UserError("the network has no residual units whose outputs could be reconstructed.")
     for module in network.modules():
         if isinstance(module, FakeQuantize):
-            module.clips_gradient = True
+            module.learn_range()
     loss = partial(reconstruction_loss, student=probe)
-    return Student(network, lr, decay, weight_decay=0.0, loss=loss, optimizer="adam")
+    return Student(network, lr, decay, weight_decay=0.0, loss=loss, optimizer="adam", range_lr=RANGE_LR)
 
 
 def tune(

@@ -35,7 +35,7 @@ def before_and_after(student: fx.GraphModule, layer: str, bits: int, images: Ten
     relu, seen = relus[layer], []
     with relu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
         student(images)
-    return seen[0], fake_quantize(seen[0], relu.observer.low, relu.observer.high, bits)
+    return seen[0], fake_quantize(seen[0], *relu.range(), bits)
 
 
 def rounding_error(before: Tensor, after: Tensor) -> tuple[float, float]:

@@ -44,7 +44,7 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
             sizes = weight_bytes(module.weight, module.weight_bits), weight_bytes(module.weight, None)
             rows.append((node.target, _kind(module), module.weight_bits or 32, None, low.item(), high.item(), *sizes))
         elif isinstance(module, FakeQuantize):
-            ends, kind = (module.observer.low.item(), module.observer.high.item()), operation(student, node.args[0])
+            ends, kind = (end.item() for end in module.range()), operation(student, node.args[0])
             rows.append((module.name, kind, None, module.bits, *ends, 0, 0))
         if node in in_float:
             rows.append((in_float[node], operation(student, node), None, 32, None, None, 0, 0))

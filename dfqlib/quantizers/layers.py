@@ -19,15 +19,13 @@ from dfqlib.quantizers.observers import CommonRange, RunningMinMax
 
 
 class FakeQuantize(nn.Module):
-    """Fake quantization of activations over the range of its observer, which is updated only while ``observing``.
-
-    ``clips_gradient`` as for :func:`fake_quantize`.
-    """
+    """Fake quantization of activations over the range of its observer, which is updated only while ``observing``."""
 
     def __init__(self, bits: int, observer: RunningMinMax | CommonRange, name: str = "") -> None:
         super().__init__()
         self.bits, self.observer, self.name = bits, observer, name
-        self.observing = self._has_range = self.clips_gradient = False
+        self.observing = self._has_range = False
+        self.register_parameter("stretch", None)
 
     def forward(self, x: Tensor, *part: int) -> Tensor:
         """``x`` (any shape) quantized over the range as it is after this batch. UserError if there is no range.
@@ -36,7 +34,11 @@ class FakeQuantize(nn.Module):
         """
         if self.observing:
             self.observer.observe(x, self.bits, *part)
-        return fake_quantize(x, *self.range(), self.bits, self.clips_gradient)
+        return fake_quantize(x, *self.range(), self.bits)
+
+    def learn_range(self) -> None:
+        """Make the range a parameter: ``stretch``, of which both ends are multiples, so that 0 stays a level."""
+        self.stretch = nn.Parameter(self.range()[0].new_ones(()))
 
     def range(self) -> tuple[Tensor, Tensor]:
         """(low, high), scalars; UserError if there is none yet."""
@@ -46,7 +48,7 @@ class FakeQuantize(nn.Module):
             self._has_range = bool(low.isfinite())
             if not self._has_range:
                 raise UserError(f"activation {self.name!r} has no range yet: run a batch through it while observing.")
-        return low, high
+        return (low, high) if self.stretch is None else (low * self.stretch, high * self.stretch)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
