@@ -172,7 +172,7 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
 
 
 def _grid(lines: pd.DataFrame) -> Table:
-    """Sources and calibrations by bits and use; each cell is the mean top-1 over seeds, and their standard deviation."""
+    """Sources and calibrations by bits and use; each cell is the mean top-1 over seeds ± their standard deviation."""
     own = lines["variant"].str.partition(": ")
     spread = lines["top1_std"].map(lambda std: "" if pd.isna(std) else f" ± {std:.1f}")
     cells = lines["top1"].map("{:.1f}".format) + spread
