@@ -50,7 +50,7 @@ class Quantizing(Common):
 #: Parameters that say what is run and where; all others are a method's schedule, which is compared with the published.
 RUN_PARAMETERS = tuple(name for name in Quantizing.kinds() if name != "per_class")
 #: Of the kit's own students, which no paper has.
-CORRECTIONS = tuple(schedules.Corrections.kinds())
+CORRECTIONS = (*schedules.Corrections.kinds(), "corrected_crops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,7 @@ class SaFT(
     generated_ranges: bool = True
     ablation_iterations: int = setting(2000, 2, FOREVER)
     evaluations: int = setting(46, 0, 10**6)
+    corrected_crops: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ class Compare(Quantizing, schedules.Budget):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Quantizing, schedules.Budget):
-    """Notebook 07; ``student_lr`` is Adam's, on the outputs of residual units."""
+    """Notebook 07; ``student_lr`` is Adam's, as in ``corrected_lr``."""
 
     sources: list[str] = setting(["noise", "gdfq", "qimera", "real"], choices=SOURCES, least=1)
     student_lr: float = setting(5e-4, 1e-12, 1e3)

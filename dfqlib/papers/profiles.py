@@ -58,7 +58,10 @@ class Paper:
         return base | own | table.get(dataset, {}) | table.get(model, {})
 
 
-CORRECTED = "{corrected_iterations} iterations of {corrected_batch} of {corrected_images} images at {corrected_lr}"
+CORRECTED = (
+    "{corrected_iterations} iterations of {corrected_batch} of {corrected_images} images at {corrected_lr}, "
+    "images refined for {corrected_refinement}"
+)
 
 
 def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
