@@ -116,10 +116,16 @@ class GeneratorSchedule(TuningSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corrections(Settings):
-    """The students beside a method's own that get the kit's calibration and tuning on the method's images."""
+class Corrected(Settings):
+    """The students beside a method's own that get the kit's calibration on the method's images."""
 
     corrected_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections(Corrected):
+    """The kit's calibration and its tuning of these students."""
+
     corrected_images: int = setting(4096, 2, 10**7)
     corrected_iterations: int = setting(150, 1, FOREVER)
     corrected_batch: int = setting(32, 2, 2**20)

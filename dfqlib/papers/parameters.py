@@ -68,7 +68,7 @@ class Teachers(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroQ(Quantizing, schedules.ImageSchedule):
+class ZeroQ(Quantizing, schedules.ImageSchedule, schedules.Corrected):
     """Notebook 01."""
 
     layer_bits: list[int] = setting([2, 4, 8], 2, 8, least=2)
@@ -101,7 +101,7 @@ class Qimera(Quantizing, schedules.GeneratorSchedule, schedules.Corrections):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSG(Quantizing, schedules.DiverseImageSchedule, schedules.GeneratorSchedule):
+class DSG(Quantizing, schedules.DiverseImageSchedule, schedules.GeneratorSchedule, schedules.Corrected):
     """Notebook 04."""
 
     schemes: list[str] = setting(["ptq", "qat"], choices=("ptq", "qat", "control"), least=1)

@@ -112,7 +112,11 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     if "reduced" in how and all(seen):
         how[0] = f"reduced ({100 * seen[0] / seen[1]:.2g} % of the published images seen)"
     told = [f"{name} {parameters[name]} (published {published[name]})" for name in differing]
-    told += [f"corrected students {CORRECTED.format(**parameters)}"] if parameters.get("corrected_bits") else []
+    told += (
+        [f"corrected students {CORRECTED.format(**parameters)}"]
+        if parameters.get("corrected_iterations") and parameters["corrected_bits"]
+        else []
+    )
     return f"{', '.join(how) or 'fewer experiments'}: {', '.join(told)}" if differing else "as published"
 
 
