@@ -154,7 +154,7 @@ class Shared(nn.Module):
     "network, norms, layers",
     [
         (Functions(), ["mean"], ["kernel", "matrix"]),
-        (Shared(), ["norm"] * 3, ["first", "again", "tied", "linear"]),
+        (Shared(), ["norm", "norm:2", "norm:3"], ["first", "again", "tied", "linear"]),
         (nn.DataParallel(net()), ["1", "4"], ["0", "3", "8"]),
         (nn.Sequential(nn.Conv2d(3, 8, 12), nn.BatchNorm2d(8), *head()), ["1"], ["0", "4"]),  # maps of one position
         (nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), ["2"], ["1", "3"]),

@@ -313,3 +313,22 @@ def test_description_by_hand():
     assert rows.low["conv1"] == pytest.approx(model.conv1.weight.min().item())
     quantizer = fake_quantizers(student)["relu:2"]
     assert (rows.activation_bits["relu:2"], rows.high["relu:2"]) == (6, pytest.approx(quantizer.observer.high.item()))
+
+
+def test_a_batch_norm_that_runs_twice_is_corrected_by_the_mean_over_its_calls():
+    """The network's calls meet means 2 and -3; the student's 4, and after mean 7 and variance 4 there, -1.5."""
+    model = Twice().eval()
+    student = quantized(model, None, None)
+    student.conv.weight.data.mul_(2)
+    calibrate.correct_batch_norms(student, model, torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))
+    assert student.norm.running_mean.item() == pytest.approx(5 + ((4 - 2) + (-1.5 + 3)) / 2)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, eps=0.0)
+        self.conv.weight.data.fill_(1), self.norm.running_mean.fill_(5)
+
+    def forward(self, x):
+        return self.norm(self.norm(self.conv(x)))

@@ -63,7 +63,11 @@ def test_inputs_come_in_execution_order_and_those_of_an_earlier_pass_stay():
         images = torch.randn(2, 3, 4, 4)
         network(images)
         assert [len(layer.tensor) for layer in earlier] == [5, 5, 5]
-        assert [(layer.name, layer.norm) for layer in norms.layers] == [(n, getattr(network, n)) for n in "aba"]
+        assert [(layer.name, layer.norm) for layer in norms.layers] == [
+            ("a", network.a),
+            ("b", network.b),
+            ("a:2", network.a),
+        ]
         torch.testing.assert_close(norms.layers[0].tensor, network.conv(images))
         torch.testing.assert_close(norms.layers[1].tensor, network.a(network.conv(images)))
     with pytest.raises(RuntimeError), norms:

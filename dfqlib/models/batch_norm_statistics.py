@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -54,8 +55,9 @@ def batch_norms(network: nn.Module) -> list[tuple[str, nn.Module]]:
 class BatchNormInputs:
     """Collects the input of each batch norm of ``network``, while open as a context manager.
 
-    ``layers`` holds a :class:`BatchNormInput` for each call in the latest forward pass, in execution order. Their
-    tensors are not detached: a loss on them reaches the images. On exit the hooks are removed and ``layers`` is empty.
+    ``layers`` holds a :class:`BatchNormInput` for each call in the latest forward pass, in execution order; the second
+    call of "norm" is named "norm:2". Their tensors are not detached: a loss on them reaches the images. On exit the
+    hooks are removed and ``layers`` is empty.
     :class:`UserError` if the network has no batch norm with running statistics.
     """
 
@@ -81,9 +83,12 @@ class BatchNormInputs:
 
     def _start(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.layers = []  # a new list: a caller may still hold the one of the pass before
+        self._calls: Counter[str] = Counter()
 
     def _collect(self, name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        self.layers.append(BatchNormInput(name, inputs[0] if inputs else named["input"], norm))
+        self._calls[name] += 1
+        call = name if self._calls[name] == 1 else f"{name}:{self._calls[name]}"
+        self.layers.append(BatchNormInput(call, inputs[0] if inputs else named["input"], norm))
 
 
 class _MeanVariance(torch.autograd.Function):

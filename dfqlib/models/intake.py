@@ -37,7 +37,7 @@ def prepare(network: nn.Module, images: Tensor, classes: int, logits: str | int 
     if isinstance(network, torch.jit.ScriptModule):
         raise UserError(f"{name} is a TorchScript module, whose layers cannot be replaced; pass the Python network.")
     refuse_nan(network.state_dict(), name)
-    outputs, norms = _outputs_and_norms(network, images, name)
+    outputs, norms = outputs_and_norms(network, images, name)
     expected = _named(outputs, logits, name).float()
     if expected.shape != (len(images), classes):
         told = f"{name} returns {tuple(expected.shape)} for {len(images)} images"
@@ -108,7 +108,7 @@ class _BatchNormCalls(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _outputs_and_norms(network: nn.Module, images: Tensor, name: str) -> tuple[Any, list[str]]:
+def outputs_and_norms(network: nn.Module, images: Tensor, name: str) -> tuple[Any, list[str]]:
     """What ``network`` returns in eval mode, with its hooks, and the batch norms that run; its mode is restored."""
     modes = {module: module.training for module in network.modules()}
     first, calls = next(network.parameters(), images), _BatchNormCalls(network)
@@ -132,7 +132,7 @@ def _seen(network: nn.Module, images: Tensor) -> tuple[Tensor, list[str]]:
         if not batch_norms(network):
             return network(images), []
         with BatchNormInputs(network) as inputs:
-            return network(images), [layer.name for layer in inputs.layers]
+            return network(images), [layer.name.partition(":")[0] for layer in inputs.layers]
 
 
 def _named(outputs: Any, key: str | int | None, name: str) -> Any:

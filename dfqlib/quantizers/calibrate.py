@@ -1,5 +1,6 @@
 """Calibration: what a student takes from images, or from its own weights, before it is trained, and after."""
 
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -84,21 +85,26 @@ def correct_batch_norms(student: nn.Module, network: nn.Module, images: Tensor) 
 
         running mean <- mu + m - m_T        running variance <- sigma^2 min(10, max(0.1, v / v_T))
 
-    layer by layer in execution order, so that each sees the corrected ones before it. Source: the bias correction of
+    layer by layer in execution order, so that each sees the corrected ones before it; one that runs several times moves
+    by the mean over its calls. Source: the bias correction of
     Nagel et al., "Data-free quantization through weight equalization and bias correction", ICCV 2019, taken to mean and
     variance at the batch norm. Re-estimating the statistics outright (Sun et al., "Hybrid 8-bit floating point", 2019)
     would make them those of synthetic images.
     """
     with BatchNormInputs(network) as inputs:
         network(images)
-        of_network = {layer.name: (layer.norm, *layer.mean_var()) for layer in inputs.layers}
+        of_network: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = defaultdict(list)
+        for layer in inputs.layers:
+            of_network[layer.name.partition(":")[0]].append((layer.norm, *layer.mean_var()))
+    moves: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def move(name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         mean, variance = batch_mean_var(inputs[0] if inputs else named["input"])
-        original, mean_t, variance_t = of_network[name]
+        original, mean_t, variance_t = of_network[name][len(moves[name])]
         ratio = (variance + norm.eps) / (variance_t + norm.eps)  # a channel may be constant
-        norm.running_mean.copy_(original.running_mean + mean - mean_t)
-        norm.running_var.copy_(original.running_var * ratio.clamp(0.1, 10))
+        moves[name].append((original.running_mean + mean - mean_t, original.running_var * ratio.clamp(0.1, 10)))
+        for running, values in zip((norm.running_mean, norm.running_var), zip(*moves[name], strict=True), strict=True):
+            running.copy_(torch.stack(values).mean(0))
 
     norms = {name: student.get_submodule(name) for name in of_network}
     hooks = [norm.register_forward_pre_hook(partial(move, name), with_kwargs=True) for name, norm in norms.items()]
