@@ -30,9 +30,9 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
     """What is quantized, and how: a row per layer and activation in the order they run, then the rest and the total.
 
     Columns: layer (as the bit-width mappings name it), kind, weight_bits, activation_bits (32 each: float), low, high
-    (of the weight over all channels, or the activation range), bytes, float_bytes (in full precision). Activations in
-    float that an integer runtime would need as integers (:func:`.sites.integer_sites`) have no range; at the end are
-    parameters, other than vectors, of no quantized layer.
+    (of the weight over all channels, or the activation range, NaN before it is observed), bytes, float_bytes (in full
+    precision). Activations in float that an integer runtime would need as integers (:func:`.sites.integer_sites`) have
+    no range; at the end are parameters, other than vectors, of no quantized layer.
     """
     rows, seen = [], set()
     in_float = {group[0]: name for name, group in integer_sites(student).items()}
@@ -44,7 +44,7 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
             sizes = weight_bytes(module.weight, module.weight_bits), weight_bytes(module.weight, None)
             rows.append((node.target, _kind(module), module.weight_bits or 32, None, low.item(), high.item(), *sizes))
         elif isinstance(module, FakeQuantize):
-            ends, kind = (end.item() for end in module.range()), operation(student, node.args[0])
+            ends, kind = (end.item() for end in module.ends), operation(student, node.args[0])
             rows.append((module.name, kind, None, module.bits, *ends, 0, 0))
         if node in in_float:
             rows.append((in_float[node], operation(student, node), None, 32, None, None, 0, 0))

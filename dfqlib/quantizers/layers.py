@@ -40,15 +40,20 @@ class FakeQuantize(nn.Module):
         """Make the range a parameter: ``stretch``, of which both ends are multiples, so that 0 stays a level."""
         self.stretch = nn.Parameter(self.range()[0].new_ones(()))
 
-    def range(self) -> tuple[Tensor, Tensor]:
-        """(low, high), scalars; UserError if there is none yet."""
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """(low, high), scalars; NaN if nothing was observed yet."""
         low, high = self.observer.low, self.observer.high
+        return (low, high) if self.stretch is None else (low * self.stretch, high * self.stretch)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """:attr:`ends`; UserError if nothing was observed yet."""
         if not self.observing and not self._has_range:
             # Read from the device once: later forward passes never wait for it.
-            self._has_range = bool(low.isfinite())
+            self._has_range = bool(self.observer.low.isfinite())
             if not self._has_range:
                 raise UserError(f"activation {self.name!r} has no range yet: run a batch through it while observing.")
-        return (low, high) if self.stretch is None else (low * self.stretch, high * self.stretch)
+        return self.ends
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
