@@ -226,7 +226,7 @@ def test_a_layer_that_is_called_twice_becomes_two():
 
 
 def test_a_student_without_ranges_is_not_final():
-    with pytest.raises(UserError, match="activation 'input' has no range yet"):
+    with pytest.raises(UserError, match=r"activation '.*' has no range yet"):
         finalise(quantize_model(residual_network(), BitWidths(8, 8), **INTEGER))
 
 
@@ -258,3 +258,15 @@ def test_what_stays_in_float_is_told():
     told = table[(table.activation_bits == 32) | (table.weight_bits == 32)]
     assert list(told.index) == ["input", "0.conv.output", "0.add", "0.silu", "0.mul", "0.scale"]
     assert table.activation_bits["2"] == 4 and table.bytes["0.scale"] == 12
+
+
+def test_no_average_in_a_final_student_is_halfway_between_two_levels():
+    network = By(
+        lambda net, x: net.fc(F.avg_pool2d(F.relu(net.conv(x)), 2).flatten(1)), conv=conv(), fc=nn.Linear(3, 2)
+    )
+    student = calibrate.calibrated(network, BitWidths(8, 4), torch.randn(8, 3, 2, 2), **INTEGER)
+    final, levels = finalise(student), torch.arange(16.0)
+    relu, average = [final.get_submodule(n.target) for n in final.graph.nodes if "fake_quantize" in str(n.target)][1:]
+    step = 1 / scale_and_zero_point(*relu.range(), 4)[0]
+    halfway = (levels[:-1] + 0.5) * step
+    assert torch.equal(average(halfway * (1 - 1e-6)), average(halfway * (1 + 1e-6)))

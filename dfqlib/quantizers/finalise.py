@@ -1,15 +1,18 @@
 """The last step of a student: the network that an integer runtime computes, whose accuracy is that of the file."""
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, fx, nn
 
 from dfqlib.quantizers.fake_quantize import scale_and_zero_point
-from dfqlib.quantizers.layers import QuantizedLayer, by_output_channel, integer_weight, used_weight
-from dfqlib.quantizers.sites import folds, grids, is_layer
+from dfqlib.quantizers.layers import FakeQuantize, QuantizedLayer, by_output_channel, integer_weight, used_weight
+from dfqlib.quantizers.observers import CommonRange, KnownRange
+from dfqlib.quantizers.sites import AVERAGING, JOINING, folds, grids, is_layer, operation
 
 SMALLEST_GAIN = 1e-12  # of a folded batch norm: weights that cannot be told from 0 still have a scale
+FINER = 1 - 2**-10  # no average of fewer than 2^11 values is then halfway between two levels
 LARGEST_BIAS = 2**30  # in steps, well inside int32
 
 
@@ -20,11 +23,15 @@ def finalise(student: fx.GraphModule, round_biases: bool = True) -> fx.GraphModu
     Batch norms right after a layer are in its channels' scales and its bias, which changes nothing; levels of channels
     with a negative gain change their sign, where a symmetric -2^(k-1) becomes 2^(k-1) - 1. Biases are rounded to whole
     multiples of (input step x weight step), as a runtime adds them to its int32 sums, unless the layer's input or
-    weight is in float; this costs accuracy at four bits, and with ``round_biases`` off it is left out. A layer that is
-    called several times becomes one for each call. All quantized weights lie on their ``grid``, see
-    :func:`.layers.integer_weight`. UserError for a student without activation ranges.
+    weight is in float; this costs accuracy at four bits. Averages have a grid of their own, 0.1 % finer than that of
+    what they average: on the same one many lie halfway between two levels, where the last digit of a float decides.
+    With ``round_biases`` off both are left out. A layer that is called several times becomes one for each call. All
+    quantized weights lie on their ``grid``, see :func:`.layers.integer_weight`. UserError for a student without
+    activation ranges.
     """
     final = copy.deepcopy(student)
+    if round_biases:
+        _separate_averages(final)
     on_grid = grids(final)
     layers: dict[str, fx.Node] = {}
     for node in [node for node in final.graph.nodes if is_layer(final, node)]:
@@ -45,8 +52,25 @@ def finalise(student: fx.GraphModule, round_biases: bool = True) -> fx.GraphModu
         steps = None if quantizer is None else scale_and_zero_point(*quantizer.range(), quantizer.bits)[0]
         _set(layer, gain, bias, steps)
     final.delete_all_unused_submodules()
+    for module in final.modules():
+        if isinstance(module, FakeQuantize):
+            module.final = True
     final.recompile()
     return final.requires_grad_(False)
+
+
+def _separate_averages(final: fx.GraphModule) -> None:
+    """Give averages that share the quantizer of other values one of their own, over :data:`FINER` of its range."""
+    calls = Counter(node.target for node in final.graph.nodes)
+    for node in final.graph.nodes:
+        if operation(final, node) == "fakequantize" and operation(final, node.args[0]) in AVERAGING:
+            shared, node_name = final.get_submodule(node.target), node.args[0].name
+            joined = any(operation(final, user) in JOINING for user in node.users)  # which needs one grid
+            if calls[node.target] > 1 and not joined:
+                low, high = (FINER * bound for bound in shared.range())
+                node.target, node.args = f"fake_quantize.{node_name}", (node.args[0], 0)
+                grid = CommonRange([KnownRange(low, high)])
+                final.add_submodule(node.target, FakeQuantize(shared.bits, grid, f"{shared.name}, {node_name}"))
 
 
 def _affine(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:

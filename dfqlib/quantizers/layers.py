@@ -19,12 +19,16 @@ from dfqlib.quantizers.observers import CommonRange, RunningMinMax
 
 
 class FakeQuantize(nn.Module):
-    """Fake quantization of activations over the range of its observer, which is updated only while ``observing``."""
+    """Fake quantization of activations over the range of its observer, which is updated only while ``observing``.
+
+    ``final`` rounds before it subtracts the zero point, as runtimes do: what a float loses by the subtraction can put a
+    value, and with it a flat area of an image, on a tie of two levels.
+    """
 
     def __init__(self, bits: int, observer: RunningMinMax | CommonRange, name: str = "") -> None:
         super().__init__()
         self.bits, self.observer, self.name = bits, observer, name
-        self.observing = self._has_range = False
+        self.observing = self._has_range = self.final = False
         self.register_parameter("stretch", None)
 
     def forward(self, x: Tensor, *part: int) -> Tensor:
@@ -34,6 +38,9 @@ class FakeQuantize(nn.Module):
         """
         if self.observing:
             self.observer.observe(x, self.bits, *part)
+        if self.final:
+            (scale, zero), half = scale_and_zero_point(*self.range(), self.bits), 2 ** (self.bits - 1)
+            return torch.mul(x, scale).round_().sub_(zero).clamp_(-half, half - 1).add_(zero).div_(scale)
         return fake_quantize(x, *self.range(), self.bits)
 
     def learn_range(self) -> None:

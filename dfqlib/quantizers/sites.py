@@ -9,9 +9,9 @@ from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize
 
 NONLINEARITIES = {name.lower() for name in nn.modules.activation.__all__}
 _CLIPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}  # done by what computes their input, as it rounds its output
-_JOINING = {"cat", "concat", "concatenate", "stack"}
+JOINING = {"cat", "concat", "concatenate", "stack"}
 # What picks, moves or repeats values, or sets some to 0: its result lies on the grid of its input.
-_KEEPING = _JOINING | {
+_KEEPING = JOINING | {
     *("relu", "identity", "dropout", "stochasticdepth", "clone", "detach", "contiguous", "to", "float"),
     *("chunk", "split", "tensorsplit", "unbind", "getitem", "select", "narrow", "roll", "flip", "expand", "repeat"),
     *("flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "swapaxes", "movedim"),
@@ -20,7 +20,7 @@ _KEEPING = _JOINING | {
 }
 # What stays within the range of its input, on whose grid it is rounded again. Its own range, observed on synthetic
 # images, would cut off those of test images, which reach further after the last pooling.
-_AVERAGING = {"avgpool", "adaptiveavgpool", "mean", "interpolate", "upsample", "upsamplingbilinear"}
+AVERAGING = {"avgpool", "adaptiveavgpool", "mean", "interpolate", "upsample", "upsamplingbilinear"}
 _SIZES = {"size", "dim", "numel", "getattr", "gt", "lt", "ge", "le", "eq", "ne", "argmax"}
 _BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 ARITHMETIC = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}  # in place
@@ -94,10 +94,10 @@ def _walk(model: fx.GraphModule) -> tuple[list[list[fx.Node]], dict[fx.Node, fx.
             continue
         values.add(node)
         # A constant among what is concatenated lies on no grid.
-        found = {on_grid.get(each) for each in (node.all_input_nodes if name in _JOINING else sources)}
+        found = {on_grid.get(each) for each in (node.all_input_nodes if name in JOINING else sources)}
         if name == "fakequantize":
             on_grid[node] = node.target
-        elif node in leads and name in _AVERAGING and found <= groups.keys():
+        elif node in leads and name in AVERAGING and found <= groups.keys():
             (on_grid[node],) = found
             groups[on_grid[node]].append(node)
         elif name in _KEEPING and None not in found and (len(found) == 1 or found <= groups.keys()):
