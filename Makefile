@@ -53,5 +53,5 @@ badges:
 
 # After a change of dependencies in pyproject.toml; ARGS=--upgrade moves every pin to its latest version.
 requirements: $(INSTALLED)
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-annotate \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra deploy --no-emit-index-url --no-annotate \
 	    --custom-compile-command 'make requirements' $(ARGS) pyproject.toml --output-file requirements.txt

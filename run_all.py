@@ -14,6 +14,7 @@ import contextlib
 import functools
 import gc
 import io
+import os
 import re
 import signal
 import sys
@@ -27,6 +28,7 @@ from rich.text import Text
 
 from dfqlib import places
 from dfqlib.errors import UserError, check_choice, check_range
+from dfqlib.files import KEEP
 from dfqlib.papers import profiles, published
 from dfqlib.papers.parameters import MAX_SEED
 from dfqlib.runner import plan, preflight, run_folder
@@ -65,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="with dask and no scheduler: processes to start here (default: 2)")
     add("--checkpoint-every", type=int, default=60, metavar="SECONDS", help="how often a fine-tuning is kept, to go on "
         "from there after a stop; 0: after every batch (default: 60)")  # fmt: skip
+    add("--keep", type=int, nargs="?", const=100, metavar="MB", help="keep the students, generators and images of the "
+        "runs that are made, in the folder kept/ of each: at most so many megabytes a run (default: 100)")  # fmt: skip
     add("--force", action="store_true", help="run again what is already there")
     add("--keep-going", action="store_true", help="after a failure, also try the other runs of the same notebook")
     add("--list", action="store_true", help="list the published rows, what each needs and whether it can run here")
@@ -104,6 +108,8 @@ def call(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             check_range(name, getattr(options, name), 1, 1000)
     check_range("checkpoint-every", options.checkpoint_every, 0, 10**6)
+    if options.keep is not None:
+        os.environ[KEEP] = str(check_range("keep", options.keep, 1, 10**6))  # its kernels inherit it
     # Brackets in a path are no markup, and lines on a pipe are not wrapped at 80 characters.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     chosen = selection(options)

@@ -14,6 +14,7 @@ METRICS_FORMAT = 2  # raised when an older kit could misread it; files without o
 # Environment variables of a notebook in a batch.
 CHECKPOINTS = "DFQ_CHECKPOINTS"  # the folder of its checkpoints
 CHECKPOINT_SECONDS = "DFQ_CHECKPOINT_SECONDS"  # between two of them
+KEEP = "DFQ_KEEP"  # megabytes of students, generators and images that a run may keep
 
 
 @contextlib.contextmanager

@@ -40,7 +40,8 @@ def pins(python: str, system: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_dependency_has_one_pin_within_its_range(python, system):
     found = pins(python, system)
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+    extras = PROJECT["optional-dependencies"]
+    for text in [*PROJECT["dependencies"], *extras["dev"], *extras["deploy"]]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(found[requirement.name]), text
 

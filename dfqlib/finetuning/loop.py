@@ -76,6 +76,7 @@ class History:
     students: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, list[tuple[int, Score]]] = field(default_factory=dict)
     diverged: dict[str, str] = field(default_factory=dict)  # students that were given up, each with the reason
+    networks: dict[str, nn.Module] = field(default_factory=dict, compare=False)  # the students', which train in place
     seconds: float = field(default=0.0, compare=False)  # in all, also before a stop
 
     def last(self, student: str) -> Score:
@@ -118,6 +119,7 @@ def finetune(
     iterations, train_from = schedule.iterations, schedule.train_from
     tuners = {name: _Tuner(name, student, train_from) for name, student in students.items()}
     history, start, settings = History(students={n: [] for n in students}, scores={n: [] for n in students}), 0, {}
+    history.networks = {name: student.network for name, student in students.items()}
     if checkpoint is not None:
         settings = {"generator_warmup": generator_warmup, "evaluate_every": evaluate_every}
         settings |= _settings(stream, students, schedule)

@@ -18,13 +18,15 @@ from IPython.display import Image
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
+from safetensors.torch import save_file
 
 from dfqlib import plotting
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import ImageSet
+from dfqlib.deploy.store import save_student
 from dfqlib.device import code_version, describe_hardware, pick_device
 from dfqlib.errors import UserError
-from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, METRICS, METRICS_FORMAT, atomic_path, write_json
+from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, KEEP, METRICS, METRICS_FORMAT, atomic_path, write_json
 from dfqlib.finetuning.loop import Checkpoint
 from dfqlib.models import evaluate
 from dfqlib.models.teacher import Teacher
@@ -125,6 +127,34 @@ class Run:
         path = Path(folder, re.sub(r"[^\w.-]+", "-", name) + ".ckpt")
         return Checkpoint(path, seconds=float(os.environ.get(CHECKPOINT_SECONDS, 60)), anew=True)
 
+    def keep(self, **made: torch.Tensor | torch.nn.Module) -> None:
+        """Keep students, generators and images (N, 3, H, W) in the run's folder, as ``kept/<name>.safetensors``.
+
+        Only in a batch with ``--keep``, whose megabytes are those of all files together: of images the first are kept
+        for which there is room, of networks those for which there is. A student is read by
+        :func:`dfqlib.deploy.store.load_student`; a generator is a state dict, and images are its tensor ``images``.
+        """
+        limit = float(os.environ.get(KEEP, 0)) * 1e6
+        if not self.out or not limit:
+            return
+        folder = self.out / "kept"
+        for name, each in made.items():
+            path = folder / (re.sub(r"[^\w.-]+", "-", name) + ".safetensors")
+            room = limit - sum(file.stat().st_size for file in folder.glob("*.safetensors") if file != path)
+            if isinstance(each, torch.fx.GraphModule):
+                try:
+                    save_student(each, path, self.teacher)
+                except UserError as error:  # such as a student that diverged before it had ranges
+                    print(f"{path.name} is not kept: {error}")
+                    continue
+            else:
+                tensors = each.state_dict() if isinstance(each, torch.nn.Module) else {"images": _first(each, room)}
+                with atomic_path(path) as temporary:
+                    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+            if path.stat().st_size > room:
+                path.unlink()
+                print(f"{path.name} is not kept: it is larger than the {room / 1e6:.1f} MB that --keep leaves.")
+
     def record(self, name: str, value: Any) -> None:
         """Keep any other number, series or table under ``name``, such as a loss curve or the bits of each layer."""
         self.records[name] = plain(value)
@@ -188,6 +218,11 @@ class Run:
             self.out / METRICS, {"format": METRICS_FORMAT} | self._context() | {"provenance": self.provenance()} | kept
         )
         return self.out / METRICS
+
+
+def _first(images: torch.Tensor, room: float) -> torch.Tensor:
+    """Those of the first ``images`` (N, C, H, W) that take at most ``room`` bytes in a file, its header included."""
+    return images[: max(0, int((room - 1000) // (images[0].numel() * images.element_size())))]
 
 
 def plain(value: Any) -> Any:
