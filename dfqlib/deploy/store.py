@@ -104,7 +104,8 @@ def load_student(
         shapes = [tuple(each[key].shape) if key in each else None for each in (expected, tensors)]
         if shapes[0] != shapes[1]:
             theirs, ours = ("lacks it" if shape is None else f"has it with shape {shape}" for shape in shapes)
-            raise UserError(f"{told} is of {header.entry.name}, another network: at {key}, this one {theirs}, the file {ours}.")
+            name = header.entry.name
+            raise UserError(f"{told} is of {name}, another network: at {key}, this one {theirs}, the file {ours}.")
     _fill(student, tensors)
     return student
 
