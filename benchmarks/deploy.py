@@ -134,17 +134,18 @@ COLUMNS = {
 def markdown(table: pd.DataFrame) -> str:
     """The table as people read it, with what its columns are."""
     first, columns = table.iloc[0], {key: title for key, title in COLUMNS.items() if key in table}
+    percent = [key for key in ("student", "file", "agree", "other_agree") if key in table]
     shown = table.assign(
         **{key: table[key].map("{:.3f}".format) for key in ("of_float", "batch_1_ms", "batch_32_ms")},
         **{key: table[key].map("{:,.0f}".format, na_action="ignore") for key in ("bytes", "kept")},
+        **{key: table[key].map("{:.2f}".format, na_action="ignore") for key in percent},
     ).astype(object)
     lines = [list(columns.values()), ["---", *["---:"] * (len(columns) - 1)]]
     lines += [["" if pd.isna(each) else str(each) for each in row] for row in shown[list(columns)].to_numpy()]
-    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
     about = f"{first.model}, {first.images:,} test images in the package, ONNX Runtime {first.runtime}"
     if "other_runtime" in table:
         about += f", other runtime {table.other_runtime.dropna().iloc[0]}"
-    about += f". {first.hardware}, {threads}, torch {first.torch}, commit "
+    about += f". {first.hardware}, torch {first.torch}, commit "
     text = (
         "Student: top-1 of the finalised student in torch; file: of the ONNX file in ONNX Runtime; same class: for how "
         "many images the two agree. Milliseconds: medians, the files in turns. Operations: convolutions and matrix "
