@@ -275,14 +275,14 @@ def with_value(value):
 
 
 class Dynamic(nn.Module):
-    """A kernel that depends on the image."""
+    """A kernel that is computed from an image, though it is always the same."""
 
     def __init__(self):
         super().__init__()
         self.body = net()
 
     def forward(self, x):
-        return self.body(F.conv2d(x, x.mean() * torch.ones(3, 3, 1, 1)))
+        return self.body(F.conv2d(x, 0 * x[0, 0, 0, 0] + torch.ones(3, 3, 1, 1)))
 
 
 class Hidden(Functions):
@@ -315,8 +315,29 @@ def test_what_is_not_the_same_network_is_refused_by_name(network, options, messa
         teacher_of(network, **options)
 
 
-def test_a_network_that_no_student_can_be_made_of_still_gives_images():
-    teacher = teacher_of(Dynamic())
+class Branching(nn.Module):
+    """Decides by an image's values."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.body, self.decide = net(), decide
+
+    def forward(self, x):
+        return self.body(x) if self.decide(x) else self.body(-x)
+
+
+@pytest.mark.parametrize(
+    "network, message",
+    [
+        (Dynamic(), "Dynamic calls conv2d on weights that depend on its input"),
+        (Branching(lambda x: x.mean() < 5), "symbolically traced variables cannot be used"),
+        (Branching(lambda x: x.mean().item() < 5), "symbolically traced variables cannot be used"),
+    ],
+)
+def test_a_network_that_no_student_can_be_made_of_still_gives_images(network, message):
+    teacher = teacher_of(network)
     assert len(distil_images(teacher, ImageSchedule(images=2, synthesis_iterations=2)).images) == 2
-    with pytest.raises(UserError, match="Dynamic calls conv2d on weights that depend on its input"):
+    with pytest.raises(UserError, match=message):
         trace(teacher.network)
+    with pytest.raises(UserError, match=r"depend on its input|decides by the values of the images"):
+        trace(teacher.network, images())

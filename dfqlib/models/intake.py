@@ -53,12 +53,14 @@ def prepare(network: nn.Module, images: Tensor, classes: int, logits: str | int 
         """What ``candidate`` does not have of the network, in words; nothing if it is the same."""
         try:
             found, seen = _seen(candidate, images)
+            alone, _ = _seen(candidate, images[:1])
         except (RuntimeError, ValueError, TypeError) as error:
             return f"in plain layers it fails ({first_line(error)})"
         if seen != norms:
             missing = [repr(norm) for norm in norms if norm not in seen] or ["in another order"]
             return f"its batch norms {', '.join(missing)} would not be seen"
-        error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        apart = torch.cat([found, alone]) - torch.cat([expected, expected[:1]])
+        error = apart.abs().max() / expected.abs().max().clamp(min=1e-6)
         limit = COARSE_TOLERANCE if coarse else TOLERANCE
         return "" if error <= limit else f"without its hooks, in plain layers, its logits are {error:.1%} off"
 

@@ -95,18 +95,19 @@ class _Sized(fx.Proxy):
         return self.dim()
 
     def __index__(self) -> int:
-        return int(self.tracer.values[self.node])
+        return int(self.tracer.settled(self.node))
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        return float(self.tracer.values[self.node])
+        return float(self.tracer.settled(self.node))
 
 
 class _Tracer(fx.Tracer):
     """torch.fx's tracer, which also remembers the innermost module that failed.
 
-    With ``images``, it computes every node, so that the network's code can ask for sizes and branch on them.
+    With ``images``, it computes every node, so that the network's code can ask for sizes and branch on them, though not
+    on what depends on the images' values.
     """
 
     def __init__(self, images: Tensor | None) -> None:
@@ -143,7 +144,19 @@ class _Tracer(fx.Tracer):
         return super().proxy(node) if self.images is None else _Sized(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return super().to_bool(obj) if self.images is None else bool(self.values[obj.node])
+        return super().to_bool(obj) if self.images is None else bool(self.settled(obj.node))
+
+    def settled(self, node: fx.Node) -> Any:
+        """The value of ``node``; an error if other images of the same size might have another one."""
+
+        def is_of_pixels(node: fx.Node) -> bool:
+            if isinstance(self.values[node], Tensor):
+                return True
+            return node.target not in ("size", "dim", "numel", getattr) and any(map(is_of_pixels, node.all_input_nodes))
+
+        if is_of_pixels(node):
+            raise ValueError("its code decides by the values of the images, not by their size")
+        return self.values[node]
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         return super().iter(obj) if self.images is None else iter([obj[i] for i in range(len(self.values[obj.node]))])
