@@ -80,7 +80,7 @@ def test_embedded_pixels_are_the_ones_described(name):
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_embedded_images_differ_are_not_shared_and_some_of_them_are_the_first(dataset):
     tests, shots = ({image.numpy().tobytes() for image in each(dataset).pixels} for each in (load_test, few_shot))
-    assert len(tests) == 2000 and len(shots) == 10 * DATASETS[dataset].class_count and not tests & shots
+    assert len(tests) == 2000 and len(shots) == 10 * len(DATASETS[dataset].classes) and not tests & shots
     for whole in (load_test(dataset), few_shot(dataset)):
         for count in (32, 1000):
             assert torch.equal(some(whole, count, seed=3).pixels, whole.pixels[:count])
@@ -203,13 +203,22 @@ def test_crop_is_the_centre_after_resizing_the_shorter_side(tmp_path):
     assert load_test("own", tmp_path, size=56).pixels.unique().tolist() == [255]
 
 
-def test_imagenet_is_a_validation_folder_of_1000_classes(tmp_path, monkeypatch):
+def test_imagenet_is_a_validation_folder_of_synsets(tmp_path, monkeypatch):
     monkeypatch.setenv("DFQ_DATA", str(tmp_path))
-    for folder, count in (("imagenet/val", 1000), ("short", 3)):
-        tree(tmp_path / folder, [f"n{i:08}" for i in range(count)], images=1, size=(20, 10))
+    synsets = DATASETS["imagenet"].classes
+    tree(tmp_path / "imagenet" / "val", synsets, images=1, size=(20, 10))
     found = load_test("imagenet", size=8)
     assert (found.name, found.pixels.shape) == ("imagenet-1000", (1000, 3, 8, 8))
-    refuse("holds 3 class folders .* but imagenet has 1000", dataset="imagenet", data_folder=tmp_path / "short")
+    assert found.labels.tolist() == list(range(1000)) and len(set(synsets)) == 1000
+
+
+def test_a_folder_of_some_known_classes_keeps_their_labels(tmp_path):
+    tree(tmp_path / "val", ("n15075141", "n01440764", "n02123045"), images=1, size=(10, 10))  # the last, the first
+    some_of_it = load_test("imagenet", tmp_path, size=8)
+    assert some_of_it.labels.tolist() == [0, 281, 999] and len(some_of_it.classes) == 1000
+    assert some_of_it.classes[281] == "n02123045" and some_of_it.pixels[:, 0, 0, 0].tolist() == [10, 20, 0]
+    tree(tmp_path / "cifar", ("truck", "cat"), images=1)
+    assert load_test("cifar10", tmp_path / "cifar").labels.tolist() == [3, 9]
 
 
 def test_wrong_folders_and_images(tmp_path):
@@ -236,7 +245,7 @@ def test_a_folder_is_checked_by_its_layout_classes_and_one_image(tmp_path, monke
     tree(tmp_path / "other", (*CIFAR10[1:], "zebra"))
     for function in (image_sets.check_folder, load_test):
         refuse("cat/0.png cannot be read", function, dataset="pets", data_folder=tmp_path / "pets")
-        refuse("missing airplane; unexpected zebra", function, dataset="cifar10", data_folder=tmp_path / "other")
+        refuse("class folder zebra; allowed: the classes", function, dataset="cifar10", data_folder=tmp_path / "other")
         refuse("is not a folder", function, dataset="cifar10", data_folder=tmp_path / "none")
     torchvision_layout(tmp_path / "cifar10", monkeypatch)
     image_sets.check_folder("cifar10", tmp_path / "cifar10")

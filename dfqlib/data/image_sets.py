@@ -51,22 +51,20 @@ class Dataset:
 
     name: str
     size: int | None = None  # height and width in pixels
-    class_count: int = 0
     counts: dict[str, int] = field(default_factory=dict)  # images of each full split
-    classes: tuple[str, ...] = ()  # their names in label order; empty where only their number is known
+    classes: tuple[str, ...] = ()  # the names of its class folders, in label order
     torchvision_folder: str | None = None  # of CIFAR's batches
 
 
-def _cifar(name: str) -> Dataset:
+def _known(name: str, size: int, train: int, test: int) -> Dataset:
     names = tuple((places.ASSETS / f"{name}-classes.txt").read_text(encoding="utf-8").split())
-    counts = {"train": 50_000, "test": 10_000}
-    return Dataset(name, 32, len(names), counts, names, places.TORCHVISION_FOLDERS[name])
+    return Dataset(name, size, {"train": train, "test": test}, names, places.TORCHVISION_FOLDERS.get(name))
 
 
 DATASETS: dict[str, Dataset] = {
-    "cifar10": _cifar("cifar10"),
-    "cifar100": _cifar("cifar100"),
-    "imagenet": Dataset("imagenet", 224, 1000, {"train": 1_281_167, "test": 50_000}),
+    "cifar10": _known("cifar10", 32, 50_000, 10_000),
+    "cifar100": _known("cifar100", 32, 50_000, 10_000),
+    "imagenet": _known("imagenet", 224, 1_281_167, 50_000),
 }
 
 
@@ -81,7 +79,8 @@ def load_test(
 
     ``data_folder`` is a torchvision layout (``cifar-10-batches-py`` or ``cifar-100-python``) or an ImageFolder tree
     (class folders, or ``test/`` or ``val/`` with class folders inside), or holds one in a folder named ``dataset``;
-    ``$DFQ_DATA/<dataset>`` likewise. The package has 2,000 test images of CIFAR-10 and of CIFAR-100;
+    ``$DFQ_DATA/<dataset>`` likewise. Folders of some of a known data set's classes (of ImageNet, synsets such as
+    n01440764) keep those classes' labels. The package has 2,000 test images of CIFAR-10 and of CIFAR-100;
     ``download=True`` asks for all 10,000 instead, through torchvision. A name that is not in ``DATASETS`` stands for
     an ImageFolder tree with any classes.
 
@@ -196,7 +195,7 @@ def _read_sheet(dataset: str, kind: str, split: str) -> ImageSet:
     tiles = sheet.unflatten(0, (-1, known.size)).unflatten(2, (-1, known.size))  # rows, y, columns, x, RGB
     pixels = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous()
     source = f"the package's balanced subset of {len(pixels):,} {dataset} {split} images"
-    return ImageSet(f"{dataset}-{kind}", pixels, torch.arange(len(pixels)) % known.class_count, known.classes, source)
+    return ImageSet(f"{dataset}-{kind}", pixels, torch.arange(len(pixels)) % len(known.classes), known.classes, source)
 
 
 def check_folder(dataset: str, data_folder: str | Path) -> None:
@@ -266,11 +265,14 @@ def _read_folder(known: Dataset, split: str, folder: Path, told: str, size: int 
                 raise UserError(f"{told}: image {files[i]} has {found}; allowed: {allowed}.")
             pixels[i] = image
     name = known.name if known.counts.get(split) in (None, len(files)) else f"{known.name}-{len(files)}"
-    return ImageSet(name, pixels, torch.tensor(labels), tuple(names), f"{len(files):,} {split} images in {place}")
+    return ImageSet(name, pixels, torch.tensor(labels), names, f"{len(files):,} {split} images in {place}")
 
 
-def _list_tree(known: Dataset, folder: Path, told: str) -> tuple[list[str], list[Path], list[int]]:
-    """Class names (class folders in alphabetical order), and the image files of all of them with their labels.
+def _list_tree(known: Dataset, folder: Path, told: str) -> tuple[tuple[str, ...], list[Path], list[int]]:
+    """Class names, and the image files of all class folders with their labels.
+
+    A known data set's names and labels are its own, whichever of them have a folder; others are the class folders in
+    alphabetical order.
 
     Not torchvision's ImageFolder, which takes hidden files and folders for images and classes; a run's identity lists
     the same files as this.
@@ -280,22 +282,18 @@ def _list_tree(known: Dataset, folder: Path, told: str) -> tuple[list[str], list
         loose = len(places.image_files(folder))
         held = f"{loose} images without class folders" if loose else "no class folders"
         raise UserError(f"{told} holds {held}; allowed: one folder of images per class.")
-    if known.classes and tuple(names) != known.classes:
-        wrong = []
-        for word, ours, others in (("missing", known.classes, names), ("unexpected", names, known.classes)):
-            if odd := [name for name in ours if name not in others]:
-                more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-                wrong.append(f"{word} {', '.join(odd[:3])}{more}")
-        raise UserError(f"{told} does not hold the {known.class_count} classes of {known.name}: {'; '.join(wrong)}.")
-    if known.class_count not in (0, len(names)):
-        held = f"{len(names)} class folders ({', '.join(names[:3])}, ..)"
-        raise UserError(f"{told} holds {held} but {known.name} has {known.class_count}.")
-    labelled = [(file, label) for label, name in enumerate(names) for file in places.image_files(folder / name)]
-    files, labels = [file for file, _ in labelled], [label for _, label in labelled]
-    if empty := set(range(len(names))).difference(labels):
-        suffixes = ", ".join(sorted(places.IMAGE_SUFFIXES))
-        raise UserError(f"{told}: class folder {names[min(empty)]!r} holds no images ({suffixes}).")
-    return names, files, labels
+    if known.classes and (odd := [name for name in names if name not in known.classes]):
+        unexpected = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        named = f"{known.classes[0]} to {known.classes[-1]}"
+        raise UserError(f"{told}: unexpected class folder {unexpected}; allowed: the classes of {known.name}, {named}.")
+    classes, files, labels = known.classes or tuple(names), [], []
+    for name in names:
+        if not (inside := places.image_files(folder / name)):
+            suffixes = ", ".join(sorted(places.IMAGE_SUFFIXES))
+            raise UserError(f"{told}: class folder {name!r} holds no images ({suffixes}).")
+        files += inside
+        labels += [classes.index(name)] * len(inside)
+    return classes, files, labels
 
 
 def _read_image(path: Path, size: int | None = None) -> Tensor:
