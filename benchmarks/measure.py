@@ -109,7 +109,7 @@ def peak_bytes(case: Case, side: str, device: torch.device) -> int:
     if device.type == "cuda":
         start, peak = _reset_cuda, lambda: torch.cuda.max_memory_allocated(device)
     else:
-        start, peak = _reset_process, lambda: _kilobytes("VmHWM") * 1024
+        start, peak = reset_process, lambda: kilobytes("VmHWM") * 1024
     marks: list[int] = []
 
     def tick() -> None:
@@ -131,12 +131,12 @@ def _reset_cuda(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _reset_process(device: torch.device) -> int:
+def reset_process(device: torch.device) -> int:
     RESET.write_text("5", encoding="ascii")  # the peak so far becomes what there is now
-    return _kilobytes("VmRSS") * 1024
+    return kilobytes("VmRSS") * 1024
 
 
-def _kilobytes(name: str) -> int:
+def kilobytes(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))[1])
 
 

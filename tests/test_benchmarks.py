@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES, make_case
+from benchmarks.imagenet import split
+from dfqlib.data.image_sets import ImageSet
 from dfqlib.models.teacher import load_teacher
 
 ITERATIONS = 2  # in the first one students observe, in the second one they learn
@@ -30,3 +32,11 @@ def test_published_step_computes_the_same(teacher, name):
         assert found == pytest.approx(expected, rel=1e-6)
     for found, expected in zip(ours.trained, theirs.trained, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8, check_stride=False)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(3, [0, 3, 6]), (4, [0, 2, 4, 6]), (10, list(range(10)))])
+def test_images_to_calibrate_on_are_of_all_classes_and_not_scored(count, chosen):
+    images = ImageSet("ten", torch.zeros(10, 3, 1, 1, dtype=torch.uint8), torch.arange(10), tuple("abcdefghij"), "here")
+    few, others = split(images, count)
+    assert few.labels.tolist() == chosen
+    assert sorted(few.labels.tolist() + others.labels.tolist()) == list(range(10))
