@@ -200,8 +200,8 @@ def test_a_comparison_is_a_grid():
     ]:
         run.row(width, top1=top1, method="compare", variant=f"{source}: {use}", ranges=source)
     shown = tables.present(run.frame()).shown
-    assert list(shown.columns) == ["source", "W4A4 ranges", "W3A3 gdfq"]
-    assert shown.iloc[0].tolist() == ["zeroq", "80.0", "60.0"]
+    assert list(shown.columns) == ["source", "calibration", "W4A4 ranges", "W3A3 gdfq"]
+    assert shown.iloc[0].tolist() == ["zeroq", "published", "80.0", "60.0"]
 
 
 def test_schemes_stand_apart_and_missing_published_values_are_told():
