@@ -1,13 +1,35 @@
 """Commands beside the notebooks.
 
-python -m dfqlib evaluate FILE --data FOLDER     score a kept student on a folder of images
+python -m dfqlib quantize --model .. --out FOLDER    a network in, an integer ONNX file out, without data
+python -m dfqlib evaluate FILE --data FOLDER         score a kept student on a folder of images
 """
 
 import argparse
-import importlib
+import shlex
 import sys
 
 from dfqlib.errors import UserError
+
+#: The options of ``quantize``, checked by :class:`dfqlib.deploy.quantize.Request`, which has their defaults.
+HELP = {
+    "model": "module:function, which makes the network; torchvision/NAME, timm/NAME or dfqlib/NAME",
+    "weights": "a file with its weights: safetensors, or a state dict of torch (default: those that it has, or the "
+    "library's pretrained ones)",
+    "mean": "of the normalisation of its input, for pixels from 0 to 1; one number for each channel",
+    "std": "likewise",
+    "size": "of its images in pixels, such as 224, or 96x64, height by width",
+    "logits": "the name or number of the logits where the network returns several things",
+    "bits": "of weights and activations, 2 to 8 each (default: w8a8)",
+    "budget": "bits a weight on average: every layer has 2, 4 or 8, those that lose least",
+    "out": "a folder for the ONNX file, the student and README.md",
+    "images": "a folder of a few images of your own, for the ranges in place of synthetic ones",
+    "data": "a folder of labelled images, one folder for each class, to measure the true accuracy",
+    "synthetic": "images to make (default: 128)",
+    "iterations": "of their synthesis (default: 100)",
+    "tune": "iterations in which the student learns what the network's residual units give (default: 0)",
+    "seed": "of the images (default: 0)",
+    "device": "cpu, cuda or mps (default: the fastest one present)",
+}
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -16,6 +38,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from dfqlib.deploy.store import load_student, read_header
     from dfqlib.device import pick_device
     from dfqlib.models.evaluate import top1
+    from dfqlib.models.named import network_from
 
     header = read_header(options.file)
     entry, device = header.entry, pick_device(options.device)
@@ -27,19 +50,27 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"top-1 {score:.2f} ± {score.standard_error:.2f} %, top-5 {score.top5:.2f} %{score.diverged}")
 
 
-def network_from(text: str) -> object:
-    """What the function that ``text`` names, as ``module:function``, returns; UserError where there is none."""
-    module, _, function = text.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"model={text!r} is no module:function that can be called ({error}).") from None
+def quantize(options: argparse.Namespace) -> None:
+    """Quantize a network without data, and write what runs and a page about it."""
+    from dfqlib.deploy.page import accuracy, write_page
+    from dfqlib.deploy.quantize import Request
+    from dfqlib.deploy.quantize import quantize as quantized
+
+    given = {name: ",".join(words) for name in HELP if (words := getattr(options, name))}
+    request = Request(**{name: Request.parse(name, text) for name, text in given.items()})
+    made = quantized(request)
+    typed = " ".join(f"--{name} {shlex.quote(text).replace(',', ' ')}" for name, text in given.items())
+    print(f"{write_page(made, request, f'python -m dfqlib quantize {typed}')}:", *accuracy(made, request), sep="\n  ")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2 for input that a user can correct; 130 after an interrupt."""
     parser = argparse.ArgumentParser(prog="python -m dfqlib", description="Commands beside the notebooks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("quantize", help="a network in, an integer ONNX file out, without data")
+    for name, text in HELP.items():
+        command.add_argument(f"--{name}", nargs="+", metavar=name.upper(), help=text)
+    command.set_defaults(run=quantize)
     command = commands.add_parser("evaluate", help="score a kept student on a folder of images")
     command.add_argument("file", metavar="FILE", help="a student, such as kept/W4A4.safetensors of a run")
     command.add_argument("--data", metavar="FOLDER", help="a folder of images for each class, or torchvision's layout "

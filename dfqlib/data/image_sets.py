@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import math
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -252,20 +253,38 @@ def _read_folder(known: Dataset, split: str, folder: Path, told: str, size: int 
         source = f"all {len(pixels):,} {known.name} {split} images in {place}"
         return ImageSet(known.name, pixels, torch.tensor(read.targets), known.classes, source)
     names, files, labels = _list_tree(known, place, told)
-    cropped = not known.torchvision_folder
-    read_image = functools.partial(_read_image, size=(size or known.size) if cropped else None)
-    first = read_image(files[0])
-    _, height, width = first.shape if cropped else (3, known.size, known.size)
-    pixels = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+    if known.torchvision_folder:
+        pixels = _read_images(files, told, None, (known.size, known.size))
+    else:
+        pixels = _read_images(files, told, size or known.size)
+    name = known.name if known.counts.get(split) in (None, len(files)) else f"{known.name}-{len(files)}"
+    return ImageSet(name, pixels, torch.tensor(labels), names, f"{len(files):,} {split} images in {place}")
+
+
+def read_images(folder: str | Path, size: int | tuple[int, int]) -> Tensor:
+    """All images below ``folder``, without labels: uint8 (N, 3, H, W), cropped to a square ``size`` as by load_test.
+
+    ``size`` as (height, width) is that which they must have. UserError for no images, and for others.
+    """
+    told = f"images={str(folder)!r}"
+    if not (files := places.image_files(places.expand(folder))):
+        raise UserError(f"{told} holds no images ({', '.join(sorted(places.IMAGE_SUFFIXES))}).")
+    return _read_images(files, told, size) if isinstance(size, int) else _read_images(files, told, None, size)
+
+
+def _read_images(files: Sequence[Path], told: str, crop: int | None, shape: tuple[int, int] | None = None) -> Tensor:
+    """The images in ``files``, uint8 (N, 3, H, W), all of ``shape`` (height, width), else of the first one's."""
+    read_image = functools.partial(_read_image, size=crop)
+    height, width = shape or read_image(files[0]).shape[1:]
+    pixels = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         for i, image in enumerate(pool.map(read_image, files)):
             if image.shape != (3, height, width):
-                allowed = f"{width} x {height}" + (" like the others, or size= a crop" if cropped else "")
+                allowed = f"{width} x {height}" + ("" if shape else " like the others, or size= a crop")
                 found = f"{image.shape[2]} x {image.shape[1]} pixels"
                 raise UserError(f"{told}: image {files[i]} has {found}; allowed: {allowed}.")
             pixels[i] = image
-    name = known.name if known.counts.get(split) in (None, len(files)) else f"{known.name}-{len(files)}"
-    return ImageSet(name, pixels, torch.tensor(labels), names, f"{len(files):,} {split} images in {place}")
+    return pixels
 
 
 def _list_tree(known: Dataset, folder: Path, told: str) -> tuple[tuple[str, ...], list[Path], list[int]]:

@@ -54,7 +54,7 @@ def export_onnx(
     """
     check_choice("four_bits", four_bits, FOUR_BITS)
     if check_choice("format", format, FORMATS) == "onnx":
-        _require("onnxscript", "onnxruntime")
+        require("onnxscript", "onnxruntime")
     final, path = finalise(student), Path(path)
     lowered = lower(final)
     example = images[:1].expand(2, *images.shape[1:]).contiguous()
@@ -88,7 +88,7 @@ def run_onnx(path: str | Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
 
     ``threads`` 0 takes as many as ONNX Runtime finds best.
     """
-    _require("onnxruntime")
+    require("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -98,7 +98,8 @@ def run_onnx(path: str | Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {given.name: images.contiguous().cpu().numpy()})[0])
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
+    """UserError, naming it, for one of ``packages`` that is not installed."""
     for package in packages:
         try:
             importlib.import_module(package)

@@ -32,6 +32,22 @@ def score(logits: Tensor, image_set: ImageSet) -> Score:
     return Score((logits.argmax(1) == labels).numpy(), 100 * among.sum().item() / len(labels))
 
 
+def same_class(logits: Tensor, others: Tensor) -> Score:
+    """The share of images to which two networks give the same class, from the logits (N, classes) of both."""
+    return Score((logits.argmax(1) == others.argmax(1)).cpu().numpy())
+
+
+def expected_drop(teacher_logits: Tensor, logits: Tensor) -> tuple[float, float]:
+    """The drop in points that is to be expected of a student by its teacher's probabilities p; and its standard error.
+
+    Mean over images of p(the teacher's class) - p(the student's class): the drop of accuracy on these images if each
+    has the label y with probability p(y). Logits (N, classes).
+    """
+    p = teacher_logits.softmax(1)
+    lost = 100 * (p.amax(1) - p.gather(1, logits.argmax(1, keepdim=True)).squeeze(1))
+    return lost.mean().item(), (lost.std() / len(lost) ** 0.5).item()
+
+
 def predict(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> Tensor:
     """Logits (N, classes) on the CPU, computed in eval mode; the network's mode is restored afterwards.
 

@@ -24,14 +24,14 @@ def unwrapped(network: nn.Module) -> nn.Module:
     return network
 
 
-def prepare(network: nn.Module, images: Tensor, classes: int, logits: str | int | None = None) -> nn.Module:
+def prepare(network: nn.Module, images: Tensor, classes: int | None, logits: str | int | None = None) -> nn.Module:
     """A float32 copy of ``network`` in eval mode in layers that synthesis and students see; ``network`` stays as it is.
 
-    The copy takes images of the size of ``images`` (B, C, H, W) and returns logits (B, ``classes``); ``logits`` names
-    them where the network returns several things. It is the network itself where each batch norm that runs is a module
-    and torch.fx can trace it; else its graph for images of this size. Either way it is checked on ``images``: the same
-    logits, and the same batch norms in the same order as run in ``network``. UserError if no copy is the same, for
-    numbers that are not finite, and for outputs that are not as said.
+    The copy takes images of the size of ``images`` (B, C, H, W) and returns logits (B, ``classes``), of any number for
+    None; ``logits`` names them where the network returns several things. It is the network itself where each batch norm
+    that runs is a module and torch.fx can trace it; else its graph for images of this size. Either way it is checked on
+    ``images``: the same logits, and the same batch norms in the same order as run in ``network``. UserError if no copy
+    is the same, for numbers that are not finite, and for outputs that are not as said.
     """
     name = f"network={type(network).__name__}"
     if isinstance(network, torch.jit.ScriptModule):
@@ -39,9 +39,9 @@ def prepare(network: nn.Module, images: Tensor, classes: int, logits: str | int 
     refuse_nan(network.state_dict(), name)
     outputs, norms = outputs_and_norms(network, images, name)
     expected = _named(outputs, logits, name).float()
-    if expected.shape != (len(images), classes):
+    if expected.dim() != 2 or expected.shape != (len(images), classes or expected.shape[1]):
         told = f"{name} returns {tuple(expected.shape)} for {len(images)} images"
-        raise UserError(f"{told}; allowed: ({len(images)}, {classes}), for classes={classes}.")
+        raise UserError(f"{told}; allowed: ({len(images)}, {classes or 'classes'}), for classes={classes}.")
     if not expected.isfinite().all():
         raise UserError(f"{name} returns logits that are not finite for images of mean 0 and standard deviation 1.")
     coarse = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in network.parameters())

@@ -8,7 +8,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,7 +57,7 @@ class Teacher:
     def from_module(
         cls,
         network: nn.Module,
-        classes: int,
+        classes: int | None,
         mean: Sequence[float],
         std: Sequence[float],
         name: str = "own",
@@ -68,6 +68,7 @@ class Teacher:
     ) -> Self:
         """A teacher from any network that maps normalised images (N, len(mean), H, W) to logits (N, ``classes``).
 
+        ``classes`` None takes as many as the network returns.
         ``mean`` and ``std`` are per channel, for pixels scaled to [0, 1]; ``input_size`` is height and width, or one
         number for both; ``logits`` names the logits where the network returns a dict, a tuple or a dataclass. The
         network is copied, in float32 and in layers the kit knows, as :func:`~dfqlib.models.intake.prepare` does: the
@@ -75,7 +76,7 @@ class Teacher:
         """
         if not len(mean) == len(std) > 0 or not all(value > 0 for value in std):
             raise UserError(f"mean={mean!r}, std={std!r} do not fit; allowed: one number per channel, std above 0.")
-        entry = ModelEntry(name, dataset, "own", input_size, classes, tuple(mean), tuple(std))
+        entry = ModelEntry(name, dataset, "own", input_size, classes or 0, tuple(mean), tuple(std))
         given, network = type(network).__name__, intake.unwrapped(network)
         digest = hashlib.sha256()
         for key, value in network.state_dict().items():
@@ -86,6 +87,8 @@ class Teacher:
             warnings.warn(f"{source}.", stacklevel=2)
         images = torch.randn(3, *entry.image_shape, generator=torch.Generator().manual_seed(0))
         prepared = intake.prepare(network, images, classes, logits)
+        with torch.no_grad():
+            entry = replace(entry, classes=prepared(images).shape[1])
         return cls(channels_last(prepared.to(pick_device(device))), entry, source, digest.hexdigest())
 
     @property

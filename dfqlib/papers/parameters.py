@@ -153,8 +153,21 @@ class Calibration(Quantizing, schedules.Budget):
     student_lr: float = setting(5e-4, 1e-12, 1e3)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deploy(Quantizing, schedules.HardImageSchedule):
+    """Notebook 08: no paper has it, and its longest schedule is that of the other calibrated students."""
+
+    bits: list[BitWidths] = setting(["W8A8", "W4A8", "W4A4"], least=1)
+    images: int = setting(512, 8, 10**7)
+    training_iterations: int = setting(1000, 1, FOREVER)
+    tuning_iterations: int = setting(400, 1, FOREVER)
+    budget: float = setting(5.0, 2.5, 8)
+
+
 #: By the notebook's key in ``profiles.toml``.
-NOTEBOOKS = {each.__name__.lower(): each for each in (Teachers, ZeroQ, GDFQ, Qimera, DSG, SaFT, Compare, Calibration)}
+NOTEBOOKS = {
+    each.__name__.lower(): each for each in (Teachers, ZeroQ, GDFQ, Qimera, DSG, SaFT, Compare, Calibration, Deploy)
+}
 
 
 def declared_by(defaults: dict[str, Any]) -> type[Settings]:

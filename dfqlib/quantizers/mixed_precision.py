@@ -21,15 +21,18 @@ mean_kl = functools.partial(distillation_kl, temperature=1.0)  # of (teacher log
 
 
 @torch.no_grad()
-def sensitivity(teacher: nn.Module, images: Tensor, bits: Sequence[int] = (2, 4, 8)) -> pd.DataFrame:
+def sensitivity(
+    teacher: nn.Module, images: Tensor, bits: Sequence[int] = (2, 4, 8), weights: str = "asymmetric"
+) -> pd.DataFrame:
     """KL divergence from the teacher's outputs if the weight of one layer alone is quantized (ZeroQ, section 3.2).
 
     images: (N, 3, H, W), normalised; in ZeroQ the distilled data. Activations stay in float, as their width is the same
-    for every assignment. Rows: layers in the order they run; columns: bit widths; values: :func:`mean_kl`.
+    for every assignment; ``weights`` as in :func:`.convert.quantize_model`. Rows: layers in the order they run;
+    columns: bit widths; values: :func:`mean_kl`.
     Raises UserError for bits outside 2 to 8 or a teacher that cannot be traced.
     """
     bits = [check_width("bits", width) for width in bits]
-    network, table = quantize_model(teacher, BitWidths(None, None)), {}
+    network, table = quantize_model(teacher, BitWidths(None, None), weights=weights), {}
     teacher_logits = network(images)
     for layer in track(weight_layers(network), "sensitivity of each layer"):
         module, divergences = network.get_submodule(layer), []

@@ -18,7 +18,7 @@ from dfqlib.files import sha256, write_json
 from dfqlib.papers.notebook_source import notebook_sources
 
 #: Modules and packages that show or keep results and compute none: a change in them leaves finished runs valid.
-DISPLAY_MODULES = ("dfqlib.progress", "dfqlib.papers", "dfqlib.report", "dfqlib.deploy")
+DISPLAY_MODULES = ("dfqlib.progress", "dfqlib.papers", "dfqlib.report", "dfqlib.deploy.store")
 #: Calls that only show their texts.
 MESSAGES = ("print", "warn", "warnings.warn", "findings")
 MAGIC = re.compile(r"^(\s*)([%!].*)$", re.MULTILINE)

@@ -1,0 +1,148 @@
+"""``python -m dfqlib quantize``: a network of one's own becomes a file that runs, or is refused before any work."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dfqlib import __main__ as command
+from dfqlib.deploy.quantize import suggest
+from dfqlib.deploy.store import load_student, read_header
+from dfqlib.generators.cost import measure
+from dfqlib.models.evaluate import expected_drop
+from dfqlib.quantizers.mixed_precision import sensitivity
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+NETWORK = """
+import torch
+from torch import nn
+
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return self.body(x) + x
+
+def make(channels=3, norm=nn.BatchNorm2d, unit=Unit):
+    torch.manual_seed(0)
+    first = [nn.Conv2d(channels, 8, 3), norm(8), nn.ReLU(), unit()]
+    return nn.Sequential(*first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+def grey():
+    return make(1)
+
+def plain():
+    return make(norm=nn.Identity, unit=nn.Identity)
+
+def tensor():
+    return torch.zeros(3)
+"""
+COLOUR = ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
+SHORT = ["--size", "12", "--out", "out", "--synthetic", "8", "--iterations", "2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder of one's own, with a module, its weights and some images."""
+    name = f"net_{tmp_path.name}".replace("-", "_")  # modules are imported once
+    (tmp_path / f"{name}.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    random = np.random.default_rng(0)
+    for label in range(4):
+        folder = tmp_path / "data" / f"class{label}"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return name
+
+
+def test_readmes_lines_end_in_a_file_that_onnx_runtime_runs(here, tmp_path):
+    _, _, section = README.partition("## Your own network")
+    typed, python = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("sh", "python"))
+    network = __import__(here).make()
+    torch.save(network.state_dict(), "mynet.pth")
+    words = typed.replace("mynet:", f"{here}:").split()[3:]
+    assert command.main([*words, "--synthetic", "8", "--iterations", "2", "--data", "data", "--tune", "2"]) == 0
+    lines: dict = {}
+    exec(python, lines)
+    assert lines["logits"].shape == (1, 4)
+    page = Path("quantized/README.md").read_text()
+    for told in ("Agreement", "Predicted loss of accuracy", "True accuracy", "quantized/make.onnx".partition("/")[2]):
+        assert told in page
+    assert Path("quantized/sensitivity.png").stat().st_size
+    assert load_student("quantized/student.safetensors", network)(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_network_of_one_channel_gets_widths_under_a_budget(here, capsys):
+    own = ["--model", f"{here}:grey", "--mean", "0.5", "--std", "0.25", "--budget", "4", "--data", "data"]
+    assert command.main(["quantize", *own, *SHORT]) == 0
+    assert "GB free" in capsys.readouterr().out
+    assert set(read_header("out/student.safetensors").weight_bits.values()) <= {2, 4, 8}
+    session = onnxruntime.InferenceSession("out/grey.onnx")
+    assert session.run(None, {"images": np.zeros((3, 1, 12, 12), np.float32)})[0].shape == (3, 4)
+
+
+def test_a_network_without_batch_norms_is_told_so_and_takes_a_few_images(here, capsys):
+    own = ["quantize", "--model", f"{here}:plain", *COLOUR, *SHORT]
+    assert command.main(own) == 2
+    assert "plain has no batch norms" in (said := capsys.readouterr().err) and "--images FOLDER" in said
+    assert command.main([*own, "--images", "data"]) == 0
+    assert "of your images that were not used" in Path("out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--bits", "w9a8"], "bits='w9a8' is not supported; allowed: names such as 'W4A8'"),
+        (["--size", "12x"], "size='12x' is no size"),
+        (["--std", "0.25", "0", "0.25"], "std=0 is out of range"),
+        (["--mean", "0.5"], "one number per channel"),
+        (["--budget", "2"], "budget=2 is out of range; allowed: bits a weight from 2.5 to 8"),
+        (["--weights", "none.pth"], "weights='none.pth' is not a file"),
+        (["--data", "none"], "--data 'none' is not a folder"),
+        (["--images", "none"], "images='none' holds no images"),
+        (["--model", "none:make"], "model='none:make' is no module:function"),
+        (["--model", "dfqlib/resnet21", "--bits", "w4a4"], "mean, std and size of model='dfqlib/resnet21' are known"),
+        (["--model", "torchvision/resnet"], "did you mean 'torchvision/resnet"),
+        (["--model", "{here}:tensor"], "it returns a Tensor"),
+        (["--model", "{here}:plain", "--images", "data", "--tune", "5"], "plain has no residual units"),
+        (["--out", "data"], "out='data' holds files that are not from here"),
+        (["--device", "gpu"], "device='gpu' is unknown"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_sentence(here, capsys, options, sentence):
+    typed = [option.format(here=here) for option in options]
+    assert command.main(["quantize", "--model", f"{here}:make", *COLOUR, *SHORT, *typed]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and "GB free" not in said.out
+
+
+def test_the_expected_drop_counts_a_change_by_the_teachers_certainty():
+    teacher = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]).log()
+    same, changed = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    points, error = expected_drop(teacher, torch.stack([same, changed, changed]))
+    assert points == pytest.approx(100 * 0.2 / 3) and error == pytest.approx(100 * 0.2 / 3)
+
+
+def test_the_batch_is_what_the_memory_allows():
+    def step(images):
+        x = torch.ones(images, 1000, requires_grad=True)
+        x.exp().exp().sum().backward()  # keeps both results, 8,000 bytes an image
+
+    cost = measure(step, 1000, torch.device("cpu"))
+    assert cost.batch == 250 and cost.bytes == 250 * 1.5 * 8000 <= cost.free
+
+
+def test_suggested_widths_fit_the_budget():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
+    found = suggest(network, sensitivity(network, torch.randn(4, 3, 8, 8)), 4)
+    weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
+    assert set(found.bits) == {"0", "2", "4"} and found.size <= weights * 4 / 8
