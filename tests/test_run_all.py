@@ -362,7 +362,7 @@ def test_data_folder_and_weights_are_checked_before_any_work(kit, tmp_path, caps
     weights.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     for setting, sentence in [
         (f"data_folder={empty}", "is empty"),
-        (f"data_folder={wrong}", "does not hold the 10 classes of cifar10"),
+        (f"data_folder={wrong}", "unexpected class folder kittens"),
         (f"weights={weights}", "truncated"),
         (f"weights={tmp_path / 'none.safetensors'}", "is not a file"),
     ]:
