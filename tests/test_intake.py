@@ -51,9 +51,10 @@ def images(count: int = 5, channels: int = 3, height: int = 12, width: int = 12)
 
 
 class NormAct(nn.BatchNorm2d):
-    """Batch norm and activation in one module, in functions."""
+    """Batch norm and activation in one module, in functions, after a look at the input."""
 
     def forward(self, x):
+        torch._assert(x.ndim == 4, "four dimensions")
         x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
         return F.relu(x)
 
@@ -68,13 +69,14 @@ class Renamed(nn.BatchNorm2d):
 
 
 class SameConv(nn.Conv2d):
-    """As much padding as the size of the input needs."""
+    """As much padding as the size of the input needs, and no lower precision."""
 
     def forward(self, x):
         rows, columns = (max((math.ceil(side / 2) - 1) * 2 + 3 - side, 0) for side in x.shape[-2:])
         if rows > 0 or columns > 0:
             x = F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
-        return F.conv2d(x, self.weight, self.bias, 2)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return F.conv2d(x, self.weight, self.bias, 2)
 
 
 class StandardisedConv(nn.Conv2d):

@@ -33,6 +33,8 @@ _WEIGHT_FUNCTIONS = {
     *(F.conv1d, F.conv2d, F.conv3d, F.linear),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
+# Of sizes, which are as they were; their nodes would count as uses of a layer's output.
+_CHECKS = {torch._assert, getattr, "size", "dim", *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt)}
 _SCALES = nn.LayerNorm, nn.RMSNorm  # whose weights scale elementwise: no bit width is for them
 
 
@@ -87,6 +89,10 @@ class _Sized(fx.Proxy):
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
+    @property
+    def device(self) -> fx.proxy.Attribute:
+        return _Device(self, "device")
+
     def dim(self) -> int:
         return self.tracer.values[self.node].dim()
 
@@ -101,6 +107,14 @@ class _Sized(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.settled(self.node))
+
+
+class _Device(fx.proxy.Attribute):
+    """The device of a proxy, which is asked for at each call; its type, which torch.autocast wants, is known."""
+
+    @property
+    def type(self) -> str:
+        return self.root.tracer.values[self.root.node].device.type
 
 
 class _Tracer(fx.Tracer):
@@ -196,11 +210,12 @@ def _with_layers(model: fx.GraphModule, origin: nn.Module) -> fx.GraphModule:
         call.meta = node.meta
         node.replace_all_uses_with(call)
         model.graph.erase_node(node)
-    if not layers:
-        return model
-    for node in [each for each in model.graph.nodes if each.target is torch._assert] + [*known][::-1]:
-        if not node.users:
+    for node in reversed(model.graph.nodes):
+        if not node.users and (node in known or node.target in _CHECKS):
             model.graph.erase_node(node)
+    if not layers:
+        model.recompile()
+        return model
     parts = dict(layers)
     for node in model.graph.nodes:
         if node.op in ("call_module", "get_attr") and node.target not in layers:
