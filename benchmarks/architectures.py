@@ -31,6 +31,7 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.models.zoo import IMAGENET_MEAN, IMAGENET_STD
 from dfqlib.quantizers.calibrate import calibrated
 from dfqlib.quantizers.layers import FakeQuantize, QuantizedLayer
+from dfqlib.quantizers.sites import relu_sites
 from dfqlib.schedules import ImageSchedule
 
 NETWORKS = {
@@ -144,10 +145,10 @@ def look_at(name: str) -> dict[str, Any]:
         return row | {"why": str(error)}
     attempt("seen", seen)
     attempt("images", lambda: len(distil_images(teacher, ImageSchedule(images=2, synthesis_iterations=2)).images))
-    attempt("papers", lambda: student("papers"))
     attempt("integer", lambda: student("integer"))
     if "integer" in made:
         attempt("quantized", quantized)
+        attempt("papers", lambda: student("papers") if relu_sites(made["integer"]) else 0)
         attempt("MB", exported)
     return row
 

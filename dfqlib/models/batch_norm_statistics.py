@@ -137,14 +137,16 @@ def batch_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.flatten(), variance.flatten()
 
 
-def sample_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+def sample_mean_var(x: Tensor, samples: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance (B, C) of each sample and channel of ``x`` (B, C, ...) over space.
 
-    A single position has no spread: there each sample has :func:`batch_mean_var`, over the batch alone.
+    A single position has no spread: there each sample has :func:`batch_mean_var`, over the batch alone; and so has each
+    of ``samples`` (default: B) where ``x`` has more rows than these, such as one for each position.
     """
-    if math.prod(x.shape[2:]) < 2:
+    samples = samples or len(x)
+    if math.prod(x.shape[2:]) < 2 or len(x) != samples:
         mean, variance = batch_mean_var(x)
-        return mean.expand(x.shape[:2]), variance.expand(x.shape[:2])
+        return mean.expand(samples, -1), variance.expand(samples, -1)
     mean, variance = _mean_var(x, tuple(range(2, x.dim())), 1)
     return mean.flatten(1), variance.flatten(1)
 
@@ -194,7 +196,8 @@ def sample_gaps(layers: Sequence[BatchNormInput]) -> tuple[Tensor, Tensor]:
 
     The channels of all ``layers`` are concatenated, so that a loss computes once for all layers.
     """
-    statistics = [sample_mean_var(layer.tensor) for layer in layers]
+    samples = min(len(layer.tensor) for layer in layers)
+    statistics = [sample_mean_var(layer.tensor, samples) for layer in layers]
     mean, variance, running_mean, running_variance = _concatenated(statistics, layers)
     return mean - running_mean, (variance + EPSILON).sqrt() - (running_variance + EPSILON).sqrt()
 

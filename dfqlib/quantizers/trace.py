@@ -1,5 +1,6 @@
 """A network as a torch.fx graph in which each layer with weights, each batch norm and each ReLU is one node."""
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,6 +54,11 @@ def trace(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     if (dtype := next((p.dtype for p in model.parameters()), None)) in (torch.float16, torch.bfloat16):
         raise UserError(f"{network} has weights of {dtype}, too coarse to compute ranges with; pass {network}.float().")
     copied, tracer = plain_copy(model), _Tracer(images)
+    kind = type(copied)
+    if (
+        len(inspect.signature(kind.forward).parameters) > 2
+    ):  # options, such as masks, are no inputs: their defaults hold
+        copied.__class__ = type(network, (kind,), {"forward": lambda self, images: kind.forward(self, images)})
     try:
         # A graph that is there knows which module each of its calls was made in.
         graph = copied.graph if isinstance(copied, fx.GraphModule) else tracer.trace(copied)
@@ -111,6 +117,8 @@ class _Sized(fx.Proxy):
 
 class _Device(fx.proxy.Attribute):
     """The device of a proxy, which is asked for at each call; its type, which torch.autocast wants, is known."""
+
+    root: _Sized
 
     @property
     def type(self) -> str:
