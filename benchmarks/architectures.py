@@ -10,7 +10,6 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.rows import in_process
 from dfqlib.bits import BitWidths
 from dfqlib.deploy.export import export_onnx
 from dfqlib.device import code_version
@@ -153,28 +153,9 @@ def look_at(name: str) -> dict[str, Any]:
     return row
 
 
-def send(name: str, end: Connection) -> None:
-    torch.set_num_threads(1)
-    try:
-        end.send(look_at(name))
-    except Exception as error:  # the row tells whatever went wrong
-        end.send({"network": name, "why": f"{type(error).__name__}: {first_line(error)}."})
-
-
-def in_process(name: str) -> dict[str, Any]:
-    """:func:`look_at` in a process of its own, so that a network that fails costs its row alone."""
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(name, theirs))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(SECONDS) else {"network": name, "why": f"not done after {SECONDS} s."}
-    except EOFError:
-        return {"network": name, "why": "its process died."}
-    finally:
-        process.kill()
-        process.join()
+def row_of(name: str) -> dict[str, Any]:
+    """:func:`look_at` in a process of its own."""
+    return {"network": name} | in_process(look_at, name, seconds=SECONDS, start="forkserver")
 
 
 def verdict(row: Any) -> str:
@@ -232,7 +213,7 @@ def main() -> None:
     multiprocessing.set_forkserver_preload(PRELOADED)
     rows = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for row in pool.map(in_process, arguments.networks):
+        for row in pool.map(row_of, arguments.networks):
             rows.append(row)
             print(json.dumps(row), flush=True)
     table = pd.DataFrame(rows, columns=COLUMNS)

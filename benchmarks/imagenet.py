@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, fx
 
+from benchmarks.rows import add, markdown
 from dfqlib import files
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import ImageSet, load_test
@@ -89,23 +90,6 @@ CALIBRATIONS: dict[str, Callable[[Teacher, BitWidths, Tensor], fx.GraphModule]] 
 }
 
 
-def add(row: dict[str, object]) -> pd.DataFrame:
-    """Put ``row`` into ``imagenet.csv``, in place of an earlier one of the same key; returns all rows."""
-    table = pd.DataFrame([row])
-    if TABLE.exists():
-        before = pd.read_csv(TABLE)
-        same = (before[KEY] == table[KEY].iloc[0]).all(axis=1)
-        table = pd.concat([before[~same], table], ignore_index=True)
-    files.write_text(TABLE, table.to_csv(index=False, float_format="%.6g"))
-    return table
-
-
-def markdown(rows: list[list[str]], words: int) -> str:
-    """A GitHub table of ``rows``, titles first, whose columns after the first ``words`` are aligned right."""
-    rule = ["---"] * words + ["---:"] * (len(rows[0]) - words)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]]) + "\n"
-
-
 def page(table: pd.DataFrame) -> str:
     """The table of ``imagenet.md``: a line for each calibration and source of images, a column for each width."""
     last, cells = table.iloc[-1], table.set_index(KEY)
@@ -152,7 +136,7 @@ def main() -> None:
                 drop = paired_difference(full, score)
                 row |= {"top1": float(score), "standard_error": score.standard_error}
                 row |= {"drop": drop.points, "drop_standard_error": drop.standard_error}
-                files.write_text(PAGE, page(add(row | fixed)))
+                files.write_text(PAGE, page(add(TABLE, pd.DataFrame([row | fixed]), KEY)))
                 print(f"{calibration}, {source}, {bits}: {score:.2f}", flush=True)
 
 

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.rows import add
 from dfqlib import plotting
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import load_test
 from dfqlib.device import code_version, describe_hardware, pick_device, seed_everything
-from dfqlib.files import atomic_path
 from dfqlib.finetuning.loop import Checkpoint, History, finetune
 from dfqlib.methods import gdfq, qimera
 from dfqlib.models.evaluate import top1
@@ -72,17 +72,6 @@ def run(method: str, dataset: str, bits: BitWidths, profile: str, seed: int, unt
     fixed |= {"batch": schedule.batch, "data": test.name}
     fixed |= {"teacher": top1(teacher.network, test, teacher), "hardware": describe_hardware(device)}
     return table.assign(**fixed, torch=torch.__version__, commit=code_version())
-
-
-def add(table: pd.DataFrame) -> pd.DataFrame:
-    """Replace the rows of the same run in ``schedules.csv`` by ``table``; returns all rows."""
-    if TABLE.exists():
-        before = pd.read_csv(TABLE)
-        same = (before[KEY].astype(str) == table[KEY].iloc[0].astype(str)).all(axis=1)
-        table = pd.concat([before[~same], table], ignore_index=True)
-    with atomic_path(TABLE) as temporary:
-        table.to_csv(temporary, index=False)
-    return table
 
 
 def draw(table: pd.DataFrame) -> None:
@@ -140,7 +129,7 @@ def main() -> None:
         for profile in options.profiles:
             for seed in options.seeds:
                 table = run(method, options.dataset, options.bits, profile, seed, options.until, options.every)
-                draw(add(table))
+                draw(add(TABLE, table, KEY))
                 print(table[[*KEY, "iteration", "top1", "teacher"]].tail(1).to_string(index=False))
 
 

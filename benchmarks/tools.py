@@ -8,25 +8,23 @@ its own, so that one that fails costs its row alone. Needs Linux, for the peak m
 import argparse
 import importlib.metadata
 import inspect
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.imagenet import INTEGER, lite0, make_images, markdown, split
+from benchmarks.imagenet import INTEGER, lite0, make_images, split
 from benchmarks.measure import kilobytes, reset_process
+from benchmarks.rows import add, in_process, markdown
 from dfqlib import __version__, files
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import ImageSet, few_shot, load_test, some
 from dfqlib.device import code_version, describe_hardware, seed_everything
-from dfqlib.errors import first_line
 from dfqlib.models.evaluate import score, top1
 from dfqlib.models.teacher import Teacher, load_teacher
 from dfqlib.quantizers.calibrate import corrected
@@ -176,41 +174,6 @@ def lines_of(use: Callable[..., Predict]) -> int:
     return sum(bool(line.strip()) for line in source.split(") -> Predict:\n")[1].splitlines())
 
 
-def send(end: Connection, *parts: object) -> None:
-    torch.set_num_threads(1)
-    try:
-        end.send(measure(*parts))
-    except Exception as error:  # the row tells whatever went wrong
-        end.send({"why": f"{type(error).__name__}: {first_line(error)}"})
-
-
-def in_process(*parts: object) -> dict[str, object]:
-    """:func:`measure` in a process of its own; its reason where there is no result."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(theirs, *parts))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(SECONDS) else {"why": f"not done after {SECONDS} s"}
-    except EOFError:
-        return {"why": "its process died"}
-    finally:
-        process.kill()
-        process.join()
-
-
-def add(row: dict[str, object]) -> pd.DataFrame:
-    """Put ``row`` into ``tools.csv``, in place of an earlier one of the same key; returns all rows."""
-    table = pd.DataFrame([row])
-    if TABLE.exists():
-        before = pd.read_csv(TABLE)
-        same = (before[KEY] == table[KEY].iloc[0]).all(axis=1)
-        table = pd.concat([before[~same], table], ignore_index=True)
-    files.write_text(TABLE, table.to_csv(index=False, float_format="%.6g"))
-    return table
-
-
 def page(table: pd.DataFrame) -> str:
     """A table for each network: a line for each tool, width and source of images."""
     text = ""
@@ -258,8 +221,8 @@ def main() -> None:
                 "lines": lines_of(use),
                 "why": None,
             }
-            row |= in_process(arguments.network, arguments.data, name, images) | fixed
-            files.write_text(PAGE, page(add(row)))
+            row |= in_process(measure, arguments.network, arguments.data, name, images, seconds=SECONDS) | fixed
+            files.write_text(PAGE, page(add(TABLE, pd.DataFrame([row]), KEY)))
             print(*(f"{key}: {row.get(key)}" for key in (*KEY, "top1", "cpu_s", "bytes", "why")), sep=", ", flush=True)
 
 

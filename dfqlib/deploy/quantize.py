@@ -15,11 +15,9 @@ from dfqlib.data.image_sets import ImageSet, load_test, read_images
 from dfqlib.deploy.export import Exported, export_onnx, require
 from dfqlib.deploy.store import save_student
 from dfqlib.errors import UserError
-from dfqlib.finetuning.loop import finetune
 from dfqlib.finetuning.network_views import NetworkProbe
-from dfqlib.finetuning.streams import ImageStream
 from dfqlib.generators.cost import measure
-from dfqlib.methods import reconstruct, saft
+from dfqlib.methods import reconstruct
 from dfqlib.methods.hast import hard_images
 from dfqlib.models.batch_norm_statistics import batch_norms
 from dfqlib.models.evaluate import expected_drop, same_class, top1
@@ -30,7 +28,7 @@ from dfqlib.quantizers.calibrate import calibrated, corrected
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.finalise import finalise
 from dfqlib.quantizers.trace import trace, weight_layers
-from dfqlib.schedules import CalibratedSchedule, HardImageSchedule
+from dfqlib.schedules import HardImageSchedule
 from dfqlib.scores import Score
 from dfqlib.settings import Settings, setting
 
@@ -146,11 +144,8 @@ def calibrate(teacher: Teacher, bits: BitWidths, images: Tensor) -> fx.GraphModu
 
 def tune(teacher: Teacher, student: fx.GraphModule, images: Tensor, iterations: int, seed: int = 0) -> None:
     """Let ``student`` learn what the teacher's residual units give (:mod:`dfqlib.methods.reconstruct`), in place."""
-    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)  # which it does not look at
-    stream = ImageStream(teacher.network, images, labels, min(TUNED_BATCH, len(images)), seed=seed)
-    schedule = CalibratedSchedule(iterations=iterations + 1, train_from=1)
-    seen = saft.WithTeacherView(stream, NetworkProbe(teacher.network))
-    history = finetune(seen, {"student": reconstruct.make_student(student)}, schedule, label="tuning")
+    students = {"student": reconstruct.make_student(student)}
+    history = reconstruct.reconstruct(teacher, students, images, iterations, TUNED_BATCH, seed=seed, label="tuning")
     if history.diverged:
         raise UserError(f"tune={iterations}: {history.diverged['student']}.")
 

@@ -4,7 +4,7 @@ BRECQ (Li et al., ICLR 2021) reconstructs one block after the other, as do QDrop
 all blocks learn at once, end to end, so that later ones see what earlier ones still get wrong.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -66,6 +66,29 @@ def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine") ->
     return Student(network, lr, decay, weight_decay=0.0, loss=loss, optimizer="adam", range_lr=RANGE_LR)
 
 
+def reconstruct(
+    teacher: Teacher,
+    students: Mapping[str, Student],
+    images: Tensor,
+    iterations: int,
+    batch: int,
+    score: Callable[[nn.Module], Score] | None = None,
+    vary: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    label: str = "reconstruction",
+    checkpoint: Checkpoint | None = None,
+) -> History:
+    """Let ``students`` of :func:`make_student` learn from the teacher on ``images`` (N, C, H, W), in place.
+
+    Each batch of ``batch`` images is changed by ``vary``. With ``score``, the scores before and after.
+    """
+    unlabelled = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    stream = ImageStream(teacher.network, images, unlabelled, min(batch, len(images)), vary, seed)
+    seen = WithTeacherView(stream, NetworkProbe(teacher.network), saliency=False)
+    spans = CalibratedSchedule(iterations=iterations + 1, train_from=1, batch=batch)
+    return finetune(seen, students, spans, score, spans.iterations, label=label, checkpoint=checkpoint)
+
+
 def tune(
     teacher: Teacher,
     pool: SyntheticImages,
@@ -84,12 +107,7 @@ def tune(
     """
     if schedule.corrected_refinement:
         pool = refined(teacher, pool, schedule.corrected_refinement, f"{label}: refining images")
-    images = pool.images
-    students = {
-        str(w): make_student(corrected(teacher.network, w, images[:CALIBRATED_ON]), schedule.corrected_lr) for w in bits
-    }
-    unlabelled, batch = torch.zeros(len(images), dtype=torch.long, device=images.device), schedule.corrected_batch
-    stream = ImageStream(teacher.network, images, unlabelled, batch, vary, seed)
-    spans = CalibratedSchedule(iterations=schedule.corrected_iterations + 1, train_from=1, batch=batch)
-    seen = WithTeacherView(stream, NetworkProbe(teacher.network))
-    return finetune(seen, students, spans, score, spans.iterations, label=label, checkpoint=checkpoint)
+    images, lr = pool.images, schedule.corrected_lr
+    students = {str(w): make_student(corrected(teacher.network, w, images[:CALIBRATED_ON]), lr) for w in bits}
+    spans = schedule.corrected_iterations, schedule.corrected_batch
+    return reconstruct(teacher, students, images, *spans, score, vary, seed, label, checkpoint)

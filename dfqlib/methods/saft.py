@@ -102,17 +102,20 @@ class BatchWithTeacherView(Batch):
 
 
 class WithTeacherView:
-    """``stream`` with the teacher's :class:`Internals` of each batch; its state and its losses are the stream's."""
+    """``stream`` with the teacher's :class:`Internals` of each batch; its state and its losses are the stream's.
 
-    def __init__(self, stream: Stream, teacher: NetworkProbe) -> None:
-        self.stream, self.teacher = stream, teacher
+    Without ``saliency`` no maps are computed.
+    """
+
+    def __init__(self, stream: Stream, teacher: NetworkProbe, saliency: bool = True) -> None:
+        self.stream, self.teacher, self.saliency = stream, teacher, saliency
         self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
         self.read_losses = partial(read_losses, stream)
 
     def next_batch(self) -> BatchWithTeacherView:
         batch = self.stream.next_batch()  # with gradients: a generator may be in training behind it
         with torch.no_grad():
-            seen = self.teacher(batch.images, saliency=True).detach()
+            seen = self.teacher(batch.images, saliency=self.saliency).detach()
         return BatchWithTeacherView(batch.images, batch.labels, seen.logits, seen)
 
 

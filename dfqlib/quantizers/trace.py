@@ -55,9 +55,8 @@ def trace(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         raise UserError(f"{network} has weights of {dtype}, too coarse to compute ranges with; pass {network}.float().")
     copied, tracer = plain_copy(model), _Tracer(images)
     kind = type(copied)
-    if (
-        len(inspect.signature(kind.forward).parameters) > 2
-    ):  # options, such as masks, are no inputs: their defaults hold
+    # Options of a network, such as masks, are no inputs: their defaults hold.
+    if len(inspect.signature(kind.forward).parameters) > 2:
         copied.__class__ = type(network, (kind,), {"forward": lambda self, images: kind.forward(self, images)})
     try:
         # A graph that is there knows which module each of its calls was made in.
