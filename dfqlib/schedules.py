@@ -15,6 +15,13 @@ FALLS = {"step": (0.25, 0.5, 0.75), "late_step": (0.4, 0.8), "cosine": (), "cons
 DECAYS = tuple(FALLS)
 SALIENCY_LAYERS = ("activations", "convolution")
 FOREVER = 10**9  # iterations
+#: Of a comparison: where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
+SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
+#: What is done with the images. ``ranges``: one pass sets the activation ranges, nothing is trained (ZeroQ, DSG).
+#: ``gdfq``: cross-entropy and distillation. ``saft``: distillation with selective cross-entropy, attention and
+#: saliency, also on harder copies of the images.
+USES = ("ranges", "gdfq", "saft")
+CALIBRATIONS = ("published", "corrected")  # of the students, before they are tuned
 
 
 def decay_factor(decay: str, progress: float) -> float:

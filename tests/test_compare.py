@@ -13,10 +13,9 @@ from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Checkpoint
 from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.methods import dsg
-from dfqlib.methods.compare import CALIBRATIONS, SOURCES, USES, make_pool, make_students, variance_shares
+from dfqlib.methods.compare import make_pool, make_students, variance_shares
 from dfqlib.models.teacher import load_teacher
-from dfqlib.papers import parameters
-from dfqlib.schedules import Budget
+from dfqlib.schedules import CALIBRATIONS, SOURCES, USES, Budget
 
 BUDGET = Budget(images=6, synthesis_iterations=1, batch=4, tuning_iterations=3)
 BITS = [BitWidths(4, 4), BitWidths(3, 3)]
@@ -39,11 +38,6 @@ def little_noise():
 def pool(teacher):
     """Called with a source: its pool, made when it is first asked for."""
     return functools.cache(lambda source: make_pool(source, teacher, BUDGET, seed=1)[0])
-
-
-def test_notebook_and_module_know_the_same_names():
-    known = parameters.SOURCES, parameters.USES, parameters.CALIBRATIONS
-    assert known == (SOURCES, USES, CALIBRATIONS)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -23,6 +23,9 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.progress import track
 from dfqlib.quantizers import calibrate
 from dfqlib.schedules import (
+    CALIBRATIONS,
+    SOURCES,
+    USES,
     AlignmentWeights,
     Budget,
     CalibratedSchedule,
@@ -43,8 +46,6 @@ def tuning_schedule(budget: Budget) -> GeneratorSchedule:
     return replace(GeneratorSchedule.of(budget), **spans, decay="cosine")
 
 
-#: Where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
-SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
 REAL_SOURCES = ["few-shot", "real"]  # all others need no data
 
 
@@ -107,13 +108,6 @@ def make_pool(
     if checkpoint is not None:
         save_checkpoint(checkpoint.path, settings, {"images": pool.images, "labels": pool.labels, "seconds": seconds})
     return pool, seconds
-
-
-#: What is done with the images. ``ranges``: one pass sets the activation ranges, nothing is trained (ZeroQ, DSG).
-#: ``gdfq``: cross-entropy and distillation. ``saft``: distillation with selective cross-entropy, attention and
-#: saliency, also on harder copies of the images.
-USES = ("ranges", "gdfq", "saft")
-CALIBRATIONS = ("published", "corrected")  # of the students, before they are tuned
 
 
 def make_students(

@@ -79,7 +79,7 @@ class Run:
         widths = bits if isinstance(bits, tuple) else (bits.weight, bits.activation)
         weight_bits, activation_bits = (32 if width is None else width for width in widths)
         filled = {
-            "method": self.paper.methods[0] if self.paper.methods else self.paper.key,
+            "method": next(iter(self.paper.methods), self.paper.key),
             "scheme": self.paper.scheme,
             "dataset": self.parameters.get("dataset", ""),
             "data": self.data.name if self.data is not None else "",

@@ -11,13 +11,10 @@ from typing import Any
 from dfqlib import schedules
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
-from dfqlib.schedules import FOREVER, Mixture
+from dfqlib.schedules import CALIBRATIONS, FOREVER, SOURCES, USES, Mixture
 from dfqlib.settings import Settings, setting
 
 MAX_SEED = 2**32 - 1  # of NumPy
-SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
-USES = ("ranges", "gdfq", "saft")
-CALIBRATIONS = ("published", "corrected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +162,8 @@ class Deploy(Quantizing, schedules.HardImageSchedule):
 
 
 #: By the notebook's key in ``profiles.toml``.
-NOTEBOOKS = {
-    each.__name__.lower(): each for each in (Teachers, ZeroQ, GDFQ, Qimera, DSG, SaFT, Compare, Calibration, Deploy)
-}
+NOTEBOOKS: dict[str, type[Settings]] = {"teachers": Teachers}
+NOTEBOOKS |= {each.__name__.lower(): each for each in Quantizing.__subclasses__()}
 
 
 def declared_by(defaults: dict[str, Any]) -> type[Settings]:

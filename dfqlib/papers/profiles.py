@@ -38,7 +38,7 @@ class Paper:
     key: str
     notebook: Path
     title: str
-    methods: list[str]  # rows of published.csv that it runs
+    methods: dict[str, str]  # rows of published.csv that it runs, and how each method is written
     scheme: str  # "ptq" or "qat", "" where the notebook quantizes nothing
     tables: dict[str, dict[str, Any]]  # per profile, as in the file
     declared: type[Settings] | None = None  # its parameters, where it is a notebook of the kit
@@ -81,6 +81,7 @@ def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
     papers = {}
     for key, values in content.items():
         tables = {name: values.pop(name) for name in profiles if name in values}
+        values["methods"] = {name.lower(): name for name in values["methods"]}
         declared = None if table else NOTEBOOKS[key]
         papers[key] = Paper(key, notebooks / values.pop("notebook"), **values, tables=tables, declared=declared)
     return profiles, papers

@@ -200,7 +200,7 @@ def _overview(cells: pd.DataFrame, place: str) -> str:
     picture = f"![Published drop and drop here of every published CIFAR cell]({place}reproduced.png)\n"
     shown = tables.markdown(reproduced.present(cells))
     return "\n".join(
-        [f"**{reproduced.sentence(cells)}**\n", picture, shown, f"{reproduced.CAPTION}\n", reproduced.elsewhere(), ""]
+        [f"**{reproduced.sentence(cells)}**\n", picture, shown, f"{reproduced.caption()}\n", reproduced.elsewhere(), ""]
     )
 
 
@@ -214,7 +214,7 @@ def _write_readme(root: Path, papers: dict[str, Paper], sections: dict[str, Sect
     for key, paper in papers.items():
         rows = f"{len(sections[key].rows)} rows" if key in sections else "not run"
         text.append(f"- [{paper.title}](tables/{key}.md): {rows}")
-    told = "Copied from the tables of the papers named as source; teachers there have 93.89 and 70.33 %."
+    told = f"Copied from the tables of the papers named as source; teachers there have {reproduced.teachers()}."
     text += ["\n## Other methods, as context\n", f"{told}\n", tables.markdown(reproduced.context())]
     text.append("\nAll rows, with run, commit, hardware and date: [`results.csv`](results.csv).\n")
     write_text(root / "README.md", "\n".join(text))

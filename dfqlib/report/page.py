@@ -82,7 +82,7 @@ def overview(root: Path, rows: pd.DataFrame) -> dict[str, Any] | None:
     cells = reproduced.cells(rows)
     shown = {"sentence": reproduced.sentence(cells), "cells": reproduced.present(cells).to_dict("split")}
     shown["picture"] = data_address("image/png", picture.read_bytes())
-    return shown | {"caption": f"{reproduced.CAPTION} {reproduced.elsewhere()}"}
+    return shown | {"caption": f"{reproduced.caption()} {reproduced.elsewhere()}"}
 
 
 def table(key: str, rows: pd.DataFrame) -> dict[str, Any]:

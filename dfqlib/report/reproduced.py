@@ -11,15 +11,6 @@ from dfqlib.papers import profiles, published
 from dfqlib.report import tables
 
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-NAMES = {
-    "gdfq": "GDFQ",
-    "qimera": "Qimera",
-    "hast": "HAST",
-    "synq": "SynQ",
-    "zeroq": "ZeroQ",
-    "dsg": "DSG",
-    "saft": "SaFT",
-}
 CELL = ["method", "dataset", "weight_bits", "activation_bits"]
 
 
@@ -59,6 +50,20 @@ def _measured(cell: dict[str, Any], lines: pd.DataFrame) -> list[dict[str, Any]]
     return [{name: line[name] for name in told} for line in found or [nothing]]
 
 
+def names() -> dict[str, str]:
+    """How each method is written, by its name in ``published.csv``."""
+    return {key: name for paper in profiles.load()[1].values() for key, name in paper.methods.items()}
+
+
+def teachers() -> str:
+    """The full-precision top-1 that papers print on CIFAR."""
+    rows, told = published.rows(), []
+    for key, name in DATASETS.items():
+        found = sorted({row.fp32_top1 for row in rows if row.dataset == key and row.fp32_top1})
+        told.append(f"{' or '.join(map(tables.number, found))} % on {name}")
+    return ", ".join(told)
+
+
 def sentence(table: pd.DataFrame) -> str:
     """How many of the published cells are reached, in one sentence, from :func:`cells`."""
     count = len(table.drop_duplicates(CELL))
@@ -80,7 +85,7 @@ def present(table: pd.DataFrame) -> pd.DataFrame:
     runs += table["data"].str.endswith("-2k").map({True: ", 2,000 images", False: ""})
     return pd.DataFrame(
         {
-            "cell": table["method"].map(NAMES) + " " + table["dataset"].map(DATASETS) + " " + _bits(table),
+            "cell": table["method"].replace(names()) + " " + table["dataset"].map(DATASETS) + " " + _bits(table),
             "published drop": table["published_drop"].map(tables.number),
             "drop here": [tables.number(*each) for each in zip(table["drop"], table["error"], strict=True)],
             "state": table["state"],
@@ -95,19 +100,21 @@ def _bits(table: pd.DataFrame) -> pd.Series:
     return pd.Series(map(bits_name, table["weight_bits"], table["activation_bits"]), table.index)
 
 
-CAPTION = (
-    "Drop: points of top-1 below the full-precision teacher, the published one below the authors' teacher "
-    "(93.89 and 70.33 %), ours below the kit's. ±: half of the 95 % interval, from the test images and the seeds. "
-    "Reached: at most the published drop. Of several schedules the longest that was run counts. Calibration: "
-    "published, each method as its paper has it; corrected, its images, where a table's caption says so refined first, "
-    "with the kit's ranges, statistics and tuning."
-)
+def caption() -> str:
+    """How to read the cells."""
+    return (
+        "Drop: points of top-1 below the full-precision teacher, the published one below the authors' teacher "
+        f"({teachers()}), ours below the kit's. ±: half of the 95 % interval, from the test images and the seeds. "
+        "Reached: at most the published drop. Of several schedules the longest that was run counts. Calibration: "
+        "published, each method as its paper has it; corrected, its images, where a table's caption says so refined "
+        "first, with the kit's ranges, statistics and tuning."
+    )
 
 
 def elsewhere() -> str:
     """One sentence on the published rows that need ImageNet."""
     rows = [row for row in published.rows() if row.dataset == "imagenet"]
-    methods = ", ".join(NAMES.get(name, name) for name in dict.fromkeys(row.method for row in rows))
+    methods = ", ".join(names().get(name, name) for name in dict.fromkeys(row.method for row in rows))
     return (
         f"{len(rows)} published ImageNet rows ({methods}) need its validation images in `$DFQ_DATA/imagenet` and, for "
         "the published schedules, a GPU: `python run_all.py --list` names each."
@@ -133,14 +140,14 @@ def picture(table: pd.DataFrame) -> Any:
     plotting.style()
     looks = {"reached": (plotting.COLOURS[2], "o"), "within error": (plotting.COLOURS[0], "s")}
     looks["short"] = (plotting.COLOURS[1], "^")
-    names = table["method"].map(NAMES) + " " + _bits(table)
+    cell = table["method"].replace(names()) + " " + _bits(table)
     of_set = [table["dataset"] == name for name in DATASETS]
-    counts = [names[chosen].nunique() for chosen in of_set]
+    counts = [cell[chosen].nunique() for chosen in of_set]
     figure = Figure(figsize=(7.4, 1.3 + 0.24 * sum(counts)))
     panels = figure.subplots(len(counts), sharex=True, height_ratios=counts)
     for axes, chosen, title in zip(panels, of_set, DATASETS.values(), strict=True):
-        rows, labels = table[chosen], list(dict.fromkeys(names[chosen]))
-        where = names[chosen].map(labels.index)
+        rows, labels = table[chosen], list(dict.fromkeys(cell[chosen]))
+        where = cell[chosen].map(labels.index)
         for (calibration, state), part in rows.groupby(["calibration", "state"]):
             if state in looks:
                 about = {"color": looks[state][0], "marker": looks[state][1], "linestyle": "none", "capsize": 2}
