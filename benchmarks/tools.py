@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.imagenet import INTEGER, lite0, make_images, split
+from benchmarks.imagenet import lite0, make_images, split
 from benchmarks.measure import kilobytes, reset_process
 from benchmarks.rows import add, in_process, markdown
 from dfqlib import __version__, files
@@ -27,14 +27,13 @@ from dfqlib.data.image_sets import ImageSet, few_shot, load_test, some
 from dfqlib.device import code_version, describe_hardware, seed_everything
 from dfqlib.models.evaluate import score, top1
 from dfqlib.models.teacher import Teacher, load_teacher
-from dfqlib.quantizers.calibrate import corrected
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLE, PAGE = RESULTS / "tools.csv", RESULTS / "tools.md"
 KEY = ["network", "tool", "bits", "images"]
 SECONDS = 3600  # for one tool
 Predict = Callable[[Tensor], Tensor]
-NETWORKS = {"resnet20_cifar10": (32, 500), "efficientnet_lite0": (16, 100)}  # images, and ZeroQ's iterations for them
+NETWORKS = {"resnet20_cifar10": (32, 500), "efficientnet_lite0": (32, 100)}  # images, and ZeroQ's iterations for them
 
 
 # The body of each function is what a user writes: its lines are counted. Each writes ``file`` and returns its network.
@@ -42,9 +41,10 @@ NETWORKS = {"resnet20_cifar10": (32, 500), "efficientnet_lite0": (16, 100)}  # i
 
 def kit(teacher: Teacher, images: Tensor, file: Path, bits: str) -> Predict:
     from dfqlib.deploy.export import export_onnx, run_onnx
+    from dfqlib.quantizers.calibrate import compensated
 
-    options = INTEGER | {"input_range": teacher.entry.input_range, "fit_weights": True}
-    export_onnx(corrected(teacher.network, BitWidths.parse(bits), images, **options), file, images)
+    options = {"sites": "integer", "weights": "symmetric", "input_range": teacher.entry.input_range}
+    export_onnx(compensated(teacher.network, BitWidths.parse(bits), images, **options), file, images)
     return run_onnx(file)
 
 

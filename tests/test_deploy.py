@@ -24,7 +24,7 @@ from dfqlib.models.evaluate import predict
 from dfqlib.models.teacher import Teacher, load_teacher
 from dfqlib.models.zoo import build
 from dfqlib.notebook.run import Run
-from dfqlib.quantizers.calibrate import calibrated, corrected
+from dfqlib.quantizers.calibrate import calibrated, compensated, corrected
 from dfqlib.quantizers.finalise import finalise
 
 CLASSES, MEAN, STD = 5, (0.5,) * 3, (0.25,) * 3
@@ -174,7 +174,7 @@ def test_a_kept_student_gives_the_same_outputs(teacher, test_2k, tmp_path, final
 def test_mixed_widths_and_shares_are_kept(hard, images, tmp_path):
     widths = {"stem": None, "depthwise": 4, "point": 2, "side": 3, "output": 5}
     own = Teacher.from_module(hard, CLASSES, MEAN, STD, input_size=16)
-    student = corrected(own.network, BitWidths(widths, 6), images, fit_weights=True)
+    student = compensated(own.network, BitWidths(widths, 6), images)
     save_student(student, tmp_path / "a.safetensors", own)
     assert read_header(tmp_path / "a.safetensors").bits == BitWidths(widths, 6)
     assert torch.equal(load_student(tmp_path / "a.safetensors", own)(images), student(images))

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
-from dfqlib.quantizers import calibrate
+from dfqlib.quantizers import calibrate, round_weights
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.describe import describe, model_bytes
 from dfqlib.quantizers.fake_quantize import fake_quantize_per_channel
 from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear, observing
 from dfqlib.quantizers.observers import MovingAverage
+from dfqlib.quantizers.round_weights import columns, round_rows
 
 
 class Block(nn.Module):
@@ -205,21 +206,43 @@ def test_corrected_calibration_is_closer_to_the_network_and_repeats():
     model = two_norms(images)
     model[0].weight.data[0, 0, 0, 0] = 4  # an outlier, which takes most levels of its channel
     model.train()(images), model.eval()
-    published, corrected, again, fitted = (
-        make(model, BitWidths(3, 3), images)
-        for make in (
-            calibrate.calibrated,
-            *[calibrate.corrected] * 2,
-            functools.partial(calibrate.corrected, fit_weights=True),
-        )
-    )
+    fit = functools.partial(calibrate.corrected, fit_weights=True)
+    makers = calibrate.calibrated, calibrate.corrected, calibrate.corrected, fit, calibrate.compensated
+    published, corrected, again, fitted, compensated = (make(model, BitWidths(3, 3), images) for make in makers)
 
     def gap(student):
         return (student(images) - model(images)).square().mean().item()
 
-    assert gap(fitted) < gap(corrected) < 0.9 * gap(published) and gap(again) == gap(corrected)
+    assert gap(compensated) < gap(fitted) < gap(corrected) < 0.9 * gap(published) and gap(again) == gap(corrected)
     assert fitted.get_submodule("0").share[0] < 1
     assert model_bytes(fitted) == model_bytes(published)
+
+
+def test_a_weight_makes_up_for_the_rounding_of_those_before_it():
+    """On the grid of whole numbers, without correlation and with inputs of which the first two are always the same."""
+    rows, grid = torch.tensor([[[0.4, 0.4, 1.3], [0.7, 0.6, -0.6]]]), (torch.ones(1, 2), torch.zeros(1, 2))
+    apart, same = torch.eye(3)[None].double(), torch.eye(3)[None].double()
+    same[0, 0, 1] = same[0, 1, 0] = 1
+    assert round_rows(rows, apart, *grid, 4).tolist() == [[[0, 0, 1], [1, 1, -1]]]
+    together = round_rows(rows, same, *grid, 4)
+    assert together[..., :2].sum(2).tolist() == [[1, 1]] and together[..., 2].tolist() == [[1, -1]]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_rounded_weights_keep_the_output(groups, monkeypatch):
+    """In a convolution with groups, stride and padding, also where its rows are rounded in parts."""
+    layer = nn.Conv2d(4, 8, 3, stride=2, padding=(1, 2), groups=groups, padding_mode="reflect")
+    x = (torch.randn(16, 4, 1, 1) + 0.3 * torch.randn(16, 4, 9, 9)).relu()
+    seen = columns(layer, x)
+    weight = layer.weight.flatten(1).unflatten(0, (groups, -1))
+    out = (weight @ seen).flatten(0, 1).unflatten(1, (16, 5, 6)).transpose(0, 1) + layer.bias[:, None, None]
+    torch.testing.assert_close(out, layer(x))
+    for largest in (4096, 5):
+        monkeypatch.setattr(round_weights, "LARGEST", largest)
+        nearest, rounded = (quantize_model(nn.Sequential(layer), BitWidths(3, None)) for _ in range(2))
+        round_weights.round_weights(rounded, x)
+        errors = [(student(x) - layer(x)).square().mean() for student in (rounded, nearest)]
+        assert errors[0] < 0.8 * errors[1]
 
 
 def test_student_is_loaded_from_its_state():

@@ -195,7 +195,7 @@ def test_folding_the_batch_norms_changes_nothing(weights, bits):
 def test_a_final_student_holds_whole_numbers_only(weights):
     """Weights are levels of their grid, biases steps of input times weight that fit into int32."""
     network, x = residual_network(), torch.randn(4, 3, 6, 6)
-    student = calibrate.corrected(network, BitWidths(4, 4), x, fit_weights=True, sites="integer", weights=weights)
+    student = calibrate.compensated(network, BitWidths(4, 4), x, sites="integer", weights=weights)
     final = finalise(student)
     quantizers = grids(final)
     layers = [node for node in final.graph.nodes if isinstance(getattr(final, str(node.target), None), QuantizedLayer)]

@@ -24,7 +24,7 @@ from dfqlib.models.evaluate import expected_drop, same_class, top1
 from dfqlib.models.named import named_teacher
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers import mixed_precision
-from dfqlib.quantizers.calibrate import calibrated, corrected
+from dfqlib.quantizers.calibrate import compensated, corrected
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.finalise import finalise
 from dfqlib.quantizers.trace import trace, weight_layers
@@ -120,7 +120,7 @@ def quantize(request: Request, say: Callable[[str], None] = print) -> Quantized:
     sensitivity = mixed_precision.sensitivity(teacher.network, fit[:PROBED], LAYER_BITS, INTEGER["weights"])
     suggested = suggest(teacher.network, sensitivity, request.mean_bits)
     bits = BitWidths(suggested.bits, request.bits.activation) if request.budget else request.bits
-    student = calibrate(teacher, bits, fit)
+    student = calibrate(teacher, bits, fit, trains=bool(request.tune))
     if request.tune:
         tune(teacher, student, fit, request.tune, seed=request.seed)
     save_student(student, out / "student.safetensors", teacher)
@@ -134,12 +134,10 @@ def quantize(request: Request, say: Callable[[str], None] = print) -> Quantized:
     return Quantized(teacher, final, bits, exported, len(held), *compared, sensitivity, suggested, true, seconds)
 
 
-def calibrate(teacher: Teacher, bits: BitWidths, images: Tensor) -> fx.GraphModule:
-    """A student for integer kernels with ranges of least squares, and corrected batch norms where there are any."""
-    options = {"input_range": teacher.entry.input_range, **INTEGER}
-    if batch_norms(teacher.network):
-        return corrected(teacher.network, bits, images, **options)
-    return calibrated(teacher.network, bits, images, "least_squares", **options)
+def calibrate(teacher: Teacher, bits: BitWidths, images: Tensor, trains: bool = False) -> fx.GraphModule:
+    """A student for integer kernels, :func:`.calibrate.compensated` unless it ``trains`` afterwards."""
+    make = corrected if trains else compensated
+    return make(teacher.network, bits, images, input_range=teacher.entry.input_range, **INTEGER)
 
 
 def tune(teacher: Teacher, student: fx.GraphModule, images: Tensor, iterations: int, seed: int = 0) -> None:

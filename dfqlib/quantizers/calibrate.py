@@ -12,6 +12,7 @@ from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var
 from dfqlib.quantizers.convert import Range, quantize_model
 from dfqlib.quantizers.layers import QuantizedLayer, by_output_channel, observing
 from dfqlib.quantizers.observers import least_squares_shares
+from dfqlib.quantizers.round_weights import round_weights
 
 
 @torch.no_grad()
@@ -56,6 +57,21 @@ def corrected(
         fit_weight_ranges(student)
     with torch.no_grad(), observing(student):
         student(images)
+    correct_batch_norms(student, network, images)
+    return student
+
+
+def compensated(
+    network: nn.Module, bits: BitWidths, images: Tensor, input_range: Range | None = None, **options: Any
+) -> fx.GraphModule:
+    """:func:`corrected` with ``fit_weights`` and :func:`.round_weights.round_weights` on the same images.
+
+    For a student that is not trained: its weights are levels, and stay what they are.
+    """
+    student = quantize_model(network, bits, "least_squares", input_range=input_range, **options)
+    images = _clipped(images, input_range)
+    fit_weight_ranges(student)
+    round_weights(student, images)
     correct_batch_norms(student, network, images)
     return student
 
