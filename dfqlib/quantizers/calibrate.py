@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfqlib.bits import BitWidths
-from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var
+from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var, batch_norms
 from dfqlib.quantizers.convert import Range, quantize_model
 from dfqlib.quantizers.layers import QuantizedLayer, by_output_channel, observing
 from dfqlib.quantizers.observers import least_squares_shares
@@ -105,8 +105,10 @@ def correct_batch_norms(student: nn.Module, network: nn.Module, images: Tensor) 
     by the mean over its calls. Source: the bias correction of
     Nagel et al., "Data-free quantization through weight equalization and bias correction", ICCV 2019, taken to mean and
     variance at the batch norm. Re-estimating the statistics outright (Sun et al., "Hybrid 8-bit floating point", 2019)
-    would make them those of synthetic images.
+    would make them those of synthetic images. Without batch norms there is nothing to move.
     """
+    if not batch_norms(network):
+        return
     with BatchNormInputs(network) as inputs:
         network(images)
         of_network: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = defaultdict(list)
