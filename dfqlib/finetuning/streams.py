@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
 from dfqlib.losses import generator_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
+from dfqlib.progress import track
 from dfqlib.schedules import decay_factor
 
 
@@ -58,6 +59,13 @@ def generated_pool(stream: Stream, count: int) -> SyntheticImages:
     return SyntheticImages(
         *(torch.cat([getattr(batch, part) for batch in batches])[:count] for part in ("images", "labels"))
     )
+
+
+def pool_after_training(stream: "GeneratorStream", count: int, label: str = "training a generator") -> SyntheticImages:
+    """:func:`generated_pool` of the stream's generator after its training, with the losses of that."""
+    for _ in track(range(stream.iterations), label):
+        stream.next_batch()
+    return replace(generated_pool(stream, count), losses=[stream.read_losses()])
 
 
 def read_losses(stream: Stream) -> list[float]:

@@ -15,12 +15,11 @@ from dfqlib.data import image_sets
 from dfqlib.errors import check_choice
 from dfqlib.finetuning.loop import Checkpoint, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
-from dfqlib.finetuning.streams import GeneratorStream, ImageStream, generated_pool
+from dfqlib.finetuning.streams import GeneratorStream, ImageStream, pool_after_training
 from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
 from dfqlib.models.evaluate import images_per_pass
 from dfqlib.models.teacher import Teacher
-from dfqlib.progress import track
 from dfqlib.quantizers import calibrate
 from dfqlib.schedules import (
     CALIBRATIONS,
@@ -76,13 +75,10 @@ def _images(source: str, teacher: Teacher, budget: Budget, seed: int) -> Synthet
 
 def _generated(stream: GeneratorStream, budget: Budget) -> SyntheticImages:
     """Images of the stream's generator after its training, and the labels they were asked for."""
-    for _ in track(range(budget.synthesis_iterations), "training a generator"):
-        stream.next_batch()
-    losses = stream.read_losses()
-    pool = generated_pool(stream, budget.images)
+    pool = pool_after_training(stream, budget.images)
     if pool.labels.ndim == 2 and (pool.labels.amax(1) == 1).all():  # nothing is mixed
         pool = replace(pool, labels=pool.labels.argmax(1))
-    return replace(pool, losses=[losses])
+    return pool
 
 
 def make_pool(

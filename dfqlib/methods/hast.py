@@ -14,13 +14,15 @@ from torch import Tensor
 
 from dfqlib.device import channels_last
 from dfqlib.errors import check_range
+from dfqlib.finetuning.streams import pool_after_training
 from dfqlib.generators.optimise_images import synthesise
 from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.loss_terms import add_up
 from dfqlib.losses import bns_loss, difficulty
+from dfqlib.methods import gdfq
 from dfqlib.models.batch_norm_statistics import BatchNormInput, BatchNormInputs
 from dfqlib.models.teacher import Teacher
-from dfqlib.schedules import HardImageSchedule
+from dfqlib.schedules import GeneratorSchedule, HardImageSchedule
 
 # Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much more harder samples count.
 PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5)}
@@ -118,6 +120,12 @@ def hard_images(
             of_batch, named = partial(loss, batch, itertools.count(1)), f"{label}, batch {number} of {len(batches)}"
             made.append(synthesise(channels_last(images), of_batch, schedule, named))
     return SyntheticImages(torch.cat([m.images for m in made]), labels, [curve for m in made for curve in m.losses])
+
+
+def images_of_generator(teacher: Teacher, count: int, iterations: int, seed: int = 0) -> SyntheticImages:
+    """``count`` images to be :func:`refined`, of GDFQ's conditional generator after ``iterations`` of 100 images."""
+    schedule = GeneratorSchedule(generator_iterations=iterations, batch=100, generator_lr=4e-3, decay="cosine")
+    return pool_after_training(gdfq.make_stream(teacher, schedule, seed=seed, conditional=True), count)
 
 
 def refined(teacher: Teacher, some: SyntheticImages, iterations: int, label: str = "refining") -> SyntheticImages:

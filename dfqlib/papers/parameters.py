@@ -47,7 +47,7 @@ class Quantizing(Common):
 #: Parameters that say what is run and where; all others are a method's schedule, which is compared with the published.
 RUN_PARAMETERS = tuple(name for name in Quantizing.kinds() if name != "per_class")
 #: Of the kit's own students, which no paper has.
-CORRECTIONS = (*schedules.Corrections.kinds(), "corrected_crops")
+CORRECTIONS = (*schedules.Corrections.kinds(), "corrected_crops", "corrected_generator")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,7 @@ class SaFT(
     ablation_iterations: int = setting(2000, 2, FOREVER)
     evaluations: int = setting(46, 0, 10**6)
     corrected_crops: bool = True
+    corrected_generator: int = setting(0, 0, FOREVER)
 
 
 @dataclass(frozen=True, kw_only=True)

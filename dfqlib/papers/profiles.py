@@ -62,6 +62,7 @@ CORRECTED = (
     "{corrected_iterations} iterations of {corrected_batch} of {corrected_images} images at {corrected_lr}, "
     "images refined for {corrected_refinement}"
 )
+BEGUN = ", begun from those of a generator of {corrected_generator} iterations"
 
 
 def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
@@ -113,11 +114,9 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     if "reduced" in how and all(seen):
         how[0] = f"reduced ({100 * seen[0] / seen[1]:.2g} % of the published images seen)"
     told = [f"{name} {parameters[name]} (published {published[name]})" for name in differing]
-    told += (
-        [f"corrected students {CORRECTED.format(**parameters)}"]
-        if parameters.get("corrected_iterations") and parameters["corrected_bits"]
-        else []
-    )
+    if parameters.get("corrected_iterations") and parameters["corrected_bits"]:
+        corrected = CORRECTED + BEGUN * bool(parameters.get("corrected_generator"))
+        told.append(f"corrected students {corrected.format(**parameters)}")
     return f"{', '.join(how) or 'fewer experiments'}: {', '.join(told)}" if differing else "as published"
 
 

@@ -106,8 +106,8 @@ def caption() -> str:
         "Drop: points of top-1 below the full-precision teacher, the published one below the authors' teacher "
         f"({teachers()}), ours below the kit's. ±: half of the 95 % interval, from the test images and the seeds. "
         "Reached: at most the published drop. Of several schedules the longest that was run counts. Calibration: "
-        "published, each method as its paper has it; corrected, its images, where a table's caption says so refined "
-        "first, with the kit's ranges, statistics and tuning."
+        "published, each method as its paper has it; corrected, its images, where a table's caption says so begun "
+        "by a generator and refined, with the kit's ranges, statistics and tuning."
     )
 
 
