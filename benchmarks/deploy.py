@@ -28,7 +28,7 @@ from dfqlib.files import write_text
 from dfqlib.methods.zeroq import distil_images
 from dfqlib.models.evaluate import predict
 from dfqlib.models.teacher import Teacher, load_teacher
-from dfqlib.quantizers.calibrate import corrected
+from dfqlib.quantizers.calibrate import compensated
 from dfqlib.quantizers.finalise import finalise
 from dfqlib.schedules import ImageSchedule
 
@@ -168,7 +168,7 @@ def main() -> None:
     teacher = load_teacher("resnet20_cifar10")
     pool = distil_images(teacher, ImageSchedule(images=32, synthesis_iterations=200, synthesis_patience=40)).images
     own = {"sites": "integer", "weights": "symmetric", "input_range": teacher.entry.input_range}
-    students = {bits: corrected(teacher.network, BitWidths.parse(bits), pool, **own) for bits in options.bits}
+    students = {bits: compensated(teacher.network, BitWidths.parse(bits), pool, **own) for bits in options.bits}
     table = measure(teacher, students, options).assign(**provenance(teacher.device, teacher.name))
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "deploy.csv", index=False, float_format="%.6g")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+# tqdm's own lock is shared between processes, and a kernel that ends would leave it behind.
+tqdm.set_lock(threading.RLock())
 T = TypeVar("T")
 FILE_VARIABLE = "DFQ_PROGRESS_FILE"
 SECONDS_BETWEEN_WRITES = 0.2
