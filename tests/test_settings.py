@@ -51,6 +51,7 @@ def test_widths_that_no_quantizer_has_are_refused(width):
         ("decay", "linear", "decay='linear' is unknown; allowed: step, late_step, cosine, constant."),
         ("profile", "Quick", "profile='Quick' is unknown (did you mean 'quick'?); allowed: smoke, quick, fast, paper."),
         ("device", "gpu", "device='gpu' is unknown; allowed: auto, cpu, cuda, cuda:<number>, mps."),
+        ("precision", "half", "precision='half' is unknown; allowed: float32, bfloat16, auto."),
         ("evaluations", 0, "evaluations=0 is out of range; allowed: a whole number from 1 to "),
         ("student_lr", math.nan, "student_lr=nan is out of range"),
         ("train_from", 10**8, "observe_iterations=800, train_from=100000000, iterations=80000 leave nothing"),

@@ -23,6 +23,7 @@ from dfqlib.progress import track
 from dfqlib.quantizers.layers import observing
 from dfqlib.schedules import CalibratedSchedule, GeneratorSchedule, TuningSchedule, decay_factor
 from dfqlib.scores import Score
+from dfqlib.speed.precision import run
 from dfqlib.speed.scale_weights import scale_weights
 
 REMEMBERED = ("scores", "diverged", "seconds")  # of a history, in a checkpoint; the losses are in the tuners' states
@@ -47,7 +48,7 @@ class Checkpoint:
 
 def distillation_loss(network: nn.Module, batch: Batch, loss: Callable[..., Tensor] = student_loss) -> Tensor:
     """``loss`` of the student's logits, the teacher's logits and the labels of a batch."""
-    return loss(network(batch.images), batch.teacher_logits, batch.labels)
+    return loss(run(network, batch.images), batch.teacher_logits, batch.labels)
 
 
 @dataclass
@@ -137,7 +138,7 @@ def finetune(
         for tuner in tuners.values():
             if 0 <= iteration < schedule.observe_iterations:
                 with torch.no_grad(), observing(tuner.fast_network):
-                    tuner.fast_network(batch.images)
+                    run(tuner.fast_network, batch.images)
             if iteration >= train_from:
                 tuner.step(batch, iteration / iterations, (iteration - train_from) / (iterations - train_from))
         done = iteration + 1

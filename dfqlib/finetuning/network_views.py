@@ -16,6 +16,7 @@ from dfqlib.quantizers.layers import FakeQuantize, used_weight
 from dfqlib.quantizers.sites import is_relu
 from dfqlib.quantizers.trace import trace
 from dfqlib.schedules import SALIENCY_LAYERS
+from dfqlib.speed.precision import full, run
 from dfqlib.speed.scale_weights import scale_weights
 
 Modules = dict[fx.Node, nn.Module | None]  # every node of a graph, in order of execution, and what it calls
@@ -28,7 +29,7 @@ def channel_attention(features: Tensor) -> Tensor:
 
     The mean of the squares over space, normalised. Source: HAST, feature alignment.
     """
-    return F.normalize(sample_mean_square(features), dim=1)
+    return F.normalize(sample_mean_square(full(features)), dim=1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class NetworkProbe:
         if by_autograd and not (torch.is_grad_enabled() and images.requires_grad):
             images = images.detach().requires_grad_()
         with torch.set_grad_enabled(by_autograd or torch.is_grad_enabled()):
-            logits, attentions, outputs, features = self.module(images)
+            logits, attentions, outputs, features = run(self.module, images)
             size = tuple(images.shape[-2:])
             maps = grad_cam(features, self._gradient(logits, features), size) if saliency else None
         return Internals(logits, list(attentions), list(outputs), maps)

@@ -16,6 +16,7 @@ from dfqlib.losses import generator_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.progress import track
 from dfqlib.schedules import decay_factor
+from dfqlib.speed.precision import run
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class UnaskedBatch:
     @functools.cached_property
     @torch.no_grad()
     def teacher_logits(self) -> Tensor:
-        return self.teacher(self.images)
+        return run(self.teacher, self.images)
 
 
 class Stream(Protocol):
@@ -166,7 +167,7 @@ class GeneratorStream(Stateful):
             group["lr"] = self.lr * decay_factor(self.decay, len(self.losses) / self.iterations)
         images = self.generator(*inputs)
         with self.norms:
-            logits = self.teacher(images)
+            logits = run(self.teacher, images)
             loss = self.loss(logits, labels, self.norms.layers)
         if self.image_loss is not None:
             loss = add_up({"": loss, "image loss": self.image_loss(images)})

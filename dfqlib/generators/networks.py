@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dfqlib.device import channels_last
 from dfqlib.errors import UserError
+from dfqlib.speed.precision import run
 from dfqlib.speed.switches import uses
 
 
@@ -24,10 +25,10 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not uses("folded_upsampling"):
-            return super().forward(F.interpolate(x, scale_factor=2))
+            return run(super().forward, F.interpolate(x, scale_factor=2))
         kernel = upsampling_kernel(upsampling_kernel(self.weight, dim=2), dim=3).transpose(0, 1)
         # The bias is added separately: inside the convolution its gradient is as slow on a CPU as the weights'.
-        return F.conv_transpose2d(x, kernel, stride=2, padding=1).add_(self.bias.view(-1, 1, 1))
+        return run(F.conv_transpose2d, x, kernel, stride=2, padding=1).add_(self.bias.view(-1, 1, 1))
 
 
 def upsampling_kernel(weight: Tensor, dim: int) -> Tensor:
@@ -83,12 +84,12 @@ class GeneratorBody(nn.Module):
         self.norm3 = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
-        x = channels_last(self.linear(latent).view(-1, *self.start))
+        x = channels_last(run(self.linear, latent).view(-1, *self.start))
         x = self.norm0(x, labels)
         x = F.leaky_relu_(self.norm1(self.conv1(x), labels), 0.2)
         x = F.leaky_relu_(self.norm2(self.conv2(x), labels), 0.2)
         # Two x2 upsamplings give multiples of 4; for 299 pixels one row and one column of 300 are dropped.
-        images = torch.tanh(self.conv3(x)[..., : self.size[0], : self.size[1]])
+        images = torch.tanh(run(self.conv3, x)[..., : self.size[0], : self.size[1]])
         # On a CPU a batch norm of few channels is six times slower in channels-last than in contiguous memory.
         return self.norm3(images.contiguous())
 

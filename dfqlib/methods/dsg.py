@@ -30,6 +30,7 @@ from dfqlib.models.batch_norm_statistics import (
 )
 from dfqlib.models.teacher import Teacher
 from dfqlib.schedules import DiverseImageSchedule, GeneratorSchedule
+from dfqlib.speed.precision import run
 
 BROADENING = 1e-3  # gaps between eigenvalues below this are treated as if they were about this wide
 MAGNITUDE_WEIGHT = 1e-4  # of the eigenvalues' gap, beside the eigenvectors' product
@@ -295,7 +296,7 @@ def synthesise_diverse(
     with BatchNormInputs(teacher.folded) as norms:
 
         def loss(images: Tensor) -> Tensor:
-            logits = teacher.folded(images)
+            logits = run(teacher.folded, images)
             parts = {"statistics": dsg_statistics_loss(images, norms.layers, margins, weights)}
             if terms.correlation:
                 parts["correlation"] = correlation(images)

@@ -23,6 +23,7 @@ from dfqlib.methods import gdfq
 from dfqlib.models.batch_norm_statistics import BatchNormInput, BatchNormInputs
 from dfqlib.models.teacher import Teacher
 from dfqlib.schedules import GeneratorSchedule, HardImageSchedule
+from dfqlib.speed.precision import run
 
 # Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much more harder samples count.
 PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5)}
@@ -111,7 +112,7 @@ def hard_images(
     with BatchNormInputs(teacher.folded) as norms:
 
         def loss(labels: Tensor, calls: Iterator[int], images: Tensor) -> Tensor:
-            logits = teacher.folded(crops(images) if crops and next(calls) % 2 == 0 else images)
+            logits = run(teacher.folded, crops(images) if crops and next(calls) % 2 == 0 else images)
             return hast_loss(logits, labels, norms.layers, beta, gamma, centres)
 
         noise = (torch.randn(len(batch), *shape, generator=random).to(teacher.device) for batch in batches)

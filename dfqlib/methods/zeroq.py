@@ -15,6 +15,7 @@ from dfqlib.models.batch_norm_statistics import EPSILON, BatchNormInput, BatchNo
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.trace import trace
 from dfqlib.schedules import ImageSchedule
+from dfqlib.speed.precision import run
 
 
 def zeroq_statistics_loss(images: Tensor, layers: Sequence[BatchNormInput]) -> Tensor:
@@ -48,7 +49,7 @@ def distil_images(teacher: Teacher, schedule: ImageSchedule, seed: int = 0) -> S
     with BatchNormInputs(teacher.folded) as taps:
 
         def loss(images: Tensor) -> Tensor:
-            teacher.folded(images)
+            run(teacher.folded, images)
             return add_up({"statistics": zeroq_statistics_loss(images, taps.layers)})
 
         return synthesise(start, loss, schedule, f"distilling {schedule.images} images")

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dfqlib.errors import UserError
 from dfqlib.speed.fold_batch_norms import FoldedNorm, undo_affine_statistics
+from dfqlib.speed.precision import full
 from dfqlib.speed.switches import uses
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FoldedNorm)
@@ -88,7 +89,7 @@ class BatchNormInputs:
     def _collect(self, name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         self._calls[name] += 1
         call = name if self._calls[name] == 1 else f"{name}:{self._calls[name]}"
-        self.layers.append(BatchNormInput(call, inputs[0] if inputs else named["input"], norm))
+        self.layers.append(BatchNormInput(call, full(inputs[0] if inputs else named["input"]), norm))
 
 
 class _MeanVariance(torch.autograd.Function):

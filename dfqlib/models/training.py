@@ -15,6 +15,7 @@ from dfqlib.checkpoint import load_checkpoint, save_checkpoint
 from dfqlib.device import channels_last
 from dfqlib.errors import Diverged
 from dfqlib.progress import track
+from dfqlib.speed.precision import run
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def train_teacher(
         for step in track(range(steps), f"teacher, epoch {epoch + 1} of {recipe.epochs}"):
             batch = slice(step * recipe.batch, (step + 1) * recipe.batch)
             chosen, rate = order[batch], recipe.rate(epoch + step / steps)
-            logits = forward(augment(normalise(pixels[chosen]), size, generator))
+            logits = run(forward, augment(normalise(pixels[chosen]), size, generator))
             loss = F.cross_entropy(logits, labels[chosen], reduction="none")
             for optimizer in steppers:
                 for group in optimizer.param_groups:

@@ -11,6 +11,7 @@ from dfqlib.models.teacher import Teacher, load_teacher
 from dfqlib.notebook.run import Run
 from dfqlib.papers import profiles
 from dfqlib.settings import Settings
+from dfqlib.speed import precision
 
 
 class Started(NamedTuple):
@@ -34,12 +35,13 @@ def start(key: str, values: Mapping[str, Any]) -> Started:
     plotting.style()
     seed_everything(settings.seed)
     device = pick_device(settings.device)
+    computed = {"precision": precision.use(getattr(settings, "precision", "float32"), device)}
     teacher = load_teacher(settings.model, settings.weights, device) if paper.methods else None
     download = getattr(settings, "download", False)
     test = load_test(settings.dataset, settings.data_folder, download, teacher and teacher.entry.input_size)
     if settings.per_class:
         test = balanced_subset(test, settings.per_class, f"{test.name}, {settings.per_class} per class")
-    run = Run(key, settings.values(), teacher, test)
+    run = Run(key, settings.values() | computed, teacher, test)
     if teacher:
         print(f"{teacher.name}: {run.fp32_top1:.2f} % of {test.name} ({len(test):,} images)")
     return Started(teacher, test, run, settings)

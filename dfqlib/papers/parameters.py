@@ -15,6 +15,7 @@ from dfqlib.schedules import CALIBRATIONS, FOREVER, SOURCES, USES, Mixture
 from dfqlib.settings import Settings, setting
 
 MAX_SEED = 2**32 - 1  # of NumPy
+PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Common(Settings):
     model: str = "resnet20_cifar10"
     seed: int = setting(0, 0, MAX_SEED)
     device: str = "auto"
+    precision: str = setting("float32", choices=PRECISIONS)  # of convolutions and large products
     out: str = ""
     data_folder: str = ""
     weights: str = ""

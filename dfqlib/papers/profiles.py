@@ -18,13 +18,17 @@ from dfqlib.settings import Settings
 
 @dataclass(frozen=True)
 class Profile:
-    """What a call runs by default: ``datasets``, or every published row if empty; ``bits``, or the notebook's own."""
+    """What a call runs by default: ``datasets``, or every published row if empty; ``bits``, or the notebook's own.
+
+    ``values`` are those of all notebooks.
+    """
 
     name: str
     about: str
     datasets: list[str] = field(default_factory=list)
     bits: list[str] = field(default_factory=list)
     rehearsal: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
 
     def overview_folder(self, results: Path) -> Path:
         """Where tables and pages go: a rehearsal's stay out of the others, in a folder of its own."""
@@ -103,7 +107,7 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     """``"as published"``, or how the schedule departs from the published one, and each parameter that does.
 
     ``"reduced (0.1 % of the published images seen)"`` where whole numbers differ, such as iterations; ``"retuned"``
-    where others do, such as rates and weights. Lists say which experiments are made.
+    where others do, such as rates and weights. Lists say which experiments are made. ``"in bfloat16"``: not in float32.
     """
     published = paper(key).values("paper", parameters.get("dataset", ""), parameters.get("model", ""))
     compared = [name for name in published if name in parameters and name not in (*RUN_PARAMETERS, *CORRECTIONS)]
@@ -117,7 +121,10 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     if parameters.get("corrected_iterations") and parameters["corrected_bits"]:
         corrected = CORRECTED + BEGUN * bool(parameters.get("corrected_generator"))
         told.append(f"corrected students {corrected.format(**parameters)}")
-    return f"{', '.join(how) or 'fewer experiments'}: {', '.join(told)}" if differing else "as published"
+    how = how or (["fewer experiments"] if differing else ["as published"])
+    if (precision := parameters.get("precision", "float32")) != "float32":
+        how.append(f"in {precision}")
+    return ", ".join(how) + (f": {', '.join(told)}" if differing else "")
 
 
 def _images_seen(values: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ from dfqlib.quantizers.fake_quantize import (
     scale_and_zero_point,
 )
 from dfqlib.quantizers.observers import CommonRange, RunningMinMax
+from dfqlib.speed.precision import full
 
 
 class FakeQuantize(nn.Module):
@@ -36,6 +37,7 @@ class FakeQuantize(nn.Module):
 
         ``part`` tells a :class:`CommonRange` which of its values ``x`` is.
         """
+        x = full(x)
         if self.observing:
             self.observer.observe(x, self.bits, *part)
         if self.final:

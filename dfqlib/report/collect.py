@@ -87,7 +87,8 @@ def _rows(results: Path, paper: Paper, names: Iterable[str], present: Collection
     for profile, folder, metrics in runs:
         run, provenance = metrics["run"], metrics["provenance"]
         older = run["depends"]["code"] != latest["run"]["depends"]["code"]
-        own = {name: value for name, value in metrics["parameters"].items() if name not in RUN_PARAMETERS}
+        run_only = set(RUN_PARAMETERS) - {"precision"}
+        own = {name: value for name, value in metrics["parameters"].items() if name not in run_only}
         figures = [str(folder / f"{name}.png") for name in metrics["figures"]]
         context = {"paper": paper.key, "profile": profile, "schedule": metrics["schedule"]}
         context["calibration"] = "published"  # unless the row says otherwise

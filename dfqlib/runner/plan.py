@@ -5,6 +5,8 @@ A finished run is recognised by its identity, see :mod:`dfqlib.runner.identity`.
 
 import functools
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError, check_choice
 from dfqlib.papers import published
 from dfqlib.papers.profiles import Paper, Profile, load
-from dfqlib.places import PATH_PARAMETERS, data_folder, expand
+from dfqlib.places import PACKAGE, PATH_PARAMETERS, data_folder, expand
 from dfqlib.runner.identity import code_identity, data_identity, digest, teacher_identity, torch_version
 from dfqlib.speed.switches import off_from_start
 
@@ -106,10 +108,13 @@ def plan(selection: Selection) -> list[PlannedRun]:
             reported = [row.bits for row in rows if (row.dataset, row.model) == (dataset, model)]
             # A notebook without published rows runs the bit widths of its parameters cell.
             bits = widths or list(dict.fromkeys(reported)) or values.get("bits")
-            values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits} | settings[paper.key]
+            values |= {"profile": profile.name, "dataset": dataset, "model": model, "bits": bits}
+            values |= profile.values | settings[paper.key]
             for seed in selection.seeds:
                 parameters = declared.of(values | {"seed": seed}).values()
                 parameters.pop("out", None)
+                if parameters.get("precision") == "auto":
+                    parameters["precision"] = precision_here(parameters["device"])
                 depends = {
                     "code": code,
                     "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
@@ -132,6 +137,13 @@ def plan(selection: Selection) -> list[PlannedRun]:
             names = ", ".join(several)
             raise UserError(f"--set {parameter} would serve {names}; choose one with --datasets and --models.")
     return list(runs.values())
+
+
+@functools.cache
+def precision_here(device: str) -> str:
+    """What the precision ``auto`` is on ``device``, asked of torch in another process; float32 if it is not here."""
+    call = [sys.executable, "-m", "dfqlib.speed.precision", device]
+    return subprocess.run(call, cwd=PACKAGE.parent, capture_output=True, text=True).stdout.strip() or "float32"
 
 
 def pairs_of(paper: Paper, profile: Profile, selection: Selection) -> list[tuple[str, str]]:
