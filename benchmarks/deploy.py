@@ -18,12 +18,13 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, fx
 
+from benchmarks import readme
 from benchmarks.steps import RESULTS, provenance
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import embedded_test
 from dfqlib.deploy.export import OPSET, export_onnx, run_onnx, strip
 from dfqlib.deploy.store import save_student
-from dfqlib.device import seed_everything
+from dfqlib.device import channels_last, seed_everything
 from dfqlib.files import write_text
 from dfqlib.methods.zeroq import distil_images
 from dfqlib.models.evaluate import predict
@@ -31,6 +32,8 @@ from dfqlib.models.teacher import Teacher, load_teacher
 from dfqlib.quantizers.calibrate import compensated
 from dfqlib.quantizers.finalise import finalise
 from dfqlib.schedules import ImageSchedule
+from dfqlib.speed.low_bits import in_low_bits
+from dfqlib.speed.scale_weights import scale_weights
 
 ELSEWHERE = """import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
@@ -109,6 +112,14 @@ def measure(teacher: Teacher, students: dict[str, fx.GraphModule], options: argp
                     version, old = elsewhere(options.runtime, path, images, folder)
                     row |= {"other_runtime": version, "other_agree": 100 * (ours == old).double().mean().item()}
             rows.append(row)
+        in_torch = {"float_ms": {"FP32": teacher.network}}
+        in_torch["fake_ms"] = {bits: scale_weights(student) for bits, student in students.items()}
+        in_torch["low_bits_ms"] = {bits: in_low_bits(network) for bits, network in in_torch["fake_ms"].items()}
+        each = [(name, bits, network) for name, networks in in_torch.items() for bits, network in networks.items()]
+        with torch.inference_mode():
+            spent = milliseconds([network for *_, network in each], channels_last(images[:32]), 20)
+        for (name, bits, _), found in zip(each, spent, strict=True):
+            next(row for row in rows if row["bits"] == bits)[name] = found
         for count, rounds in ((1, 400), (32, 40)):
             for row, spent in zip(rows, milliseconds(runs, images[:count].contiguous(), rounds), strict=True):
                 row[f"batch_{count}_ms"] = spent
@@ -126,6 +137,9 @@ COLUMNS = {
     "other_agree": "same class, other runtime, %",
     "batch_1_ms": "1 image, ms",
     "batch_32_ms": "32 images, ms",
+    "float_ms": "float in torch, 32 images, ms",
+    "fake_ms": "fake-quantized, ms",
+    "low_bits_ms": "in int8 in torch, ms",
     "operations": "operations, optimised",
     "float_weights": "float weights",
 }
@@ -136,7 +150,11 @@ def markdown(table: pd.DataFrame) -> str:
     first, columns = table.iloc[0], {key: title for key, title in COLUMNS.items() if key in table}
     percent = [key for key in ("student", "file", "agree", "other_agree") if key in table]
     shown = table.assign(
-        **{key: table[key].map("{:.3f}".format) for key in ("of_float", "batch_1_ms", "batch_32_ms")},
+        **{
+            key: table[key].map("{:.3f}".format, na_action="ignore")
+            for key in table
+            if key.endswith(("_ms", "of_float"))
+        },
         **{key: table[key].map("{:,.0f}".format, na_action="ignore") for key in ("bytes", "kept")},
         **{key: table[key].map("{:.2f}".format, na_action="ignore") for key in percent},
     ).astype(object)
@@ -174,6 +192,8 @@ def main() -> None:
     table.to_csv(options.out / "deploy.csv", index=False, float_format="%.6g")
     write_text(options.out / "deploy.md", markdown(table))
     print(markdown(table))
+    if options.out.resolve() == RESULTS:
+        readme.show_students(table)
 
 
 if __name__ == "__main__":

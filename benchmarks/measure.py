@@ -1,7 +1,10 @@
 """Seconds, memory and multiply-adds of an iteration."""
 
+import itertools
+import math
 import multiprocessing
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +19,10 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import Case, make_case
 from dfqlib.models.teacher import load_teacher
+from dfqlib.speed import precision
 
-SIDES = ("published", "ours")
 ROUND, SETTLING = 4, 2  # iterations of one side before the other's, and the first of them, which do not count
+SLOWER, SWITCHES = 1.15, 30  # what a busy machine is told by, see Alternating
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -40,32 +44,66 @@ class Alternating:
     """The tick of the kit's loop: after each :data:`ROUND` of its iterations it calls some other functions as often.
 
     So a machine that is busy for a while slows all alike. The first two calls of a round do not count: they find caches
-    as the others left them, and in the first of all students only observe.
+    as the others left them, and in the first of all students only observe. A product of matrices is timed before and
+    after each round: a round counts only if neither took longer than :data:`SLOWER` times the fastest of all, and if
+    no other process took the cores from this one more than :data:`SWITCHES` times a second.
     """
 
     def __init__(self, device: torch.device, *others: Callable[[], object]) -> None:
         self.device, self.others = device, others
         self.iterations = 0
-        self.began = 0.0
-        self.ours: list[float] = []
-        self.theirs: list[list[float]] = [[] for _ in others]
+        self.rounds: list[list[list[float]]] = []  # of each round, the seconds of the kit's iterations, then of others'
+        self.products: list[float] = []
+        self.marks: list[tuple[float, int]] = []  # time and involuntary context switches, between rounds
+        self.multiply, self.operations = multiplication(device)
 
     def __call__(self) -> None:
-        self.end()
+        self._end_iteration()
         if self.iterations % ROUND == 0:
-            for function, spent in zip(self.others, self.theirs, strict=True):
-                spent += [seconds(function, self.device) for _ in range(ROUND)][SETTLING:]
+            self._mark()
+            others = [[seconds(each, self.device) for _ in range(ROUND)][SETTLING:] for each in self.others]
+            self.rounds.append([[], *others])
         self.iterations += 1
         self.began = now(self.device)
 
-    def end(self) -> None:
+    def _end_iteration(self) -> None:
         """The kit's iteration is over, if there was one that counts."""
         if self.iterations and (self.iterations - 1) % ROUND >= SETTLING:
-            self.ours.append(now(self.device) - self.began)
+            self.rounds[-1][0].append(now(self.device) - self.began)
+
+    def _mark(self) -> None:
+        self.products.append(statistics.median(seconds(self.multiply, self.device) for _ in range(5)))
+        self.marks.append((now(self.device), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw))
+
+    def end(self) -> None:
+        """The kit's last iteration is over."""
+        self._end_iteration()
+        self._mark()
+
+    def quiet(self) -> list[list[list[float]]]:
+        """The rounds that count."""
+        found, slow = [], SLOWER * min(self.products)
+        for index, spent in enumerate(self.rounds):
+            (began, before), (ended, after) = self.marks[index : index + 2]
+            if max(self.products[index : index + 2]) <= slow and after - before <= SWITCHES * (ended - began):
+                found.append(spent)
+        return found
+
+    def switches(self) -> float:
+        """How often a second other processes took the cores."""
+        (began, before), (ended, after) = self.marks[0], self.marks[-1]
+        return (after - before) / (ended - began)
 
     def medians(self) -> list[float]:
-        """Median seconds of an iteration of the kit's and of each of the others."""
-        return [statistics.median(spent) for spent in (self.ours, *self.theirs)]
+        """Median seconds of an iteration of the kit's and of each of the others; NaN where most rounds do not count."""
+        quiet = self.quiet()
+        if 2 * len(quiet) < len(self.rounds):
+            return [math.nan] * (1 + len(self.others))
+        return [statistics.median(itertools.chain(*spent)) for spent in zip(*quiet, strict=True)]
+
+    def rate(self) -> float:
+        """Floating-point operations a second of the product of matrices."""
+        return self.operations / statistics.median(self.products)
 
 
 def multiplication(device: torch.device) -> tuple[Callable[[], object], float]:
@@ -105,7 +143,10 @@ def operations(case: Case) -> int:
 
 
 def peak_bytes(case: Case, side: str, device: torch.device) -> int:
-    """The most memory that two iterations of one side take, beyond what there was before the first one."""
+    """The most memory that two iterations take, beyond what there was before the first one.
+
+    ``side`` is ``"published"``, or the precision of the kit's loop.
+    """
     if device.type == "cuda":
         start, peak = _reset_cuda, lambda: torch.cuda.max_memory_allocated(device)
     else:
@@ -116,7 +157,8 @@ def peak_bytes(case: Case, side: str, device: torch.device) -> int:
         if not marks:
             marks.append(start(device))
 
-    if side == "ours":
+    if side != "published":
+        precision.use(side)
         case.ours(2, tick)
     else:
         published = case.published()
@@ -140,14 +182,15 @@ def kilobytes(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))[1])
 
 
-def peaks_in_new_processes(names: Sequence[str], batch: int | None, model: str, device: str) -> Iterator[list[int]]:
-    """For each case :func:`peak_bytes` of the two :data:`SIDES`, each in a process of its own (on Linux only)."""
+def peaks_in_new_processes(
+    sides: Sequence[tuple[str, str]], batch: int | None, model: str, device: torch.device
+) -> Iterator[int]:
+    """For each case and side :func:`peak_bytes`, in a process of its own (on Linux only)."""
     # The fork server has imported everything and computed nothing, so its children start at once, and all alike.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "dfqlib.plotting"])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        for name in names:
-            yield list(pool.map(_peak, *zip(*((name, side, batch, model, device) for side in SIDES), strict=True)))
+        yield from pool.map(_peak, *zip(*((name, side, batch, model, device) for name, side in sides), strict=True))
 
 
 def _peak(name: str, side: str, batch: int | None, model: str, device: str) -> int:

@@ -1,10 +1,12 @@
 """What an iteration of each method costs, against the step as published: ``python -m benchmarks.steps``.
 
-Prints a table, and writes it as ``steps.csv`` with all columns and as ``steps.png``. Needs Linux, for the peak memory.
+Writes ``steps.csv`` and ``steps.png``, and the table into README.md by :mod:`benchmarks.readme`. Needs Linux, for the
+peak memory and the context switches.
 """
 
 import argparse
 import datetime
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,30 +14,35 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks import readme
 from benchmarks.cases import CASES, Case, make_case
-from benchmarks.measure import ROUND, Alternating, multiplication, operations, peaks_in_new_processes
+from benchmarks.measure import ROUND, Alternating, operations, peaks_in_new_processes
 from dfqlib.device import code_version, describe_hardware, pick_device, seed_everything
 from dfqlib.models.teacher import load_teacher
 from dfqlib.models.zoo import MODELS
 from dfqlib.plotting import COLOURS, style
+from dfqlib.speed import precision
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def measure(case: Case, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of an iteration of both sides, and of the floor: the kit's operations at the matrices' rate."""
-    multiply, count = multiplication(device)
-    times = Alternating(device, case.published().step, multiply)
+def measure(case: Case, name: str, rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of an iteration of both sides, and of the floor: the kit's operations at the matrices' rate.
+
+    The kit computes in the precision ``name``, the published step in float32. NaN if the machine was busy.
+    """
+    precision.use(name)
+    times = Alternating(device, case.published().step)
     case.ours(ROUND * rounds, times)
     times.end()
-    ours, published, product = times.medians()
-    rate, work = count / product, operations(case)
+    (ours, published), rate, work = times.medians(), times.rate(), operations(case)
     return {
         "published_s": published,
         "ours_s": ours,
         "times_faster": published / ours,
-        "published_images_per_s": case.batch / published,
-        "ours_images_per_s": case.batch / ours,
+        "quiet_rounds": len(times.quiet()),
+        "slowest_product": max(times.products) / min(times.products),
+        "switches_per_s": times.switches(),
         "gflop": work / 1e9,
         "matrix_gflops": rate / 1e9,
         "floor_s": work / rate,
@@ -55,40 +62,31 @@ def provenance(device: torch.device, model: str) -> dict[str, object]:
     }
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The main columns, to read."""
-    columns = ("iteration", "batch", "published, s", "here, s", "times faster", "images/s", "floor, s", "floor / here")
-    columns += ("published, MB", "here, MB")
-    rows = [f"| {' | '.join(columns)} |", "| --- " + "| ---: " * 9 + "|"]
-    for row in table.itertuples():
-        seconds = f"{row.published_s:.3g} | {row.ours_s:.3g} | {row.times_faster:.1f} | {row.ours_images_per_s:.0f}"
-        floor = f"{row.floor_s:.3g} | {100 * row.share_of_floor:.0f} %"
-        rows.append(f"| {row.title} | {row.batch} | {seconds} | {floor} | {row.published_mb:.0f} | {row.ours_mb:.0f} |")
-    return "\n".join(rows)
-
-
 def plot(table: pd.DataFrame) -> Figure:
     """Bars of both sides and the floor, as shares of the published step, with the seconds beside them."""
     style()
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.62 * len(table)))
-    for place, row in enumerate(table.itertuples()):
-        for offset, (seconds, colour) in enumerate(((row.published_s, COLOURS[5]), (row.ours_s, COLOURS[0]))):
-            length = 100 * seconds / row.published_s
-            axes.barh(place + 0.36 * offset, length, 0.34, color=colour)
-            axes.text(length + 1, place + 0.36 * offset, f"{seconds:.2g} s", va="center", fontsize="small")
-        floor = 100 * row.floor_s / row.published_s
-        axes.vlines(floor, place + 0.17, place + 0.55, color=COLOURS[1], linewidth=3)
-    titles = [f"{row.title} (batch {row.batch})" for row in table.itertuples()]
-    axes.set_yticks([place + 0.18 for place in range(len(table))], titles)
+    precisions = list(dict.fromkeys(table.precision))
+    figure, axes = plt.subplots(figsize=(8, 0.6 + (0.3 + 0.26 * len(precisions)) * table.method.nunique()))
+    named = {"as published": COLOURS[5]} | dict(zip(precisions, (COLOURS[0], COLOURS[2]), strict=False))
+    height, titles = 0.9 / len(named), []
+    for place, (_, rows) in enumerate(table.groupby("method", sort=False)):
+        first = rows.iloc[0]
+        titles.append(f"{first.title} (batch {first.batch})")
+        bars = {"as published": first.published_s} | {
+            row.precision: first.published_s / row.times_faster for row in rows.itertuples()
+        }
+        for offset, (name, seconds) in enumerate(bars.items()):
+            if math.isfinite(seconds):
+                length, where = 100 * seconds / first.published_s, place + height * offset
+                axes.barh(where, length, 0.9 * height, color=named[name])
+                axes.text(length + 1, where, f"{seconds:.2g} s", va="center", fontsize="small")
+        axes.vlines(100 * first.floor_s / first.published_s, place, place + 0.6, color=COLOURS[1], linewidth=3)
+    axes.set_yticks([place + 0.3 for place in range(len(titles))], titles)
     axes.invert_yaxis()
     axes.set(xlim=(0, 112), xlabel="time of an iteration, % of the step as published")
-    named = {
-        "as published": COLOURS[5],
-        "here": COLOURS[0],
-        "floor: its multiply-adds as one matrix product": COLOURS[1],
-    }
+    named["floor: its multiply-adds as one float32 product"] = COLOURS[1]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in named.values()]
-    figure.legend(handles, named, loc="outside upper center", ncols=3)
+    figure.legend(handles, named, loc="outside upper center", ncols=len(named))
     axes.grid(False, axis="y")
     return figure
 
@@ -100,6 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, help="images per iteration, for all methods (default: as published)")
     parser.add_argument("--rounds", type=int, default=3, help="of four iterations of each side (default: 3)")
+    known = ("float32", "bfloat16")
+    parser.add_argument("--precisions", nargs="+", choices=known, help="default: float32, and what auto is here")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--model", default="resnet20_cifar10", choices=MODELS, metavar="NAME", help="the teacher")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for steps.csv and steps.png")
@@ -112,19 +112,26 @@ def main() -> None:
     seed_everything(0)
     teacher = load_teacher(arguments.model, device=device)
     rows = []
-    for name in arguments.methods:
-        case = make_case(name, teacher, arguments.batch)
-        times = measure(case, arguments.rounds, device)
-        rows.append({"method": name, "title": case.title, "batch": case.batch} | times)
-        print(f"{case.title}: {times['published_s']:.3g} s as published, {times['ours_s']:.3g} s here", flush=True)
-    peaks = peaks_in_new_processes(arguments.methods, arguments.batch, arguments.model, device)
-    for row, (published, ours) in zip(rows, peaks, strict=True):
-        row |= {"published_mb": published / 1e6, "ours_mb": ours / 1e6}
+    for method in arguments.methods:
+        case = make_case(method, teacher, arguments.batch)
+        for name in arguments.precisions or dict.fromkeys(("float32", precision.resolve("auto", device))):
+            row = {"method": method, "title": case.title, "batch": case.batch, "precision": name}
+            rows.append(row | measure(case, name, arguments.rounds, device))
+            told = readme.ratio(rows[-1]["times_faster"], "times faster")
+            print(f"{case.title}, {name}: {rows[-1]['ours_s']:.3g} s here, {told}", flush=True)
+    sides = dict.fromkeys((row["method"], side) for row in rows for side in ("published", row["precision"]))
+    peaks = dict(zip(sides, peaks_in_new_processes(list(sides), arguments.batch, arguments.model, device), strict=True))
+    for row in rows:
+        row["published_mb"], row["ours_mb"] = (
+            peaks[row["method"], side] / 1e6 for side in ("published", row["precision"])
+        )
     table = pd.DataFrame([row | provenance(device, arguments.model) for row in rows])
     arguments.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(arguments.out / "steps.csv", index=False, float_format="%.5g")
     plot(table).savefig(arguments.out / "steps.png")
-    print(f"\n{describe_hardware(device)}, torch {torch.__version__}, commit {code_version()}\n\n{markdown(table)}")
+    print(f"\n{readme.of_steps(table)}")
+    if arguments.out.resolve() == RESULTS:
+        readme.show_steps(table)
 
 
 if __name__ == "__main__":

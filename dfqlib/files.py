@@ -41,6 +41,14 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_between(path: Path, name: str, text: str) -> None:
+    """Put ``text`` between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a file that has them."""
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, found, rest = path.read_text(encoding="utf-8").partition(first)
+    if found and last in rest:
+        write_text(path, before + first + text + last + rest.partition(last)[2])
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` to ``path`` atomically, as indented JSON with a final newline."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,10 +1,13 @@
 """The published steps that the kit's cost is measured against compute what the kit computes."""
 
+import math
+
 import pytest
 import torch
 
 from benchmarks.cases import CASES, make_case
 from benchmarks.imagenet import split
+from benchmarks.measure import Alternating
 from dfqlib.data.image_sets import ImageSet
 from dfqlib.models.teacher import load_teacher
 
@@ -32,6 +35,17 @@ def test_published_step_computes_the_same(teacher, name):
         assert found == pytest.approx(expected, rel=1e-6)
     for found, expected in zip(ours.trained, theirs.trained, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8, check_stride=False)
+
+
+@pytest.mark.parametrize(
+    ("products", "switches", "median"),
+    [([1, 1, 1, 1], 0, 2.5), ([1, 1, 1, 2], 0, 2), ([1, 1, 2, 1], 0, math.nan), ([1, 1, 1, 1], 90, math.nan)],
+)
+def test_rounds_of_a_busy_machine_do_not_count_and_most_must(products, switches, median):
+    times = Alternating(torch.device("cpu"))
+    times.rounds = [[[1.0, 3.0]], [[2.0, 2.0]], [[9.0, 9.0]]]
+    times.products, times.marks = products, [(second, second * switches) for second in range(4)]
+    assert times.medians() == [pytest.approx(median, nan_ok=True)]
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(3, [0, 3, 6]), (4, [0, 2, 4, 6]), (10, list(range(10)))])

@@ -10,6 +10,8 @@ from dfqlib.device import channels_last
 from dfqlib.errors import UserError
 from dfqlib.models.teacher import Teacher
 from dfqlib.scores import Score
+from dfqlib.speed import precision
+from dfqlib.speed.low_bits import in_low_bits
 from dfqlib.speed.scale_weights import scale_weights
 
 Normalise = Teacher | Callable[[Tensor], Tensor]
@@ -51,6 +53,8 @@ def expected_drop(teacher_logits: Tensor, logits: Tensor) -> tuple[float, float]
 def predict(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> Tensor:
     """Logits (N, classes) on the CPU, computed in eval mode; the network's mode is restored afterwards.
 
+    Under the precision bfloat16 the low bits of a student are computed as such; a float network stays in float32.
+
     ``normalise`` turns pixels into the network's input: a teacher, or a function. ``batch`` defaults to
     :func:`images_per_pass`.
     """
@@ -58,6 +62,8 @@ def predict(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch
     device, training = next(network.parameters()).device, network.training
     batch = batch or images_per_pass(image_set.pixels.shape[-1])
     scaled = scale_weights(network.eval())
+    if precision.used() == "bfloat16":
+        scaled = in_low_bits(scaled)
     try:
         with torch.inference_mode():
             return torch.cat(

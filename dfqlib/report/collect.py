@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from dfqlib.files import atomic_path, write_text
+from dfqlib.files import atomic_path, write_between, write_text
 from dfqlib.papers import profiles, published
 from dfqlib.papers.parameters import RUN_PARAMETERS
 from dfqlib.papers.profiles import Paper, Profile
@@ -28,7 +28,6 @@ GROUP = ["paper", "profile", "dataset", "data", "model", "calibration"]
 ORIGIN = ["run", "commit", "hardware", "finished"]
 #: Columns of a row that serve the report alone and are not written to results.csv.
 INTERNAL = ["rank", "version", "folder", "figures", "order", "correct"]
-MARKS = "<!-- results -->\n", "<!-- /results -->\n"  # around what README.md shows of the project's results
 Failures = dict[tuple[str, str, str], str]  # (method, data set, model) -> what stopped its run in this call
 
 
@@ -59,7 +58,7 @@ def write(results: Path, profile: Profile, present: Collection[str], failures: F
     overview = "" if profile.rehearsal else _overview(cells, "")
     _write_readme(root, papers, sections, overview)
     if project is None and not profile.rehearsal:
-        _show_in(PROJECT.parent / "README.md", _overview(cells, "results/"))
+        write_between(PROJECT.parent / "README.md", "results", _overview(cells, "results/"))
     return sections
 
 
@@ -219,11 +218,3 @@ def _write_readme(root: Path, papers: dict[str, Paper], sections: dict[str, Sect
     text += ["\n## Other methods, as context\n", f"{told}\n", tables.markdown(reproduced.context())]
     text.append("\nAll rows, with run, commit, hardware and date: [`results.csv`](results.csv).\n")
     write_text(root / "README.md", "\n".join(text))
-
-
-def _show_in(readme: Path, overview: str) -> None:
-    """Put the overview between the marks of the project's README.md."""
-    before, first, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-    _, last, after = rest.partition(MARKS[1])
-    if last:
-        write_text(readme, before + first + overview + last + after)

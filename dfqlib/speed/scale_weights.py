@@ -29,11 +29,15 @@ class ScaledConv2d(nn.Module):
         convolution, norm = self.convolution, self.norm
         if norm.training:  # it normalises by the batch's statistics, which need the activations
             return norm(convolution(x))
+        gain, bias = self.affine()
+        return convolution._conv_forward(x, used_weight(convolution) * gain[:, None, None, None], bias)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """``gain`` and the bias (O,) of the two together."""
+        convolution, norm = self.convolution, self.norm
         gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - gain * norm.running_mean
-        if convolution.bias is not None:
-            bias = bias + gain * convolution.bias
-        return convolution._conv_forward(x, used_weight(convolution) * gain[:, None, None, None], bias)
+        return gain, bias if convolution.bias is None else bias + gain * convolution.bias
 
 
 def scale_weights(network: nn.Module) -> nn.Module:

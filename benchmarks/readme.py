@@ -1,0 +1,72 @@
+"""What README.md and benchmarks/README.md show of the measured costs: ``python -m benchmarks.readme``."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from dfqlib.files import write_between
+
+HERE = Path(__file__).parent
+
+
+def ratio(value: float, unit: str = "") -> str:
+    """``value`` with one decimal and its unit; that the machine was busy for NaN."""
+    return "machine busy" if pd.isna(value) else f"{value:.1f} {unit}".strip()
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown; all columns but the first are aligned right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def where(row: pd.Series) -> str:
+    """The hardware and the version behind numbers."""
+    return f"{row.hardware}, torch {row.torch}, commit {row.commit}, {row.date[:10]}."
+
+
+def of_steps(steps: pd.DataFrame) -> str:
+    """An iteration of every method in each precision."""
+    precisions = list(dict.fromkeys(steps.precision))
+    columns, rows = ["iteration", "batch", "published, s"], []
+    columns += [each for name in precisions for each in (f"{name}, s", "times faster")] + ["floor / float32"]
+    columns += ["memory published, MB", *(f"{name}, MB" for name in precisions)]
+    for _, lines in steps.groupby("method", sort=False):
+        first = lines.iloc[0]
+        row = [first.title, str(first.batch), f"{first.published_s:.3g}"]
+        for line in lines.itertuples():
+            row += [f"{line.ours_s:.3g}", ratio(line.times_faster)]
+        row += [f"{100 * first.share_of_floor:.0f} %", f"{first.published_mb:.0f}"]
+        rows.append([*row, *(f"{megabytes:.0f}" for megabytes in lines.ours_mb)])
+    return f"{where(steps.iloc[0])}\n\n{table(columns, rows)}".replace("nan", "-")
+
+
+def of_students(students: pd.DataFrame) -> str:
+    """Milliseconds of a student for each of 32 images, on one thread."""
+    names = {
+        "float_ms": "float",
+        "fake_ms": "fake-quantized",
+        "low_bits_ms": "in int8 here",
+        "batch_32_ms": "ONNX Runtime",
+    }
+    rows = [
+        [row.bits, *("" if pd.isna(row[name]) else f"{row[name] / 32:.2f}" for name in names)]
+        for _, row in students.iterrows()
+    ]
+    return f"{where(students.iloc[0])}\n\n{table(['ms per image', *names.values()], rows)}"
+
+
+def show_steps(steps: pd.DataFrame) -> None:
+    """Both pages show what ``steps.csv`` holds."""
+    for path in (HERE.parent / "README.md", HERE / "README.md"):
+        write_between(path, "steps", of_steps(steps) + "\n")
+
+
+def show_students(students: pd.DataFrame) -> None:
+    """README.md shows the milliseconds that ``deploy.csv`` holds."""
+    write_between(HERE.parent / "README.md", "students", of_students(students) + "\n")
+
+
+if __name__ == "__main__":
+    show_steps(pd.read_csv(HERE / "results" / "steps.csv"))
+    show_students(pd.read_csv(HERE / "results" / "deploy.csv"))
