@@ -1,11 +1,14 @@
 """The fine-tuning loop: students share a stream and leave it alone; ranges freeze; a stopped run goes on as it was."""
 
 import io
+import math
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Categorical
 
 from dfqlib.bits import BitWidths
 from dfqlib.data.crops import RandomCrops
@@ -14,7 +17,8 @@ from dfqlib.finetuning.loop import Checkpoint, History, Student, distillation_lo
 from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.finetuning.streams import FirstThen, GeneratorStream, ImageStream
 from dfqlib.generators.networks import Generator
-from dfqlib.losses import student_loss
+from dfqlib.loss_terms import add_up
+from dfqlib.losses import bns_loss, student_loss
 from dfqlib.methods import dsg, gdfq, qimera
 from dfqlib.methods.saft import WithTeacherView
 from dfqlib.models.teacher import Teacher
@@ -72,6 +76,26 @@ def test_generator_is_bitwise_the_same_with_one_student_and_with_four(teacher):
         finetune(stream, students, spans(6, 2))
         results.append(parameters(stream.generator) | parameters(students["w3"].network))
     assert_equal(*results)
+
+
+def adadfq_loss(teacher, labels, layers, student, least=0.1, most=0.8):
+    """AdaDFQ's generator: disagreement and agreement of both networks on the label, within a margin; L_BNS."""
+    entropy = Categorical(logits=teacher - student).entropy()
+    share = (entropy - entropy.min()) / (math.log(teacher.shape[1]) - entropy.min())
+    margin = (least - share).relu().mean() + (share - most).relu().mean()
+    both = 0.2 * F.cross_entropy(teacher - student, labels) + 0.1 * F.cross_entropy(teacher + student, labels)
+    return add_up({"margin": margin, "agreement": both, "L_BNS": bns_loss(layers)})
+
+
+def test_a_generator_may_look_at_its_student_from_the_first_batch_on(teacher):
+    made = []
+    for bits in (2, 8):
+        student = make_student(teacher, bits=bits)
+        stream = make_stream(teacher, 8, loss=adadfq_loss, student=student.network)
+        history = finetune(stream, {"s": student}, spans(6, 2), generator_warmup=2)
+        assert len(history.generator) == 8 and len(history.students["s"]) == 4
+        made.append(torch.cat([p.detach().flatten() for p in stream.generator.parameters()]))
+    assert not torch.equal(*made)  # from the same noise: they have learned for their students
 
 
 def test_the_generator_learns_and_then_stays_as_it_is(teacher):

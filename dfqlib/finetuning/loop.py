@@ -1,7 +1,7 @@
 """The fine-tuning loop: one stream of labelled images, any number of quantized students.
 
-A stream never sees a student, so one run of it serves every bit width, and a student learns the same whether it is
-tuned alone or with others.
+No stream sees a student, unless it was made for one, so one run of it serves every bit width, and a student learns the
+same whether it is tuned alone or with others.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """Where the batches of a fine-tuning come from: a generator in training, or a fixed set of images."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
 from dfqlib.losses import generator_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
 from dfqlib.progress import track
+from dfqlib.quantizers.layers import observing
 from dfqlib.schedules import decay_factor
 from dfqlib.speed.precision import run
 
@@ -133,6 +135,9 @@ class GeneratorStream(Stateful):
     """Trains a generator against the teacher and yields the batches it was trained on.
 
     ``loss`` takes (teacher logits, labels, batch-norm inputs); ``image_loss`` takes the images and is added to it.
+    With a ``student``, a quantized network, ``loss`` takes its logits too, as those of AdaSG and AdaDFQ do. It learns
+    ranges on the first batch, or it could not compute; as this generator serves its student alone, students of several
+    widths need a stream each.
     ``draw(generator, batch, random)`` returns the generator's inputs and the labels of its images; it draws from the
     stream's own random numbers, seeded with ``seed``. After ``iterations`` batches the generator is no longer trained,
     but its batch norms still use the statistics of the batch. What ``draw``, ``loss`` and ``image_loss`` remember
@@ -149,6 +154,7 @@ class GeneratorStream(Stateful):
     draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label
     seed: int = 0
     image_loss: Callable[[Tensor], Tensor] | None = None
+    student: nn.Module | None = None
     remembers = "generator", "optimizer", "random", "losses", "draw", "loss", "image_loss"
 
     def __post_init__(self) -> None:
@@ -168,7 +174,7 @@ class GeneratorStream(Stateful):
         images = self.generator(*inputs)
         with self.norms:
             logits = run(self.teacher, images)
-            loss = self.loss(logits, labels, self.norms.layers)
+            loss = self.loss(logits, labels, self.norms.layers, *self._of_student(images))
         if self.image_loss is not None:
             loss = add_up({"": loss, "image loss": self.image_loss(images)})
         self.optimizer.zero_grad()
@@ -176,6 +182,12 @@ class GeneratorStream(Stateful):
         self.optimizer.step()
         self.losses.append(loss)
         return Batch(images.detach(), labels, logits.detach())
+
+    def _of_student(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.student is None:
+            return ()
+        with contextlib.nullcontext() if self.losses else observing(self.student):
+            return (self.student(images),)
 
     def read_losses(self) -> list[float]:
         return self.losses.read()

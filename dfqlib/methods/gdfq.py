@@ -29,12 +29,13 @@ def make_stream(
     draw: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = draw_one_label,
     image_loss: Callable[[Tensor], Tensor] | None = None,
     conditional: bool = False,
+    student: nn.Module | None = None,
 ) -> GeneratorStream:
     """Images of a new generator for the teacher's classes and input size, which trains as they are drawn.
 
     ``loss`` replaces L_G; ``image_loss``, a function of the images, is added to it. ``build`` makes another generator,
-    whose input ``draw`` draws; ``conditional`` gives GDFQ's the labels by its batch norms at every size. ``seed`` alone
-    decides the initial weights and the noise.
+    whose input ``draw`` draws; ``conditional`` gives GDFQ's the labels by its batch norms at every size. ``student`` is
+    for a ``loss`` that looks at one. ``seed`` alone decides the initial weights and the noise.
     """
     shape = teacher.entry.image_shape
     conditional = conditional or max(shape[1:]) > LARGE
@@ -45,7 +46,8 @@ def make_stream(
     generator = channels_last(generator.to(teacher.device))
     spans = schedule.generator_iterations, schedule.batch, schedule.generator_lr, schedule.decay
     loss = loss or partial(generator_loss, bns_weight=schedule.bns_weight)
-    return GeneratorStream(teacher.folded, generator, *spans, loss=loss, draw=draw, seed=seed, image_loss=image_loss)
+    options = {"loss": loss, "draw": draw, "seed": seed, "image_loss": image_loss, "student": student}
+    return GeneratorStream(teacher.folded, generator, *spans, **options)
 
 
 def make_student(
