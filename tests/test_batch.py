@@ -64,6 +64,8 @@ def test_every_published_row_has_its_run(kit):
         if row.method in ("zeroq", "gdfq"):
             (run,) = plan.plan(Selection("paper", papers=[row.method], models=[row.model], bits=[row.bits]))
             assert run.parameters["dataset"] == row.dataset and run.parameters["bits"] == [row.bits]
+    (run,) = plan.plan(Selection("paper", papers=["gdfq"], models=["torchvision/vgg16_bn"], bits=["W8A8"]))
+    assert (run.parameters["dataset"], run.parameters["model"]) == ("imagenet", "torchvision/vgg16_bn")
 
 
 def test_schedules_of_data_set_and_model_override_the_profile_and_departures_are_named(kit):

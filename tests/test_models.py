@@ -13,7 +13,7 @@ from dfqlib.errors import UserError
 from dfqlib.files import sha256
 from dfqlib.models.evaluate import top1
 from dfqlib.models.teacher import Teacher, load_teacher, read_weights, save_teacher
-from dfqlib.models.zoo import MODELS, build
+from dfqlib.models.zoo import MODELS, build, entry_of
 from dfqlib.papers import published
 from dfqlib.places import ASSETS
 
@@ -61,6 +61,16 @@ def test_imagenet_models_take_their_own_input_size(name, size):
     assert MODELS[name].input_size == size
     with torch.inference_mode():
         assert build(name).eval()(torch.zeros(1, 3, size, size)).shape == (1, MODELS[name].classes)
+
+
+def test_any_classifier_of_torchvision_is_a_teacher_by_its_name(tmp_path):
+    name = "torchvision/shufflenet_v2_x0_5"
+    save_file(build(name).state_dict(), tmp_path / "weights.safetensors")
+    teacher = load_teacher(name, tmp_path / "weights.safetensors")
+    assert (teacher.entry.dataset, teacher.entry.input_size, teacher.entry.classes) == ("imagenet", 224, 1000)
+    assert entry_of("torchvision/inception_v3").input_size == 299 and entry_of(NAME) is MODELS[NAME]
+    with pytest.raises(UserError, match="did you mean 'torchvision/vgg16_bn'"):
+        load_teacher("torchvision/vgg16bn")
 
 
 def test_teacher_is_frozen_and_says_where_it_came_from(state, weights, tmp_path):

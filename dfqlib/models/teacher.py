@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 import json
 import os
 import pickle
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from dfqlib import files, places
 from dfqlib.data.image_sets import require_network
 from dfqlib.device import channels_last, pick_device
-from dfqlib.errors import UserError, check_choice, first_line
+from dfqlib.errors import UserError, first_line
 from dfqlib.models import intake
-from dfqlib.models.zoo import MODELS, ModelEntry, build
+from dfqlib.models.zoo import ModelEntry, build, entry_of, torchvision_weights
 from dfqlib.speed.fold_batch_norms import fold_batch_norms
 from dfqlib.speed.switches import uses
 
@@ -124,11 +123,10 @@ def load_teacher(
 
     ``weights`` is a file: safetensors, or a state dict saved by torch that holds tensors only. The local file is
     ``$DFQ_DATA/teachers/<name>.safetensors`` (or ``.pth``). Downloads come from pytorchcv, or from torchvision for
-    names such as ``torchvision/resnet18``. Raises :class:`UserError` for an unknown name, a file that is missing,
+    names such as ``torchvision/vgg16_bn``. Raises :class:`UserError` for an unknown name, a file that is missing,
     truncated, of another architecture or holds code, and a download that is not possible.
     """
-    entry = MODELS[check_choice("model", name, MODELS)]
-    network = build(name)
+    entry, network = entry_of(name), build(name)
     given = places.weights_file(name, weights or "")
     path = given or _download_weights(entry, download)
     told = f"weights={str(path)!r}"
@@ -229,7 +227,7 @@ def _download_weights(entry: ModelEntry, download: bool) -> Path:
     if entry.library == "dfqlib":
         raise UserError(f"{told} has no published weights; train it with notebooks/00_teachers.ipynb or give weights=.")
     if entry.library == "torchvision":
-        url = importlib.import_module("torchvision.models").get_model_weights(architecture).IMAGENET1K_V1.url
+        url = torchvision_weights(architecture).url
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     else:
         error, digest, release = model_store.get_model_name_suffix_data(architecture)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pytorchcv.models.resnet_cifar import CIFARResNet
@@ -87,6 +88,24 @@ MODELS: dict[str, ModelEntry] = {
 }
 
 
+def entry_of(name: str) -> ModelEntry:
+    """That of ``MODELS``, or of "torchvision/NAME", any of torchvision's classifiers, by what its weights expect."""
+    library, _, architecture = name.partition("/")
+    if name in MODELS or library != "torchvision":
+        return MODELS[check_choice("model", name, MODELS)]
+    models = importlib.import_module("torchvision.models")
+    check_choice("model", name, [f"torchvision/{each}" for each in models.list_models(models)])
+    preset = torchvision_weights(architecture).transforms()
+    classes, norm = 1000, (tuple(preset.mean), tuple(preset.std))
+    return ModelEntry(name, "imagenet", f"torchvision.models:{architecture}", preset.crop_size[0], classes, *norm)
+
+
+def torchvision_weights(architecture: str) -> Any:
+    """The weights of a network of torchvision that its own papers had, or else the only ones."""
+    found = importlib.import_module("torchvision.models").get_model_weights(architecture)
+    return getattr(found, "IMAGENET1K_V1", found.DEFAULT)
+
+
 def resnet34_cifar100() -> nn.Module:
     """ResNet-34 with a 3x3 stem and no pooling before the first stage, for 32 x 32 images; 21.3 M parameters.
 
@@ -100,7 +119,7 @@ def resnet34_cifar100() -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """The untrained network of a ``MODELS`` entry, in training mode, with its library's random initialisation."""
-    module, _, function = MODELS[check_choice("model", name, MODELS)].factory.partition(":")
+    """The untrained network of :func:`entry_of`, in training mode, with its library's random initialisation."""
+    module, _, function = entry_of(name).factory.partition(":")
     # Imported when needed: torchvision, and with it the whole of pytorchcv, takes seconds.
     return getattr(importlib.import_module(module), function)()

@@ -81,3 +81,9 @@ def teacher_top1(dataset: str, model: str) -> float | None:
 def models_of(dataset: str) -> list[str]:
     """The models that papers report on ``dataset``."""
     return list(dict.fromkeys(row.model for row in rows() if row.dataset == dataset))
+
+
+def dataset_of(model: str) -> str:
+    """The data set of a model that papers report, or of "torchvision/NAME"; empty for any other."""
+    other = "imagenet" if model.startswith("torchvision/") else ""
+    return next((row.dataset for row in rows() if row.model == model), other)

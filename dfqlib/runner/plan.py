@@ -92,7 +92,8 @@ def plan(selection: Selection) -> list[PlannedRun]:
         if "data_folder" not in selection.settings and not data_folder(dataset, {}):
             check_choice("datasets", dataset, dict.fromkeys(row.dataset for row in published.rows()))
     for model in selection.models:
-        check_choice("models", model, dict.fromkeys(row.model for row in published.rows()))
+        if not published.dataset_of(model):
+            check_choice("models", model, dict.fromkeys(row.model for row in published.rows()))
     widths = [str(BitWidths.parse(text)) for text in selection.bits or profile.bits]
     chosen = [papers[key] for key in selection.papers or papers]
     settings = check_settings(selection.settings, chosen)
@@ -151,7 +152,7 @@ def pairs_of(paper: Paper, profile: Profile, selection: Selection) -> list[tuple
     if "dataset" not in paper.parameters.kinds():
         return [("", "")]
     rows = [row for row in published.rows() if row.method in paper.methods]
-    implied = [row.dataset for row in published.rows() if row.model in selection.models]
+    implied = [published.dataset_of(model) for model in selection.models]
     every = paper.datasets or [row.dataset for row in rows]
     pairs = []
     for dataset in dict.fromkeys(selection.datasets or implied or profile.datasets or every):
@@ -160,7 +161,7 @@ def pairs_of(paper: Paper, profile: Profile, selection: Selection) -> list[tuple
         models = published.models_of(dataset)
         if not models and not selection.models:
             raise UserError(f"datasets={dataset!r} is no data set of the papers; name its model with --models.")
-        asked = [model for model in selection.models if model in models or not models]
+        asked = [model for model in selection.models if published.dataset_of(model) == dataset or not models]
         if selection.datasets and selection.models and not asked:
             given = " ".join(selection.models)
             raise UserError(f"models={given!r} has none for {dataset}; allowed: {', '.join(models)}.")
