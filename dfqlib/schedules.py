@@ -14,6 +14,7 @@ from dfqlib.settings import Settings, setting
 FALLS = {"step": (0.25, 0.5, 0.75), "late_step": (0.4, 0.8), "cosine": (), "constant": ()}
 DECAYS = tuple(FALLS)
 SALIENCY_LAYERS = ("activations", "convolution")
+CAMS = ("gradcam", "gradcam++")
 FOREVER = 10**9  # iterations
 #: Of a comparison: where images come from. ``few-shot`` is one real training image per class, ``real`` ten.
 SOURCES = ("noise", "zeroq", "dsg", "gdfq", "qimera", "hast", "few-shot", "real")
@@ -147,7 +148,7 @@ class AlignmentWeights(Settings):
     ``epsilon`` is how far the perturbed copies are moved, in normalised pixels. ``perturbed_attention=False`` is the
     published code on CIFAR: a slip of operator precedence drops FA from the perturbed copies, which halves its weight.
     ``saliency_of`` as for :class:`dfqlib.finetuning.network_views.NetworkProbe`: the published code takes the last
-    ``"convolution"``.
+    ``"convolution"``; ``cam`` as for :func:`dfqlib.finetuning.grad_cam.grad_cam`.
     """
 
     kl_weight: float = setting(20.0, 0, 1e9)  # alpha, of tau^2 KL
@@ -156,9 +157,11 @@ class AlignmentWeights(Settings):
     easy_below: float = setting(0.5, 0, 2)  # cross-entropy only where the difficulty 1 - p_T(y) is less
     attention_weight: float = setting(2000.0, 0, 1e9)  # lam, of FA
     epsilon: float = setting(0.02, 0, 1e9)
+    perturbed_weight: float = setting(1.0, 0, 1e9)  # lambda_pert, of all terms on the perturbed copies
     saliency_weight: float = setting(20.0, 0, 1e9)  # lambda_CAM
     perturbed_attention: bool = True
     saliency_of: str = setting("activations", choices=SALIENCY_LAYERS)
+    cam: str = setting("gradcam", choices=CAMS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,6 +175,15 @@ class Mixture(Settings):
 
     p: float = setting(0.4, 0, 1)
     k: int = setting(2, 1, 10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSwitches(Settings):
+    """Of Qimera's class embeddings: ``frozen`` ones stay as they start, ``mapping`` is the disentanglement mapping."""
+
+    frozen: bool = False
+    noise_scale: float = setting(1.0, 0, 1e6)  # of the noise that is added to them
+    mapping: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

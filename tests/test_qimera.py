@@ -59,6 +59,18 @@ def test_the_latent_is_the_weighted_sum_of_the_mapped_embeddings():
     torch.testing.assert_close(seen[0][1][1], torch.tensor([0.0, 0.0, 0.0, 1.0]))
 
 
+def test_embeddings_can_be_frozen_their_noise_scaled_and_the_mapping_left_out(teacher):
+    schedule, images = GeneratorSchedule(batch=4, generator_iterations=3), {}
+    for change in ({}, {"frozen": True}, {"noise_scale": 0.0}, {"mapping": False}):
+        stream = qimera.make_stream(teacher, schedule, SuperpositionSettings(embedding="teacher", **change))
+        start = stream.generator.embedding.weight.clone()
+        images[str(change)] = stream.next_batch().images
+        assert torch.equal(start, stream.generator.embedding.weight) == ("frozen" in change)
+        assert isinstance(stream.generator.mapping, nn.Identity) == ("mapping" in change)
+    assert len({image.sum().item() for image in images.values()}) == 3  # what is frozen begins alike
+    assert qimera.published_setting("resnet18", BitWidths(4, 4), SuperpositionSettings(noise_scale=0.5)).k == 500
+
+
 def test_conditional_gain_and_bias_are_superposed_and_as_released_averaged():
     inputs = torch.randn(2, 2, 8), torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     given = {}

@@ -18,6 +18,7 @@ from dfqlib.quantizers.fake_quantize import fake_quantize_per_channel
 from dfqlib.quantizers.layers import FakeQuantize, QuantConv2d, QuantLinear, observing
 from dfqlib.quantizers.observers import MovingAverage
 from dfqlib.quantizers.round_weights import columns, round_rows
+from dfqlib.speed.scale_weights import scale_weights
 
 
 class Block(nn.Module):
@@ -355,3 +356,19 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.norm(self.norm(self.conv(x)))
+
+
+def test_biases_stay_in_float_or_are_rounded_and_train():
+    model, x = Block().eval(), torch.randn(4, 3, 6, 6)
+    plain, student = (quantize_model(model, BitWidths(4, 4), bias_bits=bits) for bits in (None, 2))
+    assert torch.equal(plain.linear.bias, model.linear.bias) and student.depthwise.bias is None
+    with observing(student):
+        student(x)
+    bias = student.linear.bias.detach()
+    low, high = model.linear.bias.aminmax()
+    assert len(bias.unique()) <= 4 and (bias - model.linear.bias).abs().max() <= (high - low) / 6 + 1e-6
+    scale_weights(student)(x).square().sum().backward()  # gradients as of a float bias, also where a batch norm scales
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in student.named_parameters() if "bias" in n)
+    torch.testing.assert_close(scale_weights(student)(x), student(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="bias_bits=9"):
+        quantize_model(model, BitWidths(4, 4), bias_bits=9)

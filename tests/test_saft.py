@@ -59,7 +59,7 @@ def data():
 def make(teacher, data, bits=2, **weights):
     """(stream, student) with ranges learned."""
     weights = AlignmentWeights(**weights)
-    probe = NetworkProbe(teacher.network, weights.saliency_of)
+    probe = NetworkProbe(teacher.network, weights.saliency_of, cam=weights.cam)
     student = make_student(teacher, probe, BitWidths(bits, bits), weights, lr=1e-4, decay="cosine")
     with observing(student.network), torch.no_grad():
         student.network(data[0])
@@ -124,14 +124,15 @@ def test_promotion_moves_each_pixel_by_epsilon_and_raises_the_loss(teacher, data
 
 def by_hand(teacher, student, batch, terms, perturbed_attention=True):
     """The whole loss, composed anew from the networks alone."""
-    own, other = NetworkProbe(student.network, terms.saliency_of), NetworkProbe(teacher.network, terms.saliency_of)
+    own, other = (NetworkProbe(each.network, terms.saliency_of, cam=terms.cam) for each in (student, teacher))
     images = batch.images.clone().requires_grad_()
     ours, theirs = own(images, True), other(batch.images, True)
     clean = agreement(ours, theirs, batch.labels, terms)
     harder = batch.images + terms.epsilon * torch.autograd.grad(clean, images, retain_graph=True)[0].sign()
     total = clean + terms.saliency_weight * (ours.saliency - theirs.saliency).square().mean()
     if terms.epsilon:
-        total = total + agreement(own(harder), other(harder), batch.labels, terms, perturbed_attention)
+        copies = agreement(own(harder), other(harder), batch.labels, terms, perturbed_attention)
+        total = total + terms.perturbed_weight * copies
     return total
 
 
@@ -143,6 +144,7 @@ def by_hand(teacher, student, batch, terms, perturbed_attention=True):
         {"saliency_weight": 0.0},
         {"perturbed_attention": False},
         {"saliency_of": "convolution"},
+        {"perturbed_weight": 0.5, "cam": "gradcam++"},
         HAST,
     ],
     ids=str,

@@ -192,6 +192,10 @@ def test_grad_cam_by_hand():
         ([[[[0.0]], [[-1.0]]]], [[0.0, 0.0]]),
     ):
         assert grad_cam(activations, torch.tensor(gradient), (1, 2)).tolist() == [expected]
+    activations, gradient = torch.tensor([[[[3.0, 0, 0]], [[0, 2.0, 0]]]]), torch.tensor([[[[1.0]], [[2.0]]]])
+    for cam, expected in (("gradcam", 3 / 4), ("gradcam++", (3 / 5) / (2 * 2 / 6))):  # weights 1 and 2; 1/5 and 2/6
+        (map_,) = grad_cam(activations, gradient, (1, 3), cam).tolist()
+        assert map_[0] == pytest.approx([expected, 1, 0])
 
 
 def test_map_correlation():

@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def grad_cam(activations: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+def grad_cam(activations: Tensor, gradient: Tensor, size: tuple[int, int], cam: str = "gradcam") -> Tensor:
     """Maps (B, H, W) from 0 to 1: relu(sum_k w_k A_k), resized to ``size`` (H, W), each scaled by its own range.
 
     w_k is the mean over space, at least 0, of the score's ``gradient`` by the ``activations`` (B, C, h, w); constant
-    gradients may be given as (B, C, 1, 1). A constant map is 0.
+    gradients may be given as (B, C, 1, 1). With ``cam="gradcam++"`` each positive g counts g^2 / (2 g^2 + g^3 sum A_k)
+    times (Chattopadhay et al., "Grad-CAM++", WACV 2018). A constant map is 0.
     """
+    if cam == "gradcam++":
+        gradient, total = gradient.relu(), activations.detach().sum((2, 3), keepdim=True)
+        gradient = (gradient / (2 + gradient * total)).nan_to_num(0, 0, 0)
     weights = gradient.mean((2, 3)).clamp(min=0)
     maps = torch.einsum("bchw,bc->bhw", activations, weights).relu().unsqueeze(1)
     maps = F.interpolate(maps, size, mode="bilinear", align_corners=False).squeeze(1)

@@ -15,7 +15,7 @@ from dfqlib.models.batch_norm_statistics import sample_mean_square
 from dfqlib.quantizers.layers import FakeQuantize, used_weight
 from dfqlib.quantizers.sites import is_relu
 from dfqlib.quantizers.trace import trace
-from dfqlib.schedules import SALIENCY_LAYERS
+from dfqlib.schedules import CAMS, SALIENCY_LAYERS
 from dfqlib.speed.precision import full, run
 from dfqlib.speed.scale_weights import scale_weights
 
@@ -61,11 +61,15 @@ class NetworkProbe:
 
     Maps are of each image's own top class; the channel weights carry no gradient, as usual for Grad-CAM. For the
     activations they are the last layer's weights, so no backward pass is needed (``closed_form``); ``autograd=True``
-    computes the same maps without this shortcut. UserError if ``network`` cannot be traced or has no convolution.
+    computes the same maps without this shortcut. ``cam`` is as in :func:`grad_cam`. UserError if ``network`` cannot be
+    traced or has no convolution.
     """
 
-    def __init__(self, network: nn.Module, layer: str = "activations", autograd: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, layer: str = "activations", autograd: bool = False, cam: str = "gradcam"
+    ) -> None:
         check_choice("layer", layer, SALIENCY_LAYERS)
+        self.cam = check_choice("cam", cam, CAMS)
         traced = network if isinstance(network, fx.GraphModule) else trace(network)
         graph = copy.deepcopy(traced.graph)
         for node in graph.nodes:
@@ -98,7 +102,7 @@ class NetworkProbe:
         with torch.set_grad_enabled(by_autograd or torch.is_grad_enabled()):
             logits, attentions, outputs, features = run(self.module, images)
             size = tuple(images.shape[-2:])
-            maps = grad_cam(features, self._gradient(logits, features), size) if saliency else None
+            maps = grad_cam(features, self._gradient(logits, features), size, self.cam) if saliency else None
         return Internals(logits, list(attentions), list(outputs), maps)
 
     def _gradient(self, logits: Tensor, features: Tensor) -> Tensor:

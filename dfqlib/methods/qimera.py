@@ -11,7 +11,7 @@ from dfqlib.generators.networks import Generator, GeneratorBody
 from dfqlib.methods import gdfq
 from dfqlib.models.features import classifier
 from dfqlib.models.teacher import Teacher
-from dfqlib.schedules import GeneratorSchedule, Mixture
+from dfqlib.schedules import EmbeddingSwitches, GeneratorSchedule, Mixture
 from dfqlib.settings import setting
 
 EPSILON = 1e-5  # added to the variance of an embedding
@@ -19,7 +19,7 @@ MAPPED = {False: 64, True: 100}  # features after the disentanglement mapping, b
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperpositionSettings(Mixture):
+class SuperpositionSettings(Mixture, EmbeddingSwitches):
     """What is superposed, and how the class embeddings start: random, or as the weights of the teacher's last layer."""
 
     embedding: str = setting("random", choices=("random", "teacher"))
@@ -35,11 +35,11 @@ PUBLISHED = {
 }
 
 
-def published_setting(model: str, bits: BitWidths) -> SuperpositionSettings:
+def published_setting(model: str, bits: BitWidths, switches: EmbeddingSwitches | None = None) -> SuperpositionSettings:
     """The published setting of ``model`` at ``bits``: for 4 or fewer, for 5 or more; CIFAR-10's without one."""
     four, five = PUBLISHED.get(model, PUBLISHED["resnet20_cifar10"])
     p, k, embedding = four if min(bits.weight, bits.activation) <= 4 else five
-    return SuperpositionSettings(p=p, k=k, embedding=embedding)
+    return SuperpositionSettings(p=p, k=k, embedding=embedding, **EmbeddingSwitches.of(switches or {}).values())
 
 
 def standardise(embeddings: Tensor, over_batch: bool = False) -> Tensor:
@@ -65,7 +65,8 @@ class QimeraGenerator(nn.Module):
 
     e_k = standardise(E[y_k] + z_k), with one trained embedding per class, initially ``embeddings`` (classes, latent);
     map is linear (the disentanglement mapping), to ``mapped`` features; 0: as many as published.
-    ``conditional`` as for GDFQ's generator; gain and bias are then superposed as the embeddings are.
+    ``conditional`` as for GDFQ's generator; gain and bias are then superposed as the embeddings are. ``switches``
+    freeze the embeddings, scale the noise and leave the mapping out.
 
     ``as_released=True`` follows the released code: no mapping, superposed batches standardised over the batch, and gain
     and bias of conditional batch norms averaged over k, so k times too small. Source: Qimera, sections 4.1 to 4.3.
@@ -78,18 +79,22 @@ class QimeraGenerator(nn.Module):
         mapped: int = 0,
         conditional: bool = False,
         as_released: bool = False,
+        switches: EmbeddingSwitches | None = None,
     ) -> None:
         super().__init__()
         self.classes, self.latent = embeddings.shape
-        self.as_released = as_released
-        self.embedding = nn.Embedding.from_pretrained(embeddings.clone(), freeze=False)
-        features = self.latent if as_released else mapped or MAPPED[conditional]
-        self.mapping = nn.Identity() if as_released else nn.Linear(self.latent, features)
+        switches = switches or EmbeddingSwitches()
+        self.as_released, self.noise_scale = as_released, switches.noise_scale
+        self.embedding = nn.Embedding.from_pretrained(embeddings.clone(), freeze=switches.frozen)
+        maps = switches.mapping and not as_released
+        features = (mapped or MAPPED[conditional]) if maps else self.latent
+        self.mapping = nn.Linear(self.latent, features) if maps else nn.Identity()
         self.body = GeneratorBody(features, shape, self.classes if conditional else None)
 
     def forward(self, z: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         slots = labels.shape[1]
-        each = standardise(self.embedding(labels) + z, over_batch=self.as_released and slots > 1)
+        noisy = self.embedding(labels) + self.noise_scale * z
+        each = standardise(noisy, over_batch=self.as_released and slots > 1)
         # The mapping is affine and the weights add up to 1, so it may follow the sum: K times less work.
         latent = self.mapping((weights.unsqueeze(1) @ each).squeeze(1))
         targets = soft_targets(labels, weights, self.classes)
@@ -162,6 +167,7 @@ def make_stream(
     def build() -> QimeraGenerator:
         weight = classifier(teacher.network).weight.detach().flatten(1)
         embeddings = weight.cpu() if setting.embedding == "teacher" else torch.randn(weight.shape)
-        return QimeraGenerator(embeddings, shape, conditional=max(shape[1:]) > gdfq.LARGE, as_released=as_released)
+        large = max(shape[1:]) > gdfq.LARGE
+        return QimeraGenerator(embeddings, shape, conditional=large, as_released=as_released, switches=setting)
 
     return gdfq.make_stream(teacher, schedule, seed=seed, build=build, draw=Superposition(setting.p, setting.k, seed))

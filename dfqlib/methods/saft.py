@@ -122,12 +122,14 @@ class WithTeacherView:
 def alignment_loss(
     _: nn.Module, batch: BatchWithTeacherView, teacher: NetworkProbe, student: NetworkProbe, weights: AlignmentWeights
 ) -> Tensor:
-    """A(x) + A(x') + lambda_CAM MSE(map of S, map of T), A being :func:`agreement`; ``student`` probes the network.
+    """A(x) + lambda_pert A(x') + lambda_CAM MSE(map of S, map of T), A being :func:`agreement`, ``student`` a probe.
 
     x' are the promoted copies of x, on which both networks run again; each map is of the network's own top class.
     Source: SaFT; SynQ, equation 6.
     """
-    moves = weights.epsilon > 0 and (weights.kl_weight or weights.ce_weight or weights.attention_weight)
+    moves = weights.epsilon * weights.perturbed_weight > 0 and (
+        weights.kl_weight or weights.ce_weight or weights.attention_weight
+    )
     images = batch.images.detach().requires_grad_(bool(moves))
     ours = student(images, saliency=weights.saliency_weight > 0)
     parts = {"": agreement(ours, batch.seen, batch.labels, weights)}
@@ -136,7 +138,7 @@ def alignment_loss(
         with torch.no_grad():
             theirs = teacher(harder)
         copies = agreement(student(harder), theirs, batch.labels, weights, weights.perturbed_attention)
-        parts["perturbed copies"] = copies
+        parts["perturbed copies"] = weights.perturbed_weight * copies
     if weights.saliency_weight:
         parts["saliency"] = weights.saliency_weight * F.mse_loss(ours.saliency, batch.seen.saliency)
     return add_up(parts)
@@ -161,5 +163,5 @@ def make_student(
         lam = f"attention_weight={weights.attention_weight:g}"
         raise UserError(f"{lam} aligns residual units, of which this network has none; allowed: 0.")
     network = network or quantize_model(teacher.network, bits)
-    student = NetworkProbe(network, weights.saliency_of)
+    student = NetworkProbe(network, weights.saliency_of, cam=weights.cam)
     return Student(network, lr, decay, loss=partial(alignment_loss, teacher=probe, student=student, weights=weights))

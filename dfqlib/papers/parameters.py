@@ -80,6 +80,7 @@ class GDFQ(Quantizing, schedules.GeneratorSchedule, schedules.Corrections):
     """Notebook 02."""
 
     conditional: bool = False
+    bias_bits: list[int] = setting([], 2, 8)
     evaluations: int = setting(396, 1, 10**6)
     ablation_generator_iterations: int = setting(4000, 1, FOREVER)
     ablation_iterations: int = setting(4000, 2, FOREVER)
@@ -87,7 +88,7 @@ class GDFQ(Quantizing, schedules.GeneratorSchedule, schedules.Corrections):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qimera(Quantizing, schedules.GeneratorSchedule, schedules.Corrections):
+class Qimera(Quantizing, schedules.GeneratorSchedule, schedules.EmbeddingSwitches, schedules.Corrections):
     """Notebook 03."""
 
     published_bits: list[BitWidths] = setting(["W4A4", "W5A5", "W3A3"])

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from dfqlib.bits import BitWidths, Width
 from dfqlib.errors import UserError, check_choice
-from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize
+from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize, RoundedBias
 from dfqlib.quantizers.observers import OBSERVERS, CommonRange, KnownRange, RunningMinMax
 from dfqlib.quantizers.sites import ARITHMETIC, NONLINEARITIES, integer_sites, operation, relu_sites
 from dfqlib.quantizers.trace import trace, weight_layers
@@ -25,12 +26,14 @@ def quantize_model(
     sites: str = "papers",
     weights: str = "asymmetric",
     input_range: Range | None = None,
+    bias_bits: int | None = None,
 ) -> fx.GraphModule:
     """A quantized copy of ``model`` to calibrate or fine-tune; ``model`` and its hooks are left as they are.
 
     Every layer of ``QUANTIZED``, first and last included, becomes one that fake-quantizes its weight per output
     channel: over its min and max (``weights`` "asymmetric", as in the papers) or with a zero point of 0 ("symmetric",
-    as integer kernels want it: :func:`.fake_quantize.channel_ranges`).
+    as integer kernels want it: :func:`.fake_quantize.channel_ranges`). Its bias stays in float, as in the papers, or is
+    fake-quantized to ``bias_bits`` over its own min and max.
 
     A :class:`FakeQuantize` with an observer of its own follows each of ``sites``. "papers": each call of a ReLU or
     ReLU6, whether module or function, and nothing else; the input, linear bottlenecks and pooled features stay in
@@ -60,6 +63,8 @@ def quantize_model(
     for name, width in _by_name("weight", bits.weight, weight_layers(student)).items():
         layer = student.get_submodule(name)
         student.add_submodule(name, QUANTIZED[type(layer)](layer, width, symmetric))
+        if bias_bits is not None and layer.bias is not None:
+            register_parametrization(student.get_submodule(name), "bias", RoundedBias(bias_bits))
     for site, width in _by_name("activation", activation, list(found)).items():
         if width is None:
             continue

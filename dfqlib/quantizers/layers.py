@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfqlib.bits import check_width
 from dfqlib.errors import UserError
 from dfqlib.quantizers.fake_quantize import (
     channel_ranges,
@@ -85,6 +86,17 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+
+
+class RoundedBias(nn.Module):
+    """A bias (O,), which trains in float, as it is used: on the ``bits`` levels between its min and max."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = check_width("bias_bits", bits)
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return fake_quantize(bias, *torch.aminmax(bias.detach()), self.bits)
 
 
 class _QuantConv(QuantizedLayer):
