@@ -245,14 +245,16 @@ def test_reconstruction_of_calibrated_students_brings_their_answers_closer(teach
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10]) and gap() < 0.8 * before
 
 
-def test_alignment_of_units_without_residual_units_is_refused():
+def test_without_residual_units_attention_is_refused_and_logits_alone_are_reconstructed():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     plain = Teacher.from_module(network.append(nn.Linear(4, 2)), 2, (0.5,) * 3, (0.25,) * 3, input_size=8)
     with pytest.raises(UserError, match="attention_weight=2000"):
         make_student(plain, NetworkProbe(plain.network), BitWidths(4, 4), AlignmentWeights())
     make_student(plain, NetworkProbe(plain.network), BitWidths(4, 4), AlignmentWeights(attention_weight=0))
-    with pytest.raises(UserError, match="no residual units"):
-        reconstruct.make_student(plain.network)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    student = reconstruct.make_student(calibrated(plain.network, BitWidths(2, 2), images))
+    losses = reconstruct.reconstruct(plain, {"s": student}, images, 40, batch=8).students["s"]
+    assert losses[-1] < losses[0]
 
 
 def test_students_of_a_pool_are_calibrated_and_then_reconstructed(teacher, data):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib.bits import BitWidths
-from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import Checkpoint, History, Student, finetune
 from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.finetuning.streams import ImageStream
@@ -43,22 +42,21 @@ def output_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 def reconstruction_loss(_: nn.Module, batch: BatchWithTeacherView, student: NetworkProbe) -> Tensor:
     """:func:`output_gap` of the residual units (B, C, h, w) + that of the logits (B, classes), which end the network.
 
-    ``student`` probes the network. The logits' mean over classes is no answer, and is left out.
+    ``student`` probes the network. The logits' mean over classes is no answer, and is left out. A network without
+    residual units learns by its logits alone.
     """
     ours = student(batch.images)
     logits = [each - each.mean(1, keepdim=True) for each in (ours.logits, batch.teacher_logits)]
-    parts = {"outputs of units": output_gap(ours.outputs, batch.seen.outputs)}
+    parts = {"outputs of units": output_gap(ours.outputs, batch.seen.outputs)} if ours.outputs else {}
     return add_up(parts | {"logits": output_gap(logits[:1], logits[1:])})
 
 
 def make_student(network: nn.Module, lr: float = 5e-4, decay: str = "cosine") -> Student:
     """How ``network``, a calibrated quantized copy of a teacher, learns by :func:`reconstruction_loss`, with Adam.
 
-    Activation ranges learn with it, at ``RANGE_LR``. UserError if the network has no residual units.
+    Activation ranges learn with it, at ``RANGE_LR``.
     """
     probe = NetworkProbe(network)
-    if not probe.units:
-        raise UserError("the network has no residual units whose outputs could be reconstructed.")
     for module in network.modules():
         if isinstance(module, FakeQuantize):
             module.learn_range()
