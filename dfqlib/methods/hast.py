@@ -26,7 +26,7 @@ from dfqlib.schedules import GeneratorSchedule, HardImageSchedule
 from dfqlib.speed.precision import run
 
 # Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much more harder samples count.
-PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5)}
+PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5), "imagenet": (0.1, 0.5)}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ from dfqlib.schedules import AlignmentWeights, GeneratorSchedule
 
 # HAST has cross-entropy on every image and no saliency; SynQ has SaFT's weights.
 HAST = {"ce_weight": 1.0, "easy_below": 2.0, "saliency_weight": 0.0}
-HAST_BY_DATASET = {"cifar10": {"attention_weight": 1000.0, "epsilon": 0.01}}  # other data sets have SaFT's two
+HAST_BY_DATASET = {  # CIFAR-100 has SaFT's two
+    "cifar10": {"attention_weight": 1000.0, "epsilon": 0.01},
+    "imagenet": {"attention_weight": 4000.0, "epsilon": 0.01},
+}
 
 
 def hast_weights(dataset: str, as_released: bool = False) -> dict[str, float]:
