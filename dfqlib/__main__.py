@@ -34,7 +34,7 @@ HELP = {
 
 def evaluate(options: argparse.Namespace) -> None:
     """Print top-1 and top-5 of a student that :func:`dfqlib.deploy.store.save_student` wrote."""
-    from dfqlib.data.image_sets import load_test
+    from dfqlib.data.image_sets import data_set_of, load_test
     from dfqlib.deploy.store import load_student, read_header
     from dfqlib.device import pick_device
     from dfqlib.models.evaluate import top1
@@ -43,7 +43,8 @@ def evaluate(options: argparse.Namespace) -> None:
     header = read_header(options.file)
     entry, device = header.entry, pick_device(options.device)
     student = load_student(options.file, network_from(options.model) if options.model else None).to(device)
-    images = load_test(entry.dataset, options.data, size=entry.input_size)
+    dataset = options.data and data_set_of(options.data, entry.classes)
+    images = load_test(dataset or entry.dataset, options.data, size=entry.input_size)
     print(f"{options.file}: {header.bits} of {entry.name}, sites={header.sites!r}, weights={header.weights!r}")
     score = top1(student, images, lambda pixels: entry.normalise(pixels.to(device)))
     print(f"{images.name}: {images.source}")

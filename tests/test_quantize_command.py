@@ -41,6 +41,12 @@ def grey():
 def plain():
     return make(norm=nn.Identity, unit=nn.Identity)
 
+def many():
+    network = make()
+    network[-1] = nn.Linear(8, 1000)
+    network[-1].bias.data[1] = 1000  # its answer is n01443537
+    return network
+
 def tensor():
     return torch.zeros(3)
 """
@@ -88,6 +94,15 @@ def test_a_network_of_one_channel_gets_widths_under_a_budget(here, capsys):
     assert set(read_header("out/student.safetensors").weight_bits.values()) <= {2, 4, 8}
     session = onnxruntime.InferenceSession("out/grey.onnx")
     assert session.run(None, {"images": np.zeros((3, 1, 12, 12), np.float32)})[0].shape == (3, 4)
+
+
+def test_folders_of_some_classes_of_imagenet_keep_their_labels(here, capsys):
+    Path("val").mkdir()
+    Path("data/class0").rename("val/n01443537")
+    own = ["--model", f"{here}:many", *COLOUR, *SHORT]
+    assert command.main(["quantize", *own, "--data", "val"]) == 0
+    assert command.main(["evaluate", "out/student.safetensors", "--data", "val", "--model", f"{here}:many"]) == 0
+    assert "top-1 100.00" in capsys.readouterr().out
 
 
 def test_a_network_without_batch_norms_is_told_so_and_takes_a_few_images(here, capsys):

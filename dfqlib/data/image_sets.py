@@ -199,6 +199,17 @@ def _read_sheet(dataset: str, kind: str, split: str) -> ImageSet:
     return ImageSet(f"{dataset}-{kind}", pixels, torch.arange(len(pixels)) % len(known.classes), known.classes, source)
 
 
+def data_set_of(data_folder: str | Path, classes: int) -> str | None:
+    """The known data set of so many ``classes`` to which all class folders in ``data_folder`` belong, None without one.
+
+    Some of ImageNet's synsets then keep their labels, for a network of its 1,000 classes.
+    """
+    place = _find_split(Dataset("own"), "test", places.expand(data_folder), f"data_folder={str(data_folder)!r}")
+    folders = {entry.name for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    fitting = (known for known in DATASETS.values() if len(known.classes) == classes)
+    return next((known.name for known in fitting if folders <= set(known.classes)), None)
+
+
 def check_folder(dataset: str, data_folder: str | Path) -> None:
     """Raise the :class:`UserError` that :func:`load_test` would for ``data_folder``, but read one image only."""
     known, told = DATASETS.get(dataset, Dataset(dataset)), f"data_folder={str(data_folder)!r}"

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from dfqlib import places
 from dfqlib.bits import BitWidths
-from dfqlib.data.image_sets import ImageSet, load_test, read_images
+from dfqlib.data.image_sets import ImageSet, data_set_of, load_test, read_images
 from dfqlib.deploy.export import Exported, export_onnx, require
 from dfqlib.deploy.store import save_student
 from dfqlib.errors import UserError
@@ -201,7 +201,7 @@ def _test_images(teacher: Teacher, folder: str) -> ImageSet:
     """The labelled images in ``folder``, for which the network has as many classes."""
     entry = teacher.entry
     square = entry.input_size if isinstance(entry.input_size, int) else None
-    test = load_test(entry.dataset, folder, size=square)
+    test = load_test(data_set_of(folder, entry.classes) or entry.dataset, folder, size=square)
     test = replace(test, pixels=_in_channels(teacher, test.pixels))
     if test.pixels.shape[1:] != entry.image_shape:
         held, allowed = (" x ".join(map(str, shape)) for shape in (test.pixels.shape[1:], entry.image_shape))
