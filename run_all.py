@@ -167,7 +167,9 @@ def list_rows(console: Console, chosen: plan.Selection, results: Path) -> None:
             continue
         lacking = preflight.missing(row.dataset, row.model) if paper else "no notebook for this paper yet"
         seconds = expected(paper.key, row.dataset, row.model) if paper and not lacking else None
-        here = "no" if lacking else "yes" if seconds is None else f"{max(1, round(seconds / 60))} min"
+        minutes = None if seconds is None else max(1, round(seconds / 60))
+        known = "yes" if minutes is None else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+        here = "no" if lacking else known
         numbers = row.top1, row.std, row.drop, row.rerun
         top1, std, drop, rerun = ("" if number is None else f"{number:.2f}" for number in numbers)
         source = sources.setdefault(": ".join(filter(None, (row.source, row.address))), str(len(sources) + 1))
@@ -179,7 +181,12 @@ def list_rows(console: Console, chosen: plan.Selection, results: Path) -> None:
         table.add_row(*setting, f"{top1:>5}±{std}".rstrip("±"), drop, Text(here, "red" if lacking else "green"), source)
     console.print(table)
     console.print("\ntop-1: per cent, ± over the authors' seeds; drop: points below the full-precision network")
-    console.print(f"here: whether it can run, or the minutes of its notebook under {chosen.profile} where known")
+    console.print(
+        f"here: whether it can run, or the time of its notebook under {chosen.profile} where known; hours are of"
+    )
+    console.print(
+        "the schedule's iterations for one bit width, at what they cost in benchmarks/results (README, What it costs)"
+    )
     for text, mark in (sources | notes).items():
         console.print(f"{mark:>2} {text}")
     console.print("\nTo run a row:\npython run_all.py --profile paper --papers PAPER --models MODEL --bits BITS")

@@ -22,7 +22,7 @@ from dfqlib.models.teacher import load_teacher
 from dfqlib.speed import precision
 
 ROUND, SETTLING = 4, 2  # iterations of one side before the other's, and the first of them, which do not count
-SLOWER, SWITCHES = 1.15, 30  # what a busy machine is told by, see Alternating
+SLOWER, SWITCHES, SHARE = 1.15, 30, 0.95  # what a busy machine is told by, see Alternating
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -45,8 +45,8 @@ class Alternating:
 
     So a machine that is busy for a while slows all alike. The first two calls of a round do not count: they find caches
     as the others left them, and in the first of all students only observe. A product of matrices is timed before and
-    after each round: a round counts only if neither took longer than :data:`SLOWER` times the fastest of all, and if
-    no other process took the cores from this one more than :data:`SWITCHES` times a second.
+    after each round: a round counts only if neither took longer than :data:`SLOWER` times the fastest of all, if other
+    processes took the cores at most :data:`SWITCHES` times a second, and if this thread ran :data:`SHARE` of the time.
     """
 
     def __init__(self, device: torch.device, *others: Callable[[], object]) -> None:
@@ -54,7 +54,7 @@ class Alternating:
         self.iterations = 0
         self.rounds: list[list[list[float]]] = []  # of each round, the seconds of the kit's iterations, then of others'
         self.products: list[float] = []
-        self.marks: list[tuple[float, int]] = []  # time and involuntary context switches, between rounds
+        self.marks: list[tuple[float, float, int]] = []  # between rounds: time, own time, involuntary context switches
         self.multiply, self.operations = multiplication(device)
 
     def __call__(self) -> None:
@@ -73,7 +73,8 @@ class Alternating:
 
     def _mark(self) -> None:
         self.products.append(statistics.median(seconds(self.multiply, self.device) for _ in range(5)))
-        self.marks.append((now(self.device), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw))
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        self.marks.append((now(self.device), time.thread_time(), switches))
 
     def end(self) -> None:
         """The kit's last iteration is over."""
@@ -84,15 +85,17 @@ class Alternating:
         """The rounds that count."""
         found, slow = [], SLOWER * min(self.products)
         for index, spent in enumerate(self.rounds):
-            (began, before), (ended, after) = self.marks[index : index + 2]
-            if max(self.products[index : index + 2]) <= slow and after - before <= SWITCHES * (ended - began):
+            share, switches = self.own_time(index, index + 1)
+            if max(self.products[index : index + 2]) <= slow and share >= SHARE and switches <= SWITCHES:
                 found.append(spent)
         return found
 
-    def switches(self) -> float:
-        """How often a second other processes took the cores."""
-        (began, before), (ended, after) = self.marks[0], self.marks[-1]
-        return (after - before) / (ended - began)
+    def own_time(self, first: int = 0, last: int = -1) -> tuple[float, float]:
+        """The share of the time that this thread ran between two marks, and involuntary context switches a second."""
+        wall, own, switches = (
+            after - before for before, after in zip(self.marks[first], self.marks[last], strict=True)
+        )
+        return own / wall, switches / wall
 
     def medians(self) -> list[float]:
         """Median seconds of an iteration of the kit's and of each of the others; NaN where most rounds do not count."""

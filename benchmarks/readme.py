@@ -14,6 +14,11 @@ def ratio(value: float, unit: str = "") -> str:
     return "machine busy" if pd.isna(value) else f"{value:.1f} {unit}".strip()
 
 
+def digits(value: float, form: str = "{:.3g}") -> str:
+    """``value``, or a dash for NaN."""
+    return "-" if pd.isna(value) else form.format(value)
+
+
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """Markdown; all columns but the first are aligned right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
@@ -33,12 +38,12 @@ def of_steps(steps: pd.DataFrame) -> str:
     columns += ["memory published, MB", *(f"{name}, MB" for name in precisions)]
     for _, lines in steps.groupby("method", sort=False):
         first = lines.iloc[0]
-        row = [first.title, str(first.batch), f"{first.published_s:.3g}"]
+        row = [first.title, str(first.batch), digits(first.published_s)]
         for line in lines.itertuples():
-            row += [f"{line.ours_s:.3g}", ratio(line.times_faster)]
-        row += [f"{100 * first.share_of_floor:.0f} %", f"{first.published_mb:.0f}"]
+            row += [digits(line.ours_s), ratio(line.times_faster)]
+        row += [digits(100 * first.share_of_floor, "{:.0f} %"), f"{first.published_mb:.0f}"]
         rows.append([*row, *(f"{megabytes:.0f}" for megabytes in lines.ours_mb)])
-    return f"{where(steps.iloc[0])}\n\n{table(columns, rows)}".replace("nan", "-")
+    return f"{where(steps.iloc[0])}\n\n{table(columns, rows)}"
 
 
 def of_students(students: pd.DataFrame) -> str:
@@ -56,6 +61,17 @@ def of_students(students: pd.DataFrame) -> str:
     return f"{where(students.iloc[0])}\n\n{table(['ms per image', *names.values()], rows)}"
 
 
+def of_large_images(growth: pd.DataFrame) -> str:
+    """Seconds and memory of an iteration at 224 pixels."""
+    large = growth[growth.grows == "pixels"]
+    columns = ["network", "method", "batch", "precision", "s", "MB"]
+    rows = [
+        [row.model, row.method, str(row.batch), row.precision, digits(row.ours_s), digits(row.ours_mb, "{:.0f}")]
+        for row in large.itertuples()
+    ]
+    return f"{where(large.iloc[0])}\n\n{table(columns, rows)}"
+
+
 def show_steps(steps: pd.DataFrame) -> None:
     """Both pages show what ``steps.csv`` holds."""
     for path in (HERE.parent / "README.md", HERE / "README.md"):
@@ -67,6 +83,12 @@ def show_students(students: pd.DataFrame) -> None:
     write_between(HERE.parent / "README.md", "students", of_students(students) + "\n")
 
 
+def show_growth(growth: pd.DataFrame) -> None:
+    """benchmarks/README.md shows the iterations at 224 pixels of ``growth.csv``."""
+    write_between(HERE / "README.md", "growth", of_large_images(growth) + "\n")
+
+
 if __name__ == "__main__":
     show_steps(pd.read_csv(HERE / "results" / "steps.csv"))
     show_students(pd.read_csv(HERE / "results" / "deploy.csv"))
+    show_growth(pd.read_csv(HERE / "results" / "growth.csv"))

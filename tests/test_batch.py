@@ -103,6 +103,16 @@ def test_expected_seconds_come_from_recorded_runs_of_the_kind(kit, tmp_path):
     assert run_folder.makespan([1, 2, 3, 4], 2) == 5 and run_folder.makespan([], 3) == 0
 
 
+def test_hours_of_a_long_schedule_come_from_measured_iterations(tmp_path, monkeypatch):
+    costs = tmp_path / "steps.csv"
+    costs.write_text(
+        "method,model,batch,ours_s\ngdfq,resnet20_cifar10,200,4\ngdfq,resnet20_cifar10,200,2\nzeroq,resnet18,32,\n"
+    )
+    monkeypatch.setattr(run_folder, "COSTS", [tmp_path / "none.csv", costs])
+    assert run_folder.expected_seconds(tmp_path, "paper", "gdfq", "cifar100", "resnet20_cifar100") == 2 * 80_000
+    assert run_folder.expected_seconds(tmp_path, "paper", "zeroq", "imagenet", "resnet18") is None  # a busy machine
+
+
 def test_run_id_is_a_folder_name(kit):
     (run,) = plan.plan(Selection("paper", papers=["zeroq"], models=["torchvision/resnet18"]))
     assert run.id.startswith("imagenet-torchvision_resnet18-s0-") and "/" not in run.id

@@ -38,13 +38,19 @@ def test_published_step_computes_the_same(teacher, name):
 
 
 @pytest.mark.parametrize(
-    ("products", "switches", "median"),
-    [([1, 1, 1, 1], 0, 2.5), ([1, 1, 1, 2], 0, 2), ([1, 1, 2, 1], 0, math.nan), ([1, 1, 1, 1], 90, math.nan)],
+    ("products", "own", "switches", "median"),
+    [
+        ([1, 1, 1, 1], 1, 0, 2.5),
+        ([1, 1, 1, 2], 1, 0, 2),
+        ([1, 1, 2, 1], 1, 0, math.nan),
+        ([1, 1, 1, 1], 1, 90, math.nan),
+        ([1, 1, 1, 1], 0.8, 0, math.nan),
+    ],
 )
-def test_rounds_of_a_busy_machine_do_not_count_and_most_must(products, switches, median):
+def test_rounds_of_a_busy_machine_do_not_count_and_most_must(products, own, switches, median):
     times = Alternating(torch.device("cpu"))
     times.rounds = [[[1.0, 3.0]], [[2.0, 2.0]], [[9.0, 9.0]]]
-    times.products, times.marks = products, [(second, second * switches) for second in range(4)]
+    times.products, times.marks = products, [(second, second * own, second * switches) for second in range(4)]
     assert times.medians() == [pytest.approx(median, nan_ok=True)]
 
 

@@ -114,7 +114,7 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     differing = [name for name in compared if parameters[name] != published[name]]
     kinds = [type(published[name]) for name in differing]
     how = ["reduced"] * (int in kinds) + ["retuned"] * any(kind in (float, bool, str) for kind in kinds)
-    seen = [_images_seen(values) for values in (parameters, published)]
+    seen = [images_seen(values) for values in (parameters, published)]
     if "reduced" in how and all(seen):
         how[0] = f"reduced ({100 * seen[0] / seen[1]:.2g} % of the published images seen)"
     told = [f"{name} {parameters[name]} (published {published[name]})" for name in differing]
@@ -127,7 +127,7 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     return ", ".join(how) + (f": {', '.join(told)}" if differing else "")
 
 
-def _images_seen(values: dict[str, Any]) -> int:
+def images_seen(values: dict[str, Any]) -> int:
     """Images that a fine-tuning sees, or steps of all images of a synthesis; 0 without either."""
     pairs = ("iterations", "batch"), ("tuning_iterations", "batch"), ("synthesis_iterations", "images")
     return next((values[one] * values[other] for one, other in pairs if one in values and other in values), 0)

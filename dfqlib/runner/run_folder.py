@@ -1,5 +1,7 @@
 """What a finished run looks like on disk, and how long such runs took."""
 
+import contextlib
+import csv
 import heapq
 import json
 import statistics
@@ -10,8 +12,10 @@ from typing import Any
 from dfqlib.errors import UserError
 from dfqlib.files import METRICS, METRICS_FORMAT
 from dfqlib.papers import profiles
-from dfqlib.places import TORCHVISION_FOLDERS
+from dfqlib.places import PACKAGE, TORCHVISION_FOLDERS
 
+#: What iterations cost, where the kit is run from its repository.
+COSTS = [PACKAGE.parent / "benchmarks" / "results" / name for name in ("growth.csv", "steps.csv")]
 NOTEBOOK = "notebook.ipynb"
 NOTEBOOK_PAGE = "notebook.html"
 #: Ends of the names of folders that hold what is left of a run, not its results.
@@ -57,7 +61,8 @@ def broken_files(results: Path) -> Iterable[str]:
 def expected_seconds(results: Path, profile: str, paper: str, dataset: str, model: str) -> float | None:
     """Seconds that a run of a kind will take: the median of the latest three in ``results``.
 
-    Without one, the profile table's guess, which is for quick and images of 32 x 32; None where nothing is known.
+    Without one, the profile table's guess, which is for quick and images of 32 x 32, or else :func:`tuning_seconds`;
+    None where nothing is known.
     """
     prefix = "".join(f"{part.replace('/', '_')}-" for part in (dataset, model) if part)
     runs = finished(results / profile / paper, prefix)
@@ -65,7 +70,25 @@ def expected_seconds(results: Path, profile: str, paper: str, dataset: str, mode
     if runs:
         return statistics.median(metrics["run"]["seconds"] for _, metrics in runs[-3:])
     timed = profile == "quick" and dataset in ("", *TORCHVISION_FOLDERS)
-    return 60 * profiles.paper(paper).minutes if timed else None
+    return 60 * profiles.paper(paper).minutes if timed else tuning_seconds(profile, paper, dataset, model)
+
+
+def tuning_seconds(profile: str, paper: str, dataset: str, model: str) -> float | None:
+    """Seconds of a schedule's iterations for one bit width, by what an image of one costs; None if not measured.
+
+    ``benchmarks.steps`` and ``benchmarks.growth`` measure it, on the machine that their tables name.
+    """
+    seen, each = profiles.images_seen(profiles.paper(paper).values(profile, dataset, model)), None
+    for path in COSTS:
+        with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):  # the last one counts
+                if (
+                    row["ours_s"]
+                    and row["method"] == paper
+                    and row["model"].partition("_cifar")[0] == model.partition("_cifar")[0]
+                ):
+                    each = float(row["ours_s"]) / float(row["batch"])
+    return seen * each if seen and each else None
 
 
 def makespan(seconds: Iterable[float], jobs: int) -> float:
