@@ -5,7 +5,9 @@ import torch
 
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import balanced_subset, embedded_test, few_shot
+from dfqlib.finetuning.grad_cam import map_correlation
 from dfqlib.finetuning.loop import finetune
+from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.finetuning.streams import ImageStream, generated_pool
 from dfqlib.methods import gdfq
 from dfqlib.models.evaluate import top1
@@ -13,7 +15,7 @@ from dfqlib.models.teacher import load_teacher
 from dfqlib.notebook.start import start
 from dfqlib.papers.profiles import describe_schedule
 from dfqlib.runner.plan import Selection, plan
-from dfqlib.schedules import GeneratorSchedule
+from dfqlib.schedules import SALIENCY_LAYERS, GeneratorSchedule
 from dfqlib.speed import precision
 
 
@@ -65,6 +67,16 @@ def test_a_student_is_as_good(teacher):
 
     found = both(accuracy)
     assert min(found) > 80 and found[1] == pytest.approx(found[0], abs=2)
+
+
+@pytest.mark.parametrize("layer", SALIENCY_LAYERS)
+def test_a_probe_sees_the_same(teacher, layer):
+    """Attentions and maps, which are gradients by a convolution's output where there is no closed form."""
+    images, probe = teacher.normalise(few_shot("cifar10").pixels[:8]), NetworkProbe(teacher.network, layer)
+    exact, found = both(lambda: probe(images, saliency=True).detach())
+    assert {each.dtype for each in (found.logits, found.saliency, *found.attentions, *found.outputs)} == {torch.float32}
+    torch.testing.assert_close(found.attentions[-1], exact.attentions[-1], rtol=0.1, atol=0.01)
+    assert map_correlation(found.saliency, exact.saliency).min() > 0.95
 
 
 def test_auto_is_what_the_hardware_is_good_at_and_part_of_a_run(capsys):

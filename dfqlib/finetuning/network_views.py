@@ -89,8 +89,12 @@ class NetworkProbe:
         for body in bodies:
             with graph.inserting_after(body):
                 attentions.append(graph.call_function(channel_attention, (body,)))
+        seen = pooled if of_pooled else convolutions[-1]
+        with graph.inserting_after(seen):  # the logits depend on what a map is the gradient by, in float32
+            features = graph.call_function(full, (seen,))
+        seen.replace_all_uses_with(features, delete_user_cb=lambda user: user is not features)
         output = graph.output_node()
-        output.args = ((output.args[0], attentions, units, pooled if of_pooled else convolutions[-1]),)
+        output.args = ((output.args[0], attentions, units, features),)
         graph.lint()
         self.module = scale_weights(fx.GraphModule(traced, graph))
 

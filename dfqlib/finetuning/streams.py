@@ -187,7 +187,7 @@ class GeneratorStream(Stateful):
         if self.student is None:
             return ()
         with contextlib.nullcontext() if self.losses else observing(self.student):
-            return (self.student(images),)
+            return (run(self.student, images),)
 
     def read_losses(self) -> list[float]:
         return self.losses.read()
