@@ -23,7 +23,7 @@ from dfqlib.errors import UserError
 from dfqlib.finetuning.loop import finetune
 from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.finetuning.streams import FirstThen, ImageStream
-from dfqlib.methods import dsg, gdfq, hast, qimera, saft, zeroq
+from dfqlib.methods import dsg, gdfq, hast, plf, qimera, saft, zeroq
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.layers import FakeQuantize, observing
@@ -185,6 +185,12 @@ def run_saft(teacher, iterations):
     return tune(teacher, iterations, stream, make_student=make_student)
 
 
+def run_plf(teacher, iterations):
+    images, labels = torch.zeros(6, 3, 8, 8, device=ACCELERATOR), torch.zeros(6, dtype=torch.long, device=ACCELERATOR)
+    seen = saft.WithTeacherView(ImageStream(teacher.network, images, labels, 4), NetworkProbe(teacher.network), False)
+    return tune(teacher, iterations, plf.PseudoLabelled(seen, iterations), make_student=plf.make_student)
+
+
 def run_zeroq(teacher, iterations):
     return [zeroq.distil_images(teacher, ImageSchedule(images=4, synthesis_iterations=iterations)).images]
 
@@ -209,6 +215,7 @@ LOOPS = {
     "DSG, QAT": run_dsg_qat,
     "DSG, QAT, as released": partial(run_dsg_qat, as_released=True),
     "SaFT": run_saft,
+    "PLF": run_plf,
     "ZeroQ": run_zeroq,
     "DSG, PTQ": run_dsg_ptq,
     "HAST": run_hast,

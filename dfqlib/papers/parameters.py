@@ -137,6 +137,23 @@ class SaFT(
 
 
 @dataclass(frozen=True, kw_only=True)
+class PLF(Quantizing, schedules.HardImageSchedule, schedules.TuningSchedule, schedules.Corrections):
+    """Notebook 09; the paper names neither batch nor iterations: they are SynQ's."""
+
+    label_weight: float = setting(10.0, 0, 1e6)
+    upper: float = setting(0.5, 0, 1)
+    lower: float = setting(0.2, 0, 1)
+    low_weight: float = setting(0.3, 0, 1e6)
+    feature_weight: float = setting(100.0, 0, 1e9)
+    iterations: int = setting(20_000, 2, FOREVER)
+    batch: int = setting(256, 2, 2**20)
+    student_lr: float = setting(1e-3, 1e-12, 1e3)
+    evaluations: int = setting(96, 1, 10**6)
+    ablation_iterations: int = setting(2000, 2, FOREVER)
+    corrected_crops: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compare(Quantizing, schedules.Budget):
     """Notebook 06."""
 
