@@ -113,12 +113,13 @@ def nncf_quantize(teacher: Teacher, images: Tensor, file: Path) -> Predict:
 def mct_with_own_images(teacher: Teacher, images: Tensor, file: Path) -> Predict:
     import model_compression_toolkit as mct
 
+    network = torch.nn.Sequential(teacher.network)  # a layer named "output" would be taken for the graph's end
     config = mct.data_generation.get_pytorch_data_generation_config()
     made = mct.data_generation.pytorch_data_generation_experimental(
-        teacher.network, len(images), tuple(images.shape[2:]), config
+        network, len(images), tuple(images.shape[2:]), config
     )
     batches = torch.cat([each.reshape(-1, *images.shape[1:]) for each in made]).split(8)
-    return mct.ptq.pytorch_post_training_quantization(teacher.network, lambda: ([batch] for batch in batches))[0]
+    return mct.ptq.pytorch_post_training_quantization(network, lambda: ([batch] for batch in batches))[0]
 
 
 #: By name and width: the package whose version counts, and the function.
