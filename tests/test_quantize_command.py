@@ -84,6 +84,7 @@ def test_readmes_lines_end_in_a_file_that_onnx_runtime_runs(here, tmp_path):
     for told in ("Agreement", "Predicted loss of accuracy", "True accuracy", "quantized/make.onnx".partition("/")[2]):
         assert told in page
     assert Path("quantized/sensitivity.png").stat().st_size
+    assert np.load("quantized/images.npy").shape == (8, 3, 32, 32)
     assert load_student("quantized/student.safetensors", network)(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,7 @@ from dfqlib.data.image_sets import ImageSet, data_set_of, load_test, read_images
 from dfqlib.deploy.export import Exported, export_onnx, require
 from dfqlib.deploy.store import save_student
 from dfqlib.errors import UserError
+from dfqlib.files import atomic_path
 from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.generators.cost import measure
 from dfqlib.methods import reconstruct
@@ -116,6 +118,8 @@ def quantize(request: Request, say: Callable[[str], None] = print) -> Quantized:
     say(f"{entry.name}: {teacher.source}; {' x '.join(map(str, entry.image_shape))} values, {entry.classes} classes.")
     pool = _synthetic_images(teacher, request, say) if own is None else own
     pool = pool.clamp(*(end.to(pool) for end in entry.input_range))
+    with atomic_path(out / "images.npy") as temporary:
+        np.save(temporary, pool.cpu().numpy())  # for other tools, whose calibration takes normalised images
     held, fit = pool.split([len(pool) // HELD_OUT, len(pool) - len(pool) // HELD_OUT])
     sensitivity = mixed_precision.sensitivity(teacher.network, fit[:PROBED], LAYER_BITS, INTEGER["weights"])
     suggested = suggest(teacher.network, sensitivity, request.mean_bits)
