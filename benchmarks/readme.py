@@ -33,16 +33,16 @@ def where(row: pd.Series) -> str:
 def of_steps(steps: pd.DataFrame) -> str:
     """An iteration of every method in each precision."""
     precisions = list(dict.fromkeys(steps.precision))
-    columns, rows = ["iteration", "batch", "published, s"], []
+    columns, rows = ["iteration, batch", "published, s"], []
     columns += [each for name in precisions for each in (f"{name}, s", "times faster")] + ["floor / float32"]
-    columns += ["memory published, MB", *(f"{name}, MB" for name in precisions)]
+    columns.append(f"MB published, {', '.join(precisions)}")
     for _, lines in steps.groupby("method", sort=False):
         first = lines.iloc[0]
-        row = [first.title, str(first.batch), digits(first.published_s)]
+        row = [f"{first.title}, {first.batch}", digits(first.published_s)]
         for line in lines.itertuples():
             row += [digits(line.ours_s), ratio(line.times_faster)]
-        row += [digits(100 * first.share_of_floor, "{:.0f} %"), f"{first.published_mb:.0f}"]
-        rows.append([*row, *(f"{megabytes:.0f}" for megabytes in lines.ours_mb)])
+        row.append(digits(100 * first.share_of_floor, "{:.0f} %"))
+        rows.append([*row, ", ".join(f"{megabytes:.0f}" for megabytes in (first.published_mb, *lines.ours_mb))])
     return f"{where(steps.iloc[0])}\n\n{table(columns, rows)}"
 
 
