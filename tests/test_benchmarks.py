@@ -43,7 +43,8 @@ def test_published_step_computes_the_same(teacher, name):
         ([1, 1, 1, 1], 1, 0, 2.5),
         ([1, 1, 1, 2], 1, 0, 2),
         ([1, 1, 2, 1], 1, 0, math.nan),
-        ([1, 1, 1, 1], 1, 90, math.nan),
+        ([1, 1, 1, 1], 1, 70, 2.5),
+        ([1, 1, 1, 1], 1, 300, math.nan),
         ([1, 1, 1, 1], 0.8, 0, math.nan),
     ],
 )
