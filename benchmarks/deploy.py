@@ -19,6 +19,7 @@ from onnx import TensorProto
 from torch import Tensor, fx
 
 from benchmarks import readme
+from benchmarks.rows import markdown as github_table
 from benchmarks.steps import RESULTS, provenance
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import embedded_test
@@ -145,8 +146,11 @@ COLUMNS = {
 }
 
 
+TIMES = [key for key in COLUMNS if key.endswith("_ms")]
+
+
 def markdown(table: pd.DataFrame) -> str:
-    """The table as people read it, with what its columns are."""
+    """Two tables, of files and of times, as people read it, with what its columns are."""
     first, columns = table.iloc[0], {key: title for key, title in COLUMNS.items() if key in table}
     percent = [key for key in ("student", "file", "agree", "other_agree") if key in table]
     shown = table.assign(
@@ -158,8 +162,12 @@ def markdown(table: pd.DataFrame) -> str:
         **{key: table[key].map("{:,.0f}".format, na_action="ignore") for key in ("bytes", "kept")},
         **{key: table[key].map("{:.2f}".format, na_action="ignore") for key in percent},
     ).astype(object)
-    lines = [list(columns.values()), ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [["" if pd.isna(each) else str(each) for each in row] for row in shown[list(columns)].to_numpy()]
+    shown = shown.mask(shown.isna(), "").astype(str)
+    of_files = [key for key in columns if key not in (*TIMES, "operations", "float_weights")]
+    tables = [
+        github_table([[columns[key] for key in keys], *shown[keys].to_numpy().tolist()], 1)
+        for keys in (of_files, [key for key in columns if key not in of_files[1:]])
+    ]
     about = f"{first.model}, {first.images:,} test images in the package, ONNX Runtime {first.runtime}"
     if "other_runtime" in table:
         about += f", other runtime {table.other_runtime.dropna().iloc[0]}"
@@ -170,8 +178,8 @@ def markdown(table: pd.DataFrame) -> str:
         "products of the graph that ONNX Runtime makes of the file, QLinearConv and QGemm are integer ones; float "
         "weights are those left in that graph."
     )
-    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"# Files of students\n\n{about}{first.commit[:12]}, {first.date[:10]}.\n\n{rows}\n\n{text}\n"
+    parts = ["# Files of students", f"{about}{first.commit[:12]}, {first.date[:10]}.", *map(str.rstrip, tables), text]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.rows import markdown
 from dfqlib.files import write_between
 
 HERE = Path(__file__).parent
@@ -17,12 +18,6 @@ def ratio(value: float, unit: str = "") -> str:
 def digits(value: float, form: str = "{:.3g}") -> str:
     """``value``, or a dash for NaN."""
     return "-" if pd.isna(value) else form.format(value)
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all columns but the first are aligned right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def where(row: pd.Series) -> str:
@@ -43,7 +38,7 @@ def of_steps(steps: pd.DataFrame) -> str:
             row += [digits(line.ours_s), ratio(line.times_faster)]
         row.append(digits(100 * first.share_of_floor, "{:.0f} %"))
         rows.append([*row, ", ".join(f"{megabytes:.0f}" for megabytes in (first.published_mb, *lines.ours_mb))])
-    return f"{where(steps.iloc[0])}\n\n{table(columns, rows)}"
+    return f"{where(steps.iloc[0])}\n\n{markdown([columns, *rows], 1).rstrip()}"
 
 
 def of_students(students: pd.DataFrame) -> str:
@@ -58,7 +53,7 @@ def of_students(students: pd.DataFrame) -> str:
         [row.bits, *("" if pd.isna(row[name]) else f"{row[name] / 32:.2f}" for name in names)]
         for _, row in students.iterrows()
     ]
-    return f"{where(students.iloc[0])}\n\n{table(['ms per image', *names.values()], rows)}"
+    return f"{where(students.iloc[0])}\n\n{markdown([['ms per image', *names.values()], *rows], 1).rstrip()}"
 
 
 def of_large_images(growth: pd.DataFrame) -> str:
@@ -69,7 +64,7 @@ def of_large_images(growth: pd.DataFrame) -> str:
         [row.model, row.method, str(row.batch), row.precision, digits(row.ours_s), digits(row.ours_mb, "{:.0f}")]
         for row in large.itertuples()
     ]
-    return f"{where(large.iloc[0])}\n\n{table(columns, rows)}"
+    return f"{where(large.iloc[0])}\n\n{markdown([columns, *rows], 1).rstrip()}"
 
 
 def show_steps(steps: pd.DataFrame) -> None:
