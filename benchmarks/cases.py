@@ -86,8 +86,10 @@ def tuned(
     """The kit's fine-tuning: one generator, a student for each of ``widths``."""
     students = {str(width): gdfq.make_student(teacher, width, settings) for width in widths}
     handle = stream.generator.register_forward_pre_hook(lambda *_: tick())
-    history = finetune(stream, students, settings)
-    handle.remove()
+    try:
+        history = finetune(stream, students, settings)
+    finally:
+        handle.remove()
     of_students = zip(*history.students.values(), strict=True)
     losses = [[loss, *rest] for loss, rest in zip(history.generator, [(), *of_students], strict=True)]
     of_networks = [tensor for student in students.values() for tensor in published.by_name(student.network)]
@@ -135,8 +137,10 @@ def make_qimera(teacher: Teacher, batch: int) -> Case:
 def synthesised(teacher: Teacher, tick: Tick, make: Callable[[], SyntheticImages]) -> Outcome:
     """The outcome of ``make``, one of the kit's syntheses, which runs the folded teacher once per iteration."""
     handle = teacher.folded.register_forward_pre_hook(lambda *_: tick())
-    made = make()
-    handle.remove()
+    try:
+        made = make()
+    finally:
+        handle.remove()
     return Outcome([[loss] for loss in made.losses[0]], [made.images])
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import readme
 from benchmarks.cases import WIDTHS, make_gdfq, make_zeroq
-from benchmarks.measure import ROUND, Alternating, peak_bytes
+from benchmarks.measure import alternate, peak_bytes
 from benchmarks.steps import RESULTS, provenance
 from dfqlib.device import pick_device, seed_everything
 from dfqlib.models.teacher import Teacher
@@ -55,21 +55,16 @@ def random_teacher(network: nn.Module, classes: int, size: int, device: torch.de
 def seconds_per_iteration(batch: int, widths: int, depth: int, rounds: int, device: torch.device) -> float:
     """Median seconds of the kit's GDFQ iteration on a CIFAR ResNet with random weights."""
     teacher = random_teacher(getattr(resnet_cifar, f"resnet{depth}_cifar10")(), 10, 32, device)
-    times = Alternating(device)
-    make_gdfq(teacher, batch, WIDTHS[:widths]).ours(ROUND * rounds, times)
-    times.end()
-    return times.medians()[0]
+    return alternate(make_gdfq(teacher, batch, WIDTHS[:widths]).ours, device, rounds).medians()[0]
 
 
 def of_large_images(method: str, model: str, name: str, device: torch.device) -> dict[str, float]:
     """Seconds of an iteration in the precision ``name`` and its peak memory, in this process."""
     precision.use(name)
     teacher, (make, batch) = random_teacher(build(model), 1000, 224, device), LARGE[method]
-    case, times = make(teacher, batch), Alternating(device)
+    case = make(teacher, batch)
     megabytes = peak_bytes(case, name, device) / 1e6
-    case.ours(ROUND, times)
-    times.end()
-    return {"batch": batch, "ours_s": times.medians()[0], "ours_mb": megabytes}
+    return {"batch": batch, "ours_s": alternate(case.ours, device, 1).medians()[0], "ours_mb": megabytes}
 
 
 def plot(table: pd.DataFrame) -> Figure:
@@ -93,7 +88,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[25, 50, 100, 200], help="images per batch")
     parser.add_argument("--batch", type=int, default=50, help="batch while bit widths and depth grow (default: 50)")
     parser.add_argument("--models", nargs="*", default=MODELS_224, help="for 224 pixels (default: both)")
-    parser.add_argument("--rounds", type=int, default=2, help="of four iterations (default: 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="of four iterations on a quiet machine (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for growth.csv and growth.png")
     arguments = parser.parse_args()

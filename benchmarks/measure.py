@@ -1,5 +1,6 @@
 """Seconds, memory and multiply-adds of an iteration."""
 
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -22,6 +23,7 @@ from dfqlib.models.teacher import load_teacher
 from dfqlib.speed import precision
 
 ROUND, SETTLING = 4, 2  # iterations of one side before the other's, and the first of them, which do not count
+PATIENCE = 4  # times as many rounds as are wanted, at most, until so many count
 # What a busy machine is told by, see Alternating; an idle one has 30 to 70 switches a second.
 SLOWER, SWITCHES, SHARE = 1.15, 100, 0.95
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -41,6 +43,10 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     return now(device) - began
 
 
+class Enough(Exception):
+    """Ends the kit's loop: as many rounds count as are wanted."""
+
+
 class Alternating:
     """The tick of the kit's loop: after each :data:`ROUND` of its iterations it calls some other functions as often.
 
@@ -50,8 +56,8 @@ class Alternating:
     processes took the cores at most :data:`SWITCHES` times a second, and if this thread ran :data:`SHARE` of the time.
     """
 
-    def __init__(self, device: torch.device, *others: Callable[[], object]) -> None:
-        self.device, self.others = device, others
+    def __init__(self, device: torch.device, wanted: int, *others: Callable[[], object]) -> None:
+        self.device, self.wanted, self.others = device, wanted, others
         self.iterations = 0
         self.rounds: list[list[list[float]]] = []  # of each round, the seconds of the kit's iterations, then of others'
         self.products: list[float] = []
@@ -61,8 +67,11 @@ class Alternating:
     def __call__(self) -> None:
         self._end_iteration()
         if self.iterations % ROUND == 0:
-            self._mark()
-            others = [[seconds(each, self.device) for _ in range(ROUND)][SETTLING:] for each in self.others]
+            with torch.autocast(self.device.type, enabled=False):  # the kit's loop may be within a forward pass
+                self._mark()
+                if len(self.quiet()) == self.wanted:
+                    raise Enough
+                others = [[seconds(each, self.device) for _ in range(ROUND)][SETTLING:] for each in self.others]
             self.rounds.append([[], *others])
         self.iterations += 1
         self.began = now(self.device)
@@ -99,15 +108,26 @@ class Alternating:
         return own / wall, switches / wall
 
     def medians(self) -> list[float]:
-        """Median seconds of an iteration of the kit's and of each of the others; NaN where most rounds do not count."""
+        """Median seconds of an iteration of the kit's and of each of the others; NaN where too few rounds count."""
         quiet = self.quiet()
-        if 2 * len(quiet) < len(self.rounds):
+        if len(quiet) < self.wanted:
             return [math.nan] * (1 + len(self.others))
         return [statistics.median(itertools.chain(*spent)) for spent in zip(*quiet, strict=True)]
 
     def rate(self) -> float:
         """Floating-point operations a second of the product of matrices."""
         return self.operations / statistics.median(self.products)
+
+
+def alternate(
+    loop: Callable[[int, Callable[[], None]], object], device: torch.device, rounds: int, *others: Callable[[], object]
+) -> Alternating:
+    """Run ``loop(iterations, tick)`` beside ``others`` until ``rounds`` rounds count, or too many do not."""
+    times = Alternating(device, rounds, *others)
+    with contextlib.suppress(Enough):
+        loop(ROUND * PATIENCE * rounds, times)
+        times.end()
+    return times
 
 
 def multiplication(device: torch.device) -> tuple[Callable[[], object], float]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import readme
 from benchmarks.cases import CASES, Case, make_case
-from benchmarks.measure import ROUND, Alternating, operations, peaks_in_new_processes
+from benchmarks.measure import alternate, operations, peaks_in_new_processes
 from dfqlib.device import code_version, describe_hardware, pick_device, seed_everything
 from dfqlib.models.teacher import load_teacher
 from dfqlib.models.zoo import MODELS
@@ -39,9 +39,7 @@ def measure(case: Case, name: str, rounds: int, device: torch.device) -> dict[st
         precision.use(name)
 
     precision.use(name)
-    times = Alternating(device, published)
-    case.ours(ROUND * rounds, times)
-    times.end()
+    times = alternate(case.ours, device, rounds, published)
     (ours, theirs), rate, work = times.medians(), times.rate(), operations(case)
     return {
         "published_s": theirs,
@@ -104,7 +102,9 @@ def parse_arguments() -> argparse.Namespace:
         "--methods", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES)
     )
     parser.add_argument("--batch", type=int, help="images per iteration, for all methods (default: as published)")
-    parser.add_argument("--rounds", type=int, default=3, help="of four iterations of each side (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of four iterations of each side on a quiet machine (default: 3)"
+    )
     known = ("float32", "bfloat16")
     parser.add_argument("--precisions", nargs="+", choices=known, help="default: float32, and what auto is here")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.cases import CASES, make_case
 from benchmarks.imagenet import split
-from benchmarks.measure import Alternating
+from benchmarks.measure import PATIENCE, ROUND, Alternating, alternate
 from dfqlib.data.image_sets import ImageSet
 from dfqlib.models.teacher import load_teacher
 
@@ -48,11 +48,25 @@ def test_published_step_computes_the_same(teacher, name):
         ([1, 1, 1, 1], 0.8, 0, math.nan),
     ],
 )
-def test_rounds_of_a_busy_machine_do_not_count_and_most_must(products, own, switches, median):
-    times = Alternating(torch.device("cpu"))
+def test_rounds_of_a_busy_machine_do_not_count_and_some_must(products, own, switches, median):
+    times = Alternating(torch.device("cpu"), 2)
     times.rounds = [[[1.0, 3.0]], [[2.0, 2.0]], [[9.0, 9.0]]]
     times.products, times.marks = products, [(second, second * own, second * switches) for second in range(4)]
     assert times.medians() == [pytest.approx(median, nan_ok=True)]
+
+
+def test_a_loop_ends_once_enough_rounds_count_and_others_run_in_float32():
+    formats, ticks = [], []
+
+    def loop(iterations, tick):
+        for _ in range(iterations):
+            ticks.append(1)
+            with torch.autocast("cpu", torch.bfloat16):
+                tick()
+
+    alternate(loop, torch.device("cpu"), 1, lambda: formats.append((torch.eye(2) @ torch.eye(2)).dtype))
+    assert set(formats) == {torch.float32}
+    assert len(ticks) % ROUND in (0, 1) and ROUND < len(ticks) <= ROUND * PATIENCE
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(3, [0, 3, 6]), (4, [0, 2, 4, 6]), (10, list(range(10)))])
