@@ -28,12 +28,12 @@ def where(row: pd.Series) -> str:
 def of_steps(steps: pd.DataFrame) -> str:
     """An iteration of every method in each precision."""
     precisions = list(dict.fromkeys(steps.precision))
-    columns, rows = ["iteration, batch", "published, s"], []
+    columns, rows = ["iteration, batch", "published beside each, s"], []
     columns += [each for name in precisions for each in (f"{name}, s", "times faster")] + ["floor / float32"]
     columns.append(f"MB published, {', '.join(precisions)}")
     for _, lines in steps.groupby("method", sort=False):
         first = lines.iloc[0]
-        row = [f"{first.title}, {first.batch}", digits(first.published_s)]
+        row = [f"{first.title}, {first.batch}", ", ".join(map(digits, lines.published_s))]
         for line in lines.itertuples():
             row += [digits(line.ours_s), ratio(line.times_faster)]
         row.append(digits(100 * first.share_of_floor, "{:.0f} %"))
