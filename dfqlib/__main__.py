@@ -26,7 +26,7 @@ HELP = {
     "data": "a folder of labelled images, one folder for each class, to measure the true accuracy",
     "synthetic": "images to make (default: 128)",
     "iterations": "of their synthesis (default: 100)",
-    "tune": "iterations in which the student learns what the network's residual units give (default: 0)",
+    "tune": "iterations in which the student learns what the network's residual units and logits are (default: 0)",
     "seed": "of the images (default: 0)",
     "device": "cpu, cuda or mps (default: the fastest one present)",
 }

@@ -17,7 +17,6 @@ from dfqlib.deploy.export import Exported, export_onnx, require
 from dfqlib.deploy.store import save_student
 from dfqlib.errors import UserError
 from dfqlib.files import atomic_path
-from dfqlib.finetuning.network_views import NetworkProbe
 from dfqlib.generators.cost import measure
 from dfqlib.methods import reconstruct
 from dfqlib.methods.hast import hard_images
@@ -107,8 +106,6 @@ def quantize(request: Request, say: Callable[[str], None] = print) -> Quantized:
     teacher = named_teacher(**{each: getattr(request, each) for each in NETWORK}, device=request.device)
     entry = teacher.entry
     quantize_model(teacher.network, request.bits, **INTEGER)  # refuses what it cannot
-    if request.tune and not NetworkProbe(teacher.network).units:
-        raise UserError(f"tune={request.tune}: {entry.name} has no residual units to be tuned by; leave it out.")
     own = _own_images(teacher, request.images) if request.images else None
     if own is None and not batch_norms(teacher.network):
         held = f"{entry.name} has no batch norms, whose statistics synthetic images are made from"
@@ -145,7 +142,7 @@ def calibrate(teacher: Teacher, bits: BitWidths, images: Tensor, trains: bool = 
 
 
 def tune(teacher: Teacher, student: fx.GraphModule, images: Tensor, iterations: int, seed: int = 0) -> None:
-    """Let ``student`` learn what the teacher's residual units give (:mod:`dfqlib.methods.reconstruct`), in place."""
+    """Let ``student`` learn what the teacher gives (:mod:`dfqlib.methods.reconstruct`), in place."""
     students = {"student": reconstruct.make_student(student)}
     history = reconstruct.reconstruct(teacher, students, images, iterations, TUNED_BATCH, seed=seed, label="tuning")
     if history.diverged:
