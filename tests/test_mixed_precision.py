@@ -11,8 +11,9 @@ from torch import nn
 
 from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
+from dfqlib.quantizers.calibrate import calibrated
 from dfqlib.quantizers.convert import quantize_model
-from dfqlib.quantizers.mixed_precision import layer_sizes, mean_kl, pareto_frontier, sensitivity
+from dfqlib.quantizers.mixed_precision import layer_sizes, mean_kl, of_activations, pareto_frontier, sensitivity
 
 
 class Net(nn.Module):
@@ -64,6 +65,18 @@ def test_sensitivity_is_that_of_one_quantized_layer_alone(net, images, table):
             expected = mean_kl(net(images), one(images)).item()
         assert table.loc[layer, bits] == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert (table[2] > table[4]).all() and (table[4] > table[8]).all()
+
+
+def test_activations_are_quantized_one_at_a_time_and_sized_by_hand(net, images):
+    table, sizes = of_activations(net, images, (2, 8))
+    rest = dict.fromkeys(table.index[1:])
+    with torch.no_grad():
+        student = calibrated(net, BitWidths(None, {table.index[0]: 2, **rest}), images)
+        assert table.iloc[0, 0] == pytest.approx(mean_kl(net(images), student(images)).item(), rel=1e-6)
+    assert (table[2] > table[8]).all() and len(table) == 3  # calls of the ReLU
+    assert sizes.to_numpy().tolist() == [[36, 144]] * 3  # 4 channels of 6 x 6
+    whole = pareto_frontier(table, sizes)[-1].bits
+    assert quantize_model(net, BitWidths(None, whole)) and set(whole.values()) == {8}
 
 
 def test_sensitivity_leaves_teacher_and_images_alone(net, images):

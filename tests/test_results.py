@@ -223,8 +223,10 @@ def test_markdown_escapes_and_aligns():
     assert table == "| data | top-1 |\n| --- | ---: |\n| a\\|b | 1.00 |\n"
 
 
-def test_published_rows_have_sources_and_where_these_disagree_all_are_named():
+def test_published_rows_have_sources_and_notebooks_and_where_these_disagree_all_are_named():
     assert all(row.source and 2 <= row.weight_bits <= 8 and 2 <= row.activation_bits <= 8 for row in published.rows())
+    homes = {method: paper.datasets for paper in profiles.load()[1].values() for method in paper.methods}
+    assert all(row.dataset in (homes[row.method] or [row.dataset]) for row in published.rows())  # and so can be run
     own, quoted = published.find("gdfq", "cifar100", "resnet20_cifar100", 4, 4, scheme="qat")
     assert (own.top1, quoted.top1) == (63.58, 63.75)
     assert published.find("gdfq", "cifar100", "resnet20_cifar100", 4, 4, scheme="ptq") == []

@@ -141,14 +141,14 @@ def real_images(dataset: str, test: ImageSet) -> ImageSet:
 def balanced_subset(image_set: ImageSet, per_class: int, name: str, seed: int = 0) -> ImageSet:
     """``per_class`` images of each of the C classes in turn, so that any multiple of C from the front is balanced.
 
-    The choice depends on ``seed`` and the images' pixels (:func:`_drawn`).
+    C counts classes that have images. The choice depends on ``seed`` and the images' pixels (:func:`_drawn`).
     """
-    drawn = _drawn(image_set, seed)
-    for label, members in zip(image_set.classes, drawn, strict=True):
+    drawn = {label: each for label, each in zip(image_set.classes, _drawn(image_set, seed), strict=True) if each}
+    for label, members in drawn.items():
         if len(members) < per_class:
             held = f"{len(members)} images of {label!r}"
             raise UserError(f"per_class={per_class} is more than the {held}; allowed: at most that number.")
-    index = torch.tensor([[i for _, i in members[:per_class]] for members in drawn]).T.flatten()
+    index = torch.tensor([[i for _, i in members[:per_class]] for members in drawn.values()]).T.flatten()
     source = f"{per_class} images per class of {image_set.source}"
     return replace(image_set.select(index), name=name, source=source)
 

@@ -5,7 +5,7 @@ The fine-tuning on them is in :mod:`dfqlib.methods.saft`.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -124,8 +124,12 @@ def hard_images(
 
 
 def images_of_generator(teacher: Teacher, count: int, iterations: int, seed: int = 0) -> SyntheticImages:
-    """``count`` images to be :func:`refined`, of GDFQ's conditional generator after ``iterations`` of 100 images."""
-    schedule = GeneratorSchedule(generator_iterations=iterations, batch=100, generator_lr=4e-3, decay="cosine")
+    """``count`` images to be :func:`refined`, of GDFQ's conditional generator after ``iterations`` of 100 images.
+
+    Of more than 64 pixels, 16 images fit in memory, which are GDFQ's batch for ImageNet.
+    """
+    batch = 100 if teacher.entry.image_shape[-1] <= 64 else 16
+    schedule = GeneratorSchedule(generator_iterations=iterations, batch=batch, generator_lr=4e-3, decay="cosine")
     return pool_after_training(gdfq.make_stream(teacher, schedule, seed=seed, conditional=True), count)
 
 
@@ -146,8 +150,12 @@ def calibration_centres(teacher: Teacher, schedule: HardImageSchedule, seed: int
     Source: TexQ (Chen et al., NeurIPS 2023), calibration centres; SaFT's code takes 1500 iterations.
     """
     labels = torch.arange(teacher.entry.classes)
-    schedule = replace(schedule, images=len(labels), synthesis_batch=max(2, len(labels)))
     made = hard_images(teacher, schedule, 1.0, 0.0, seed=seed, labels=labels, label="calibration centres")
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with BatchNormInputs(teacher.folded) as norms, torch.no_grad():
-        teacher.folded(made.images)
-        return Centres(made.images, {layer.name: layer.sample_mean_std() for layer in deeper_half(norms.layers)})
+        for images in made.images.split(schedule.synthesis_batch):
+            teacher.folded(images)
+            for layer in deeper_half(norms.layers):
+                parts.setdefault(layer.name, []).append(layer.sample_mean_std())
+    statistics = {name: tuple(map(torch.cat, zip(*each, strict=True))) for name, each in parts.items()}
+    return Centres(made.images, statistics)

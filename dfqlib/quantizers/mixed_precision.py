@@ -1,4 +1,4 @@
-"""A bit width for each layer under a size budget: sensitivities and their Pareto frontier (ZeroQ, section 3.2)."""
+"""A bit width for each layer or activation under a budget: sensitivities and Pareto frontier (ZeroQ, section 3.2)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,11 @@ from dfqlib.bits import BitWidths, check_width
 from dfqlib.errors import UserError
 from dfqlib.losses import distillation_kl
 from dfqlib.progress import track
+from dfqlib.quantizers.calibrate import calibrated
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.describe import weight_bytes
+from dfqlib.quantizers.layers import FakeQuantize
+from dfqlib.quantizers.sites import relu_sites
 from dfqlib.quantizers.trace import trace, weight_layers
 
 mean_kl = functools.partial(distillation_kl, temperature=1.0)  # of (teacher logits, logits), in nats
@@ -50,6 +53,28 @@ def layer_sizes(teacher: nn.Module, bits: Sequence[int] = (2, 4, 8)) -> pd.DataF
     weights = {layer: network.get_submodule(layer).weight for layer in weight_layers(network)}
     table = {layer: {width: weight_bytes(weight, width) for width in bits} for layer, weight in weights.items()}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("layer")
+
+
+@torch.no_grad()
+def of_activations(
+    teacher: nn.Module, images: Tensor, bits: Sequence[int] = (2, 4, 8)
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """:func:`sensitivity`, and bytes for one image, of what leaves each ReLU in place of weights.
+
+    One activation alone is quantized, over its range on ``images`` (N, 3, H, W); weights stay in float. ZeroQ's paper
+    varies weights only. Raises UserError as :func:`sensitivity` does.
+    """
+    bits, sites = [check_width("bits", width) for width in bits], list(relu_sites(trace(teacher)))
+    teacher_logits, table, sizes = teacher(images), {}, {}
+    for site in track(sites, "sensitivity of each activation"):
+        ones = [calibrated(teacher, BitWidths(None, dict.fromkeys(sites) | {site: width}), images) for width in bits]
+        table[site] = torch.stack([mean_kl(teacher_logits, one(images)) for one in ones]).tolist()
+        [quantizer] = (module for module in ones[0].modules() if isinstance(module, FakeQuantize))
+        quantizer.register_forward_hook(lambda _, inputs, output, site=site: sizes.update({site: output[0].numel()}))
+        ones[0](images[:1])
+    frames = table, {site: [-(-count * width // 8) for width in bits] for site, count in sizes.items()}
+    sensitivities, of_image = (pd.DataFrame.from_dict(each, orient="index", columns=bits) for each in frames)
+    return sensitivities.rename_axis("layer"), of_image.rename_axis("layer")
 
 
 @dataclass(frozen=True)

@@ -107,20 +107,29 @@ def _rank(metrics: dict[str, Any], present: Collection[str]) -> tuple[bool, str]
 
 
 def not_run(rows: pd.DataFrame, methods: Iterable[str], failures: Failures) -> pd.DataFrame:
-    """Published rows of ``methods`` that no run covers, as text: a line for each model, with what its runs need."""
+    """Published rows of ``methods`` that no run covers, as text: a line for each model, with what its runs need.
+
+    ``rerun`` is what the authors got again, where they print it.
+    """
     keys = [*published.SETTING, "scheme"]
     covered = set(rows.loc[rows["variant"] == "", keys].itertuples(index=False, name=None)) if len(rows) else set()
-    lines: dict[tuple[str, ...], list[str]] = {}
+    lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for row in published.rows():
         if row.method in methods and tuple(getattr(row, key) for key in keys) not in covered:
             needs = "ImageNet, a GPU" if row.dataset == "imagenet" else "nothing" if row.top1 else "a teacher"
             needs = failures.get((row.method, row.dataset, row.model), needs)
-            values = lines.setdefault((row.method, row.dataset, row.model, row.scheme, needs), [])
-            values.append(f"{row.bits} {tables.number(row.top1)}".strip())
+            setting = row.method, row.dataset, row.model, row.scheme, needs
+            values = lines.setdefault(setting, {"published": [], "rerun": []})
+            values["published"].append(f"{row.bits} {tables.number(row.top1)}".strip())
+            values["rerun"] += [f"{row.bits} {row.rerun:.2f}"] if row.rerun else []
     columns = ["method", "data", "model", "scheme", "needs"]
-    return pd.DataFrame(
-        [dict(zip(columns, line, strict=True)) | {"published": ", ".join(values)} for line, values in lines.items()]
+    table = pd.DataFrame(
+        [
+            dict(zip(columns, line, strict=True)) | {name: ", ".join(each) for name, each in values.items()}
+            for line, values in lines.items()
+        ]
     )
+    return table.loc[:, (table != "").any()]
 
 
 def _write_tables(root: Path, section: Section, project: pd.DataFrame | None) -> None:

@@ -33,7 +33,7 @@ WORDS = {
     "source",
     "needs",
 }
-WORDS |= {"published", "cell", "state", "note", "layer", "kind", "file"}
+WORDS |= {"published", "rerun", "cell", "state", "note", "layer", "kind", "file"}
 MAX_COLUMNS = 8
 LEAST_NEEDED = (
     "seeds",
