@@ -8,7 +8,9 @@ from dfqlib.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "data" / "assets"
-PATH_PARAMETERS = ("data_folder", "weights", "start", "checkpoint")  # those of notebooks that name a file or a folder
+#: Parameters of notebooks that name a file or a folder; those of files that a run begins with.
+GIVEN_WEIGHTS = ("start", "gdfq_generator", "qimera_generator")
+PATH_PARAMETERS = ("data_folder", "weights", "checkpoint", *GIVEN_WEIGHTS)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 #: The folders of class folders that hold a split, in the order in which they are looked for.
 SPLIT_FOLDERS = {"test": ("test", "val", "validation"), "train": ("train",)}

@@ -8,6 +8,7 @@ import pytest
 from stub_kit import write_kit
 
 from dfqlib import places
+from dfqlib.errors import UserError
 from dfqlib.runner import identity, plan
 
 ZEROQ = '''"""Text."""
@@ -121,12 +122,16 @@ def test_a_run_depends_on_its_parameters_weights_and_torch(kit, tmp_path, monkey
     assert run_identity() == first
 
 
-def test_weights_that_a_training_starts_from_count_by_content(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("paper", "name"), [("teachers", "start"), ("qimera", "qimera_generator")])
+def test_files_that_a_run_begins_with_count_by_content(tmp_path, monkeypatch, paper, name):
     monkeypatch.delenv("DFQ_PROFILES", raising=False)
-    (start := tmp_path / "start.safetensors").write_bytes(b"one")
-    selection = plan.Selection(papers=["teachers"], settings={"start": str(start)})
+    file = tmp_path / "start.safetensors"
+    selection = plan.Selection(papers=[paper], datasets=["cifar10"], settings={name: str(file)})
+    with pytest.raises(UserError, match=rf"--set {name}=.*start.safetensors is not a file"):
+        plan.plan(selection)
+    file.write_bytes(b"one")
     (before,) = plan.plan(selection)
-    start.write_bytes(b"two")
+    file.write_bytes(b"two")
     (after,) = plan.plan(selection)
     assert before.parameters == after.parameters and before.identity != after.identity
 

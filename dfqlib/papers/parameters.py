@@ -98,6 +98,19 @@ class Qimera(Quantizing, schedules.GeneratorSchedule, schedules.EmbeddingSwitche
     ablation_generator_iterations: int = setting(4000, 1, FOREVER)
     ablation_iterations: int = setting(4000, 2, FOREVER)
     pictured: int = setting(300, 1, 10**6)
+    pictured_classes: list[int] = setting([3, 5, 8], 0, 999)
+    steps: int = setting(9, 2, 1000)
+    paths: int = setting(60, 1, 10**6)
+    training_images: int = setting(1000, 0, 10**6)
+    gdfq_generator: str = ""
+    qimera_generator: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.pictured_classes) == 1:
+            raise UserError(
+                f"pictured_classes={self.pictured_classes!r} is one class; allowed: at least 2, or [] for all."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError, check_choice
 from dfqlib.papers import published
 from dfqlib.papers.profiles import Paper, Profile, load
-from dfqlib.places import PACKAGE, PATH_PARAMETERS, data_folder, expand
+from dfqlib.places import GIVEN_WEIGHTS, PACKAGE, PATH_PARAMETERS, data_folder, expand
 from dfqlib.runner.identity import code_identity, data_identity, digest, teacher_identity, torch_version
 from dfqlib.speed.switches import off_from_start
 
@@ -116,15 +116,18 @@ def plan(selection: Selection) -> list[PlannedRun]:
                 parameters.pop("out", None)
                 if parameters.get("precision") == "auto":
                     parameters["precision"] = precision_here(parameters["device"])
+                # A notebook that quantizes nothing trains teachers.
+                training = not paper.methods or bool(parameters.get("training_images"))
                 depends = {
                     "code": code,
                     "teacher": teacher(parameters.get("model", ""), parameters.get("weights", "")),
-                    # A notebook that quantizes nothing trains teachers.
-                    "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters), not paper.methods),
+                    "data": data(parameters.get("dataset", ""), data_folder(dataset, parameters), training),
                     "torch": torch,
                 }
-                if start := parameters.get("start"):  # weights that a training begins with
-                    depends["start"] = teacher(parameters["model"], start)
+                for name in filter(parameters.get, GIVEN_WEIGHTS):
+                    if not Path(parameters[name]).is_file():
+                        raise UserError(f"--set {name}={parameters[name]} is not a file.")
+                    depends[name] = teacher(parameters["model"], parameters[name])
                 if off := ",".join(sorted(off_from_start())):  # rounding differs, so it is another run
                     depends["without"] = off
                 run = PlannedRun(paper, profile.name, parameters, depends)
