@@ -72,11 +72,10 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table.to_csv(arguments.out / "families.csv", index=False, float_format="%.4g")
     shown = [name for name in table if name in ("model", "pixels", "why") or name.endswith((", s", ", MB"))]
-    cells = [
-        [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in table[shown].values
-    ]
+    table["memory, MB"] = table["memory, MB"].round().astype("Int64")
+    cells = [[f"{each:.3g}" if isinstance(each, float) else str(each) for each in row] for row in table[shown].values]
     first = rows[0]
-    told = f"{first['hardware']}, 1 thread, torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}."
+    told = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}."
     about = f"DSG at W4A4 on {IMAGES} images, random weights, CPU seconds (of one iteration where there are several)."
     text = f"{about}\n\n{markdown([shown, *cells], words=1)}\n{told}\n"
     (arguments.out / "families.md").write_text(text, encoding="utf-8")
