@@ -23,7 +23,7 @@ from dfqlib.models.teacher import load_teacher
 from dfqlib.speed import precision
 
 ROUND, SETTLING = 4, 2  # iterations of one side before the other's, and the first of them, which do not count
-PATIENCE = 8  # times as many rounds as are wanted, at most, until so many count
+PATIENCE = 4  # times as many rounds as are wanted, at most, until so many count
 # What a busy machine is told by, see Alternating; an idle one has 30 to 70 switches a second.
 SLOWER, SWITCHES, SHARE = 1.15, 100, 0.95
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
