@@ -18,6 +18,7 @@ from benchmarks.growth import random_teacher
 from benchmarks.rows import in_process, markdown
 from benchmarks.steps import RESULTS, provenance
 from dfqlib.bits import BitWidths
+from dfqlib.files import write_text
 from dfqlib.finetuning.loop import finetune
 from dfqlib.methods import dsg, gdfq
 from dfqlib.models.zoo import MODELS, build
@@ -78,7 +79,7 @@ def main() -> None:
     told = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}."
     about = f"DSG at W4A4 on {IMAGES} images, random weights, CPU seconds (of one iteration where there are several)."
     text = f"{about}\n\n{markdown([shown, *cells], words=1)}\n{told}\n"
-    (arguments.out / "families.md").write_text(text, encoding="utf-8")
+    write_text(arguments.out / "families.md", text)
 
 
 if __name__ == "__main__":
