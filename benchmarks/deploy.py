@@ -6,7 +6,6 @@ Writes ``deploy.csv`` and ``deploy.md``. ``--runtime PYTHON`` also runs the file
 import argparse
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from benchmarks.steps import RESULTS, provenance
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import embedded_test
 from dfqlib.deploy.export import OPSET, export_onnx, run_onnx, strip
+from dfqlib.deploy.latency import in_torch, milliseconds
 from dfqlib.deploy.store import save_student
 from dfqlib.device import channels_last, seed_everything
 from dfqlib.files import write_text
@@ -33,8 +33,6 @@ from dfqlib.models.teacher import Teacher, load_teacher
 from dfqlib.quantizers.calibrate import compensated
 from dfqlib.quantizers.finalise import finalise
 from dfqlib.schedules import ImageSchedule
-from dfqlib.speed.low_bits import in_low_bits
-from dfqlib.speed.scale_weights import scale_weights
 
 ELSEWHERE = """import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
@@ -47,18 +45,6 @@ print(onnxruntime.__version__)"""
 def answers(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """The classes (N,) that ``run`` gives ``images``, 125 at a time."""
     return torch.cat([run(some) for some in images.split(125)]).argmax(1)
-
-
-def milliseconds(runs: list[Callable[[Tensor], Tensor]], images: Tensor, rounds: int) -> list[float]:
-    """Median milliseconds of each of ``runs``; they take turns, so that a busy machine slows all alike."""
-    spent: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds + 1):
-        for run, times in zip(runs, spent, strict=True):
-            run(images)  # the caches are the other file's
-            began = time.perf_counter()
-            run(images)
-            times.append(1000 * (time.perf_counter() - began))
-    return [float(np.median(times[1:])) for times in spent]
 
 
 def inside(path: Path, folder: Path) -> tuple[str, int]:
@@ -114,20 +100,22 @@ def measure(teacher: Teacher, students: dict[str, fx.GraphModule], options: argp
                     version, old = elsewhere(options.runtime, path, images, folder)
                     row |= {"other_runtime": version, "other_agree": 100 * (ours == old).double().mean().item()}
             rows.append(row)
-        in_torch = {"float_ms": {"FP32": teacher.network}}
-        in_torch["fake_ms"] = {bits: scale_weights(student) for bits, student in students.items()}
-        in_torch["low_bits_ms"] = {bits: in_low_bits(network) for bits, network in in_torch["fake_ms"].items()}
-        each = [(name, bits, network) for name, networks in in_torch.items() for bits, network in networks.items()]
+        ways = [
+            (row, name, way)
+            for row, student in zip(rows[1:], students.values(), strict=True)
+            for name, way in in_torch(teacher.network, student).items()
+        ]
         with torch.inference_mode():
-            spent = milliseconds([network for *_, network in each], channels_last(images[:32]), 20)
-        for (name, bits, _), found in zip(each, spent, strict=True):
-            next(row for row in rows if row["bits"] == bits)[name] = found
+            spent = milliseconds([way for *_, way in ways], channels_last(images[:32]), 20)
+        for (row, name, _), found in zip(ways, spent, strict=True):
+            (rows[0] if name == "float" else row)[IN_TORCH[name]] = found
         for count, rounds in ((1, 400), (32, 40)):
             for row, spent in zip(rows, milliseconds(runs, images[:count].contiguous(), rounds), strict=True):
                 row[f"batch_{count}_ms"] = spent
     return pd.DataFrame(rows).assign(runtime=onnxruntime.__version__, images=len(test))
 
 
+IN_TORCH = {"float": "float_ms", "fake-quantized": "fake_ms", "in int8 here": "low_bits_ms"}
 COLUMNS = {
     "bits": "",
     "bytes": "file, bytes",

@@ -8,6 +8,7 @@ import argparse
 import datetime
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -24,6 +25,7 @@ from dfqlib.plotting import COLOURS, style
 from dfqlib.speed import precision
 
 RESULTS = Path(__file__).parent / "results"
+PASSES = 3
 
 
 def measure(case: Case, name: str, rounds: int, device: torch.device) -> dict[str, float]:
@@ -118,14 +120,20 @@ def main() -> None:
     device = pick_device(arguments.device)
     seed_everything(0)
     teacher = load_teacher(arguments.model, device=device)
-    rows = []
-    for method in arguments.methods:
-        case = make_case(method, teacher, arguments.batch)
-        for name in arguments.precisions or dict.fromkeys(("float32", precision.resolve("auto", device))):
-            row = {"method": method, "title": case.title, "batch": case.batch, "precision": name}
-            rows.append(row | measure(case, name, arguments.rounds, device))
-            told = readme.ratio(rows[-1]["times_faster"], "times faster")
-            print(f"{case.title}, {name}: {rows[-1]['ours_s']:.3g} s here, {told}", flush=True)
+    precisions = arguments.precisions or dict.fromkeys(("float32", precision.resolve("auto", device)))
+    rows: list[dict[str, Any]] = [
+        {"method": method, "precision": name, "times_faster": math.nan}
+        for method in arguments.methods
+        for name in precisions
+    ]
+    for _ in range(PASSES):  # what a busy machine left out comes again once all else is measured
+        for row in rows:
+            if math.isnan(row["times_faster"]):
+                case = make_case(row["method"], teacher, arguments.batch)
+                row |= {"title": case.title, "batch": case.batch}
+                row |= measure(case, row["precision"], arguments.rounds, device)
+                told = readme.ratio(row["times_faster"], "times faster")
+                print(f"{case.title}, {row['precision']}: {row['ours_s']:.3g} s here, {told}", flush=True)
     sides = dict.fromkeys((row["method"], side) for row in rows for side in ("published", row["precision"]))
     peaks = dict(zip(sides, peaks_in_new_processes(list(sides), arguments.batch, arguments.model, device), strict=True))
     for row in rows:

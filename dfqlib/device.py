@@ -67,10 +67,15 @@ def describe_hardware(device: torch.device) -> str:
     """One line: the accelerator's name, or the processor's name and the number of threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
-    processor = " ".join(model[1].split()) if model else platform.processor() or platform.machine()
-    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+    return " ".join(model[1].split()) if model else platform.processor() or platform.machine()
 
 
 def code_version() -> str:

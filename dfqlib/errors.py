@@ -20,7 +20,7 @@ class Diverged(RuntimeError):
 
 
 def check_choice(parameter: str, value: T, allowed: Iterable[T]) -> T:
-    """``value`` if it is among ``allowed``; otherwise a :class:`UserError` that lists them and suggests the nearest."""
+    """``value`` if it is among ``allowed``; otherwise a :class:`UserError` that lists them, or of many the nearest."""
     allowed = list(allowed)
     if value in allowed:
         return value
@@ -28,7 +28,11 @@ def check_choice(parameter: str, value: T, allowed: Iterable[T]) -> T:
     begun = [name for name in names if typed and name.startswith(typed)]
     near = begun or difflib.get_close_matches(typed, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise UserError(f"{parameter}={value!r} is unknown{hint}; allowed: {', '.join(names)}.")
+    told = ", ".join(names)
+    if len(names) > 50:
+        nearest = begun or difflib.get_close_matches(typed, names, n=5) or names
+        told = ", ".join(nearest[:5]) + f" and others, {len(names)} in all"
+    raise UserError(f"{parameter}={value!r} is unknown{hint}; allowed: {told}.")
 
 
 def check_range(parameter: str, value: float, low: float, high: float) -> float:

@@ -73,6 +73,29 @@ def test_any_classifier_of_torchvision_is_a_teacher_by_its_name(tmp_path):
         load_teacher("torchvision/vgg16bn")
 
 
+@pytest.mark.parametrize("name, size", [("mobilenet_w1", 224), ("regnetx006", 224), ("inceptionv3", 299)])
+def test_any_classifier_of_pytorchcv_is_a_model_by_its_name(name, size):
+    entry = entry_of(f"pytorchcv/{name}")
+    assert (entry.dataset, entry.input_size, entry.classes) == ("imagenet", size, 1000)
+    assert published.dataset_of(entry.name) == "imagenet"  # so run_all.py takes it
+    assert isinstance(build(entry.name), nn.Module)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("pytorchcv/mobilenet", "did you mean 'pytorchcv/mobilenet_w1'"),
+        ("pytorchcv/resnet20_cifar10", "no classifier of ImageNet: it has 10 classes"),
+        ("pytorchcv/centernet_resnet18_voc", "no classifier of ImageNet: it has no classes"),
+        ("pytorchcv/octresnet50b_ad2", "has no published weights"),
+    ],
+)
+def test_what_pytorchcv_cannot_give_is_told_briefly(name, told):
+    with pytest.raises(UserError, match=told) as error:
+        load_teacher(name)
+    assert len(str(error.value)) < 300
+
+
 def test_teacher_is_frozen_and_says_where_it_came_from(state, weights, tmp_path):
     teacher = load_teacher(NAME, weights)
     assert not teacher.network.training

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dfqlib import plotting
 from dfqlib.deploy.quantize import Quantized, Request
-from dfqlib.device import code_version
+from dfqlib.device import code_version, processor
 from dfqlib.files import atomic_path, write_text
 from dfqlib.quantizers.describe import describe, model_bytes
 from dfqlib.quantizers.mixed_precision import Assignment
@@ -43,6 +43,9 @@ def write_page(made: Quantized, request: Request, command: str) -> Path:
         "\n".join(f"- {line}" for line in accuracy(made, request)) + "\n",
         "## Size\n",
         markdown(sizes(made)),
+        "## Time\n",
+        f"Of an image, {made.timed} at a time, on one thread of {processor()}; all but ONNX Runtime in torch.\n",
+        markdown(times(made)),
         "## The file\n",
         f"[`{made.exported.path.name}`]({made.exported.path.name}) takes \"images\", float32 (N, "
         f"{', '.join(map(str, made.teacher.entry.image_shape))}), which are (pixels / 255 - mean) / std with mean "
@@ -90,6 +93,12 @@ def sizes(made: Quantized) -> pd.DataFrame:
     rows = [("parameters in float32", in_float)] + [(f"`{file.name}`", file.stat().st_size) for file in files]
     return pd.DataFrame([(name, f"{size:,}", f"{size / in_float:.2f}") for name, size in rows],
                         columns=["file", "bytes", "of float"])  # fmt: skip
+
+
+def times(made: Quantized) -> pd.DataFrame:
+    """Milliseconds of an image in each way."""
+    rows = [(name, f"{spent:.2f}") for name, spent in made.milliseconds.items()]
+    return pd.DataFrame(rows, columns=["kind", "ms"])
 
 
 def widths(sensitivity: pd.DataFrame, suggested: Assignment) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from dfqlib import places
 from dfqlib.bits import BitWidths
 from dfqlib.data.image_sets import ImageSet, data_set_of, load_test, read_images
 from dfqlib.deploy.export import Exported, export_onnx, require
+from dfqlib.deploy.latency import latency
 from dfqlib.deploy.store import save_student
 from dfqlib.errors import UserError
 from dfqlib.files import atomic_path
@@ -39,6 +40,7 @@ LOWEST_BUDGET = 2.5  # at 2, small layers rounded up to whole bytes no longer fi
 HELD_OUT = 4  # one image of so many is left for the comparison with the teacher
 PROBED = 32  # images behind the sensitivity of the layers
 TUNED_BATCH = 32
+TIMED = 8  # images at a time
 SYNTHESIS = {"synthesis_lr": 0.1, "synthesis_patience": 7}
 HARDNESS = 1.0, 0.0  # beta and gamma of the images' loss: every image is to be of its class
 NETWORK = "model", "weights", "mean", "std", "size", "logits"  # parameters that say which
@@ -93,6 +95,8 @@ class Quantized:
     sensitivity: pd.DataFrame
     suggested: mixed_precision.Assignment
     true: tuple[ImageSet, Score, Score] | None  # images, and the top-1 of teacher and student on them
+    milliseconds: dict[str, float]  # of an image, of so many at a time
+    timed: int
     seconds: float
 
 
@@ -131,8 +135,12 @@ def quantize(request: Request, say: Callable[[str], None] = print) -> Quantized:
     compared = same_class(theirs, ours), expected_drop(theirs, ours)
     true = test and (test, *(top1(each, test, teacher) for each in (teacher.network, final)))
     exported = export_onnx(student.cpu(), out / f"{entry.name.replace('/', '_')}.onnx", held.cpu())
+    timed = held[:TIMED]
+    spent = latency(teacher.network, student, exported.path, timed), len(timed)
     seconds = time.perf_counter() - began
-    return Quantized(teacher, final, bits, exported, len(held), *compared, sensitivity, suggested, true, seconds)
+    return Quantized(
+        teacher, final, bits, exported, len(held), *compared, sensitivity, suggested, true, *spent, seconds
+    )
 
 
 def calibrate(teacher: Teacher, bits: BitWidths, images: Tensor, trains: bool = False) -> fx.GraphModule:

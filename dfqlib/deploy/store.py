@@ -17,7 +17,7 @@ from dfqlib.device import channels_last
 from dfqlib.errors import UserError
 from dfqlib.files import atomic_path
 from dfqlib.models.teacher import Teacher
-from dfqlib.models.zoo import MODELS, ModelEntry, build
+from dfqlib.models.zoo import ModelEntry, build
 from dfqlib.quantizers.convert import quantize_model
 from dfqlib.quantizers.finalise import finalise
 from dfqlib.quantizers.layers import FakeQuantize, QuantizedLayer, by_output_channel, integer_weight
@@ -85,7 +85,7 @@ def load_student(
     """The student that :func:`save_student` wrote to ``path``, on the CPU, with the same outputs bit for bit.
 
     ``network`` has its teacher's architecture, with any weights, or is its teacher; None builds the architecture if the
-    teacher is one of :data:`dfqlib.models.zoo.MODELS`. UserError, naming what differs, for another network, a teacher
+    teacher is one that :func:`.zoo.entry_of` knows. UserError, naming what differs, for another network, a teacher
     with other weights, other widths than ``bits`` if given, and all that :func:`read_header` refuses.
     """
     (header, tensors), told = _read(path), f"student={str(path)!r}"
@@ -96,9 +96,13 @@ def load_student(
             digests = f"whose sha256 begins with {header.sha256[:12]}, not of {network.source} ({network.sha256[:12]})"
             raise UserError(f"{told} is of {header.source}, {digests}.")
         network = network.network
-    if network is None and header.entry.name not in MODELS:
-        raise UserError(f"{told} is of {header.entry.name!r}, which is no network of the kit; give its network.")
-    student = _rebuild(build(header.entry.name) if network is None else network, header)
+    if network is None:
+        try:
+            network = build(header.entry.name)
+        except UserError:
+            known = f"{told} is of {header.entry.name!r}, which is no network of the kit; give its network."
+            raise UserError(known) from None
+    student = _rebuild(network, header)
     expected = _state(student)
     for key in expected | tensors:
         shapes = [tuple(each[key].shape) if key in each else None for each in (expected, tensors)]

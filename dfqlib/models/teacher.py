@@ -122,9 +122,9 @@ def load_teacher(
     """The trained teacher ``name``, with weights from the first of: ``weights``, the package, a local file, a download.
 
     ``weights`` is a file: safetensors, or a state dict saved by torch that holds tensors only. The local file is
-    ``$DFQ_DATA/teachers/<name>.safetensors`` (or ``.pth``). Downloads come from pytorchcv, or from torchvision for
-    names such as ``torchvision/vgg16_bn``. Raises :class:`UserError` for an unknown name, a file that is missing,
-    truncated, of another architecture or holds code, and a download that is not possible.
+    ``$DFQ_DATA/teachers/<name>.safetensors`` (or ``.pth``). Downloads come from pytorchcv or torchvision, with which
+    ``name`` may begin, as in ``torchvision/vgg16_bn``. Raises :class:`UserError` for an unknown name, a file that is
+    missing, truncated, of another architecture or holds code, and a download that is not possible.
     """
     entry, network = entry_of(name), build(name)
     given = places.weights_file(name, weights or "")
@@ -231,6 +231,8 @@ def _download_weights(entry: ModelEntry, download: bool) -> Path:
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     else:
         error, digest, release = model_store.get_model_name_suffix_data(architecture)
+        if release == "NA":
+            raise UserError(f"{told} has no published weights; give weights=.")
         path = places.expand("~/.torch/models") / f"{architecture}-{error}-{digest[:8]}.pth"
         url = f"{model_store.imgclsmob_repo_url}/releases/download/{release}/{path.name}.zip"
     if path.is_file():

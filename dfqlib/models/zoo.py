@@ -9,9 +9,10 @@ import torch
 from pytorchcv.models.resnet_cifar import CIFARResNet
 from torch import Tensor, nn
 
-from dfqlib.errors import UserError, check_choice
+from dfqlib.errors import UserError, check_choice, first_line
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+LIBRARIES = "torchvision", "pytorchcv"  # before the slash in the name of any of their classifiers
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -89,15 +90,32 @@ MODELS: dict[str, ModelEntry] = {
 
 
 def entry_of(name: str) -> ModelEntry:
-    """That of ``MODELS``, or of "torchvision/NAME", any of torchvision's classifiers, by what its weights expect."""
+    """That of ``MODELS``, or of "torchvision/NAME" or "pytorchcv/NAME", any of their classifiers of ImageNet."""
     library, _, architecture = name.partition("/")
-    if name in MODELS or library != "torchvision":
+    if name in MODELS or library not in LIBRARIES:
         return MODELS[check_choice("model", name, MODELS)]
+    return (_of_torchvision if library == "torchvision" else _of_pytorchcv)(name, architecture)
+
+
+def _of_torchvision(name: str, architecture: str) -> ModelEntry:
     models = importlib.import_module("torchvision.models")
     check_choice("model", name, [f"torchvision/{each}" for each in models.list_models(models)])
     preset = torchvision_weights(architecture).transforms()
     classes, norm = 1000, (tuple(preset.mean), tuple(preset.std))
     return ModelEntry(name, "imagenet", f"torchvision.models:{architecture}", preset.crop_size[0], classes, *norm)
+
+
+def _of_pytorchcv(name: str, architecture: str) -> ModelEntry:
+    models = importlib.import_module("pytorchcv.model_provider")._models
+    function = models[check_choice("model", name, [f"pytorchcv/{each}" for each in models]).partition("/")[2]]
+    try:
+        with torch.device("meta"):  # the network tells its size without memory for its weights
+            network = function()
+    except ImportError as error:
+        raise UserError(f"model={name!r}: {first_line(error)}.") from None
+    if (classes := getattr(network, "num_classes", None)) != 1000:
+        raise UserError(f"model={name!r} is no classifier of ImageNet: it has {classes or 'no'} classes.")
+    return _entry(name, "imagenet", f"{function.__module__}:{architecture}", network.in_size[0])
 
 
 def torchvision_weights(architecture: str) -> Any:

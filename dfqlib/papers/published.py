@@ -84,6 +84,6 @@ def models_of(dataset: str) -> list[str]:
 
 
 def dataset_of(model: str) -> str:
-    """The data set of a model that papers report, or of "torchvision/NAME"; empty for any other."""
-    other = "imagenet" if model.startswith("torchvision/") else ""
+    """The data set of a model that papers report, or of "torchvision/NAME" or "pytorchcv/NAME"; empty for any other."""
+    other = "imagenet" if model.startswith(("torchvision/", "pytorchcv/")) else ""
     return next((row.dataset for row in rows() if row.model == model), other)
