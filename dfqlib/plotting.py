@@ -10,6 +10,7 @@ import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:  # the report draws figures without torch
@@ -97,10 +98,14 @@ def describe(figure: Figure, name: str) -> str:
     for axes in figure.axes:
         against = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
         legend = axes.get_legend()
-        names = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+        names = _names(legend) if legend else ""
         panels.append(": ".join(filter(None, (axes.get_title("left") or axes.get_title(), against, names))))
-    texts = (name.replace("_", " "), figure.get_suptitle(), *panels)
+    texts = (name.replace("_", " "), figure.get_suptitle(), *panels, *map(_names, figure.legends))
     return "; ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))
+
+
+def _names(legend: Legend) -> str:
+    return ", ".join(text.get_text() for text in legend.get_texts())
 
 
 def short_names(names: Sequence[str]) -> list[str]:

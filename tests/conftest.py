@@ -12,9 +12,10 @@ from stub_kit import write_kit
 from dfqlib import places
 from dfqlib.runner.kernels import cores
 
-# Only in a worker: what the process that starts the workers sets, they inherit.
+# Only in a worker: what the process that starts the workers sets, they inherit. torch has read its variable by now.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(workers))))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -48,6 +48,8 @@ def test_a_figure_is_described_by_its_titles_axes_and_legends():
     left.set(title="Loss", xlabel="iteration", ylabel="KL")
     right.set_axis_off()
     assert plotting.describe(figure, "fine_tuning") == "fine tuning; Loss: KL against iteration: W4A4, W3A3"
+    figure.legend(["cat", "dog"])
+    assert plotting.describe(figure, "fine_tuning").endswith("W4A4, W3A3; cat, dog")
 
 
 @pytest.mark.parametrize(("count", "columns", "rows", "per_row"), [(32, 16, 2, 16), (5, 16, 1, 5), (7, 3, 3, 3)])
