@@ -62,11 +62,12 @@ def selective_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor, ea
 
 
 def attention_gap(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """FA: the mean squared gap between channel attentions (B, C), summed over one or more residual units.
+    """FA: the mean squared gap between channel attentions (B, C), summed over the residual units; 0 without any.
 
     Source: HAST, feature alignment.
     """
-    return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]).sum()
+    gaps = [F.mse_loss(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]
+    return torch.stack(gaps).sum() if gaps else torch.zeros(())
 
 
 def agreement(
@@ -164,7 +165,7 @@ def make_student(
     """
     if weights.attention_weight and not probe.units:
         lam = f"attention_weight={weights.attention_weight:g}"
-        raise UserError(f"{lam} aligns residual units, of which this network has none; allowed: 0.")
+        raise UserError(f"{lam} aligns residual units, of which this network has none; allowed: 0, and hast_bits=[].")
     network = network or quantize_model(teacher.network, bits)
     student = NetworkProbe(network, weights.saliency_of, cam=weights.cam)
     return Student(network, lr, decay, loss=partial(alignment_loss, teacher=probe, student=student, weights=weights))
