@@ -100,22 +100,20 @@ def measure(teacher: Teacher, students: dict[str, fx.GraphModule], options: argp
                     version, old = elsewhere(options.runtime, path, images, folder)
                     row |= {"other_runtime": version, "other_agree": 100 * (ours == old).double().mean().item()}
             rows.append(row)
-        ways = [
-            (row, name, way)
-            for row, student in zip(rows[1:], students.values(), strict=True)
-            for name, way in in_torch(teacher.network, student).items()
-        ]
+        ways = [(rows[0], "float_ms", teacher.network)]
+        for row, student in zip(rows[1:], students.values(), strict=True):
+            ways += [(row, IN_TORCH[name], way) for name, way in in_torch(student).items()]
         with torch.inference_mode():
             spent = milliseconds([way for *_, way in ways], channels_last(images[:32]), 20)
-        for (row, name, _), found in zip(ways, spent, strict=True):
-            (rows[0] if name == "float" else row)[IN_TORCH[name]] = found
+        for (row, column, _), found in zip(ways, spent, strict=True):
+            row[column] = found
         for count, rounds in ((1, 400), (32, 40)):
             for row, spent in zip(rows, milliseconds(runs, images[:count].contiguous(), rounds), strict=True):
                 row[f"batch_{count}_ms"] = spent
     return pd.DataFrame(rows).assign(runtime=onnxruntime.__version__, images=len(test))
 
 
-IN_TORCH = {"float": "float_ms", "fake-quantized": "fake_ms", "in int8 here": "low_bits_ms"}
+IN_TORCH = {"fake-quantized": "fake_ms", "in int8 here": "low_bits_ms"}
 COLUMNS = {
     "bits": "",
     "bytes": "file, bytes",

@@ -25,7 +25,7 @@ from dfqlib.plotting import COLOURS, style
 from dfqlib.speed import precision
 
 RESULTS = Path(__file__).parent / "results"
-PASSES = 3
+PASSES = 3  # through the table, at most, until no row was measured on a busy machine
 
 
 def measure(case: Case, name: str, rounds: int, device: torch.device) -> dict[str, float]:
@@ -126,7 +126,7 @@ def main() -> None:
         for method in arguments.methods
         for name in precisions
     ]
-    for _ in range(PASSES):  # what a busy machine left out comes again once all else is measured
+    for _ in range(PASSES):
         for row in rows:
             if math.isnan(row["times_faster"]):
                 case = make_case(row["method"], teacher, arguments.batch)

@@ -81,13 +81,7 @@ def test_readmes_lines_end_in_a_file_that_onnx_runtime_runs(here, tmp_path):
     exec(python, lines)
     assert lines["logits"].shape == (1, 4)
     page = Path("quantized/README.md").read_text()
-    for told in (
-        "Agreement",
-        "Predicted loss of accuracy",
-        "True accuracy",
-        "| ONNX Runtime |",
-        "quantized/make.onnx".partition("/")[2],
-    ):
+    for told in ("Agreement", "Predicted loss of accuracy", "True accuracy", "| ONNX Runtime |", "make.onnx"):
         assert told in page
     assert Path("quantized/sensitivity.png").stat().st_size
     assert np.load("quantized/images.npy").shape == (8, 3, 32, 32)

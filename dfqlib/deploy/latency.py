@@ -27,10 +27,10 @@ def milliseconds(runs: list[Callable[[Tensor], object]], images: Tensor, rounds:
     return [statistics.median(times[1:]) for times in spent]
 
 
-def in_torch(network: nn.Module, student: nn.Module) -> dict[str, nn.Module]:
-    """``network`` and its ``student`` in the ways that torch can compute them here, by name, on the CPU."""
-    fake = scale_weights(copy.deepcopy(student).cpu())
-    ways = {"float": copy.deepcopy(network).cpu(), "fake-quantized": fake, "in int8 here": in_low_bits(fake)}
+def in_torch(student: nn.Module) -> dict[str, nn.Module]:
+    """``student``, on the CPU and not finalised, in the ways that torch can compute it here, by name."""
+    fake = scale_weights(student)
+    ways = {"fake-quantized": fake, "in int8 here": in_low_bits(fake)}
     if ways["in int8 here"] is fake:  # a processor without such units
         del ways["in int8 here"]
     return ways
@@ -38,11 +38,12 @@ def in_torch(network: nn.Module, student: nn.Module) -> dict[str, nn.Module]:
 
 @torch.inference_mode()
 def latency(network: nn.Module, student: nn.Module, path: Path, images: Tensor, rounds: int = 5) -> dict[str, float]:
-    """Milliseconds for each of ``images`` (N, C, H, W), on one thread: :func:`in_torch`, and the student's ONNX file.
+    """Milliseconds for each of ``images`` (N, C, H, W), by name, on one thread of the CPU.
 
-    ``student`` is not finalised.
+    Of ``network`` in float, of its ``student`` by :func:`in_torch`, and of the student's ONNX file at ``path``.
     """
-    ways: dict[str, Callable[[Tensor], Tensor]] = {**in_torch(network, student), "ONNX Runtime": run_onnx(path, 1)}
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"float": copy.deepcopy(network).cpu(), **in_torch(student)}
+    ways["ONNX Runtime"] = run_onnx(path, 1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
