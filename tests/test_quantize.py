@@ -337,6 +337,9 @@ def test_description_by_hand():
     assert rows.low["conv1"] == pytest.approx(model.conv1.weight.min().item())
     quantizer = fake_quantizers(student)["relu:2"]
     assert (rows.activation_bits["relu:2"], rows.high["relu:2"]) == (6, pytest.approx(quantizer.observer.high.item()))
+    timed = describe(student, {"float": 2.0, "fake-quantized": 3.5})
+    assert timed[table.columns].iloc[:-2].equals(table)
+    assert timed.set_index("kind").milliseconds.dropna().to_dict() == {"float": 2.0, "fake-quantized": 3.5}
 
 
 def test_a_batch_norm_that_runs_twice_is_corrected_by_the_mean_over_its_calls():

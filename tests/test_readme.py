@@ -19,9 +19,9 @@ def test_links_lead_to_files():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_example_quantizes_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_examples_quantize_a_model_of_ones_own_and_give_a_file(tmp_path, monkeypatch, capsys):
     _, _, section = README.partition("### Your own model")
-    example = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]
+    quantize, deploy = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)[:2]
     random = np.random.default_rng(0)
     for label in range(10):
         folder = tmp_path / "path" / "to" / "validation" / f"class{label}"
@@ -30,6 +30,8 @@ def test_example_quantizes_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]
-    exec(example, {"network": nn.Sequential(*layers)})
+    exec(quantize, names := {"network": nn.Sequential(*layers)})
     printed = capsys.readouterr().out
     assert "linear" in printed and 0 <= float(printed.splitlines()[-1]) <= 100
+    exec(deploy, names)
+    assert "ONNX Runtime" in capsys.readouterr().out and (tmp_path / "student.onnx").exists()

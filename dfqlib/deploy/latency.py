@@ -37,7 +37,9 @@ def in_torch(student: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def latency(network: nn.Module, student: nn.Module, path: Path, images: Tensor, rounds: int = 5) -> dict[str, float]:
+def latency(
+    network: nn.Module, student: nn.Module, path: str | Path, images: Tensor, rounds: int = 5
+) -> dict[str, float]:
     """Milliseconds for each of ``images`` (N, C, H, W), by name, on one thread of the CPU.
 
     Of ``network`` in float, of its ``student`` by :func:`in_torch`, and of the student's ONNX file at ``path``.

@@ -1,4 +1,6 @@
-"""What is quantized in a student, and how much memory it takes."""
+"""What is quantized in a student, how much memory it takes, and how long."""
+
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
@@ -26,8 +28,11 @@ def model_bytes(model: nn.Module) -> int:
     return sum(weight_bytes(t, bits.get(id(t))) for t in tensors)
 
 
-def describe(student: fx.GraphModule) -> pd.DataFrame:
+def describe(student: fx.GraphModule, times: Mapping[str, float] | None = None) -> pd.DataFrame:
     """What is quantized, and how: a row per layer and activation in the order they run, then the rest and the total.
+
+    With ``times``, milliseconds of an image by :func:`dfqlib.deploy.latency.latency`, a row more for each way to
+    compute it, and a column ``milliseconds``.
 
     Columns: layer (as the bit-width mappings name it), kind, weight_bits, activation_bits (32 each: float), low, high
     (of the weight over all channels, or the activation range, NaN before it is observed), bytes, float_bytes (in full
@@ -57,7 +62,11 @@ def describe(student: fx.GraphModule) -> pd.DataFrame:
     rows.append(("", "biases, batch norm", None, None, None, None, rest, rest))
     rows.append(("", "total", None, None, None, None, sum(row[-2] for row in rows), sum(row[-1] for row in rows)))
     columns = ["layer", "kind", "weight_bits", "activation_bits", "low", "high", "bytes", "float_bytes"]
-    return pd.DataFrame(rows, columns=columns).astype({"weight_bits": "Int64", "activation_bits": "Int64"})
+    table = pd.DataFrame(rows, columns=columns)
+    if times:
+        spent = pd.DataFrame({"layer": "", "kind": list(times), "milliseconds": list(times.values())})
+        table = pd.concat([table, spent], ignore_index=True)
+    return table.astype(dict.fromkeys(["weight_bits", "activation_bits", "bytes", "float_bytes"], "Int64"))
 
 
 def _kind(layer: QuantizedLayer) -> str:
