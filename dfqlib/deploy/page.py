@@ -18,7 +18,7 @@ from dfqlib.scores import paired_difference
 PREDICTION = (
     "A prediction, not a measurement: the mean, over the held-out images, of p(the teacher's class) - p(the student's "
     "class), p being the teacher's own probabilities. Synthetic images are easy ones, of which the teacher is sure, so "
-    "that it is too low at few bits: notebook 08 has a network that loses 8.5 points where it says 0."
+    "that it is too low at few bits: notebook 08 has a network that loses several points where it says 0."
 )
 
 

@@ -1,4 +1,7 @@
-"""DSG (Qin et al., CVPR 2021; TPAMI 2023): diverse images, for calibration (PTQ) and from a generator (QAT)."""
+"""DSG: diverse images, for calibration (PTQ) and from a generator (QAT).
+
+Zhang et al., CVPR 2021; Qin et al., TPAMI 2023.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -25,7 +25,8 @@ from dfqlib.models.teacher import Teacher
 from dfqlib.schedules import GeneratorSchedule, HardImageSchedule
 from dfqlib.speed.precision import run
 
-# Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much more harder samples count.
+# Per data set: beta, the weight of the hard samples' cross-entropy, and gamma, how much more harder samples count. On
+# CIFAR-100 they are SynQ's, since one set of images serves both methods; HAST's are those of CIFAR-10.
 PUBLISHED = {"cifar10": (10.0, 2.0), "cifar100": (0.1, 0.5), "imagenet": (0.1, 0.5)}
 
 
