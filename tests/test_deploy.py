@@ -118,6 +118,15 @@ def test_each_layer_is_stored_at_its_width(hard, images, tmp_path, four_bits):
     assert sizes[f"point.levels.{suffix}"] == hard.point.weight.numel() / (4 if four_bits == "table" else 2)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_layers_of_equal_levels_are_exported_once(images, tmp_path, bits):
+    once, again = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+    again.load_state_dict(once.state_dict())
+    network = nn.Sequential(once, nn.ReLU(), again, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 256, CLASSES)).eval()
+    student = calibrated(network, BitWidths(bits, 8), images, **INTEGER)
+    assert export_onnx(student, tmp_path / "a.onnx", images).agreement >= 98
+
+
 def test_an_exported_program_gives_the_same_as_onnx(hard, images, tmp_path):
     student = calibrated(hard, BitWidths(8, 4), images, **INTEGER)
     export_onnx(student, tmp_path / "a.onnx", images)
@@ -169,6 +178,14 @@ def test_a_kept_student_gives_the_same_outputs(teacher, test_2k, tmp_path, final
     assert torch.equal(predict(kept, some, teacher), predict(student, some, teacher))
     save_student(kept, tmp_path / "b.safetensors", teacher)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_student_without_batch_norms_to_fold_is_kept(images, tmp_path):
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    own = Teacher.from_module(nn.Sequential(*layers, nn.Linear(6, CLASSES)), CLASSES, MEAN, STD, input_size=16)
+    student = calibrated(own.network, BitWidths(8, 8), images, **INTEGER)
+    save_student(student, tmp_path / "a.safetensors", own)
+    assert torch.equal(load_student(tmp_path / "a.safetensors", own)(images), student(images))
 
 
 def test_mixed_widths_and_shares_are_kept(hard, images, tmp_path):

@@ -156,6 +156,12 @@ def test_the_batch_is_what_the_memory_allows():
     assert cost.batch == 250 and cost.bytes == 250 * 1.5 * 8000 <= cost.free
 
 
+def test_the_least_budget_rounds_small_layers_up_to_bytes():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(10, 5))
+    measured = sensitivity(network, torch.randn(4, 10), bits=[2, 4, 8])
+    assert suggest(network, measured, 2).bits == {"1": 2}  # 50 weights of 2 bits fill 13 bytes
+
+
 def test_suggested_widths_fit_the_budget():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
     found = suggest(network, sensitivity(network, torch.randn(4, 3, 8, 8)), 4)

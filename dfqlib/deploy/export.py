@@ -69,9 +69,12 @@ def export_onnx(
     with atomic_path(path) as temporary:
         if format == "onnx":
             strip(made.model)
+            graph = made.model.graph
             for name, layer in lowered.named_modules():
-                if isinstance(layer, IntegerLayer) and layer.levels_bits <= 4:
-                    _pack(made.model.graph, f"{name}.levels", layer.levels_bits, four_bits)
+                # Of layers with equal levels, such as one that is called twice, the exporter keeps one.
+                levels = f"{name}.levels"
+                if isinstance(layer, IntegerLayer) and layer.levels_bits <= 4 and levels in graph.initializers:
+                    _pack(graph, levels, layer.levels_bits, four_bits)
             made.save(temporary)
         else:
             torch.export.save(program, temporary)

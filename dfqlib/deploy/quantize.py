@@ -154,13 +154,13 @@ def tune(teacher: Teacher, student: fx.GraphModule, images: Tensor, iterations: 
     students = {"student": reconstruct.make_student(student)}
     history = reconstruct.reconstruct(teacher, students, images, iterations, TUNED_BATCH, seed=seed, label="tuning")
     if history.diverged:
-        raise UserError(f"tune={iterations}: {history.diverged['student']}.")
+        raise UserError(f"tune={iterations}: {history.diverged['student']}")
 
 
 def suggest(network: nn.Module, sensitivity: pd.DataFrame, mean_bits: float) -> mixed_precision.Assignment:
     """The width of each layer that loses least by ``sensitivity`` at so many bits a weight on average."""
     sizes = mixed_precision.layer_sizes(network, list(sensitivity.columns))
-    budget = mean_bits / 8 * sizes[8].sum()
+    budget = max(mean_bits / 8 * sizes[8].sum(), sizes.min(axis=1).sum())  # small layers fill whole bytes
     return mixed_precision.pareto_frontier(sensitivity, sizes).best_under(budget)
 
 

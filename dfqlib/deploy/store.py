@@ -59,6 +59,9 @@ def save_student(student: fx.GraphModule, path: str | Path, teacher: Teacher) ->
     """
     quantizers = dict(_of(student, FakeQuantize))
     layers = dict(_of(student, QuantizedLayer))
+    # A student without batch norms to fold may still not be finalised, and one without quantizers may be.
+    final = all(each.final for each in quantizers.values())
+    final = final and not any(folds(student, node) for node in student.graph.nodes)
     header = Header(
         teacher.entry,
         teacher.source,
@@ -67,7 +70,7 @@ def save_student(student: fx.GraphModule, path: str | Path, teacher: Teacher) ->
         {quantizer.name: quantizer.bits for quantizer in quantizers.values()},
         "integer" if any(isinstance(each.observer, CommonRange) for each in quantizers.values()) else "papers",
         "symmetric" if any(layer.symmetric for layer in layers.values()) else "asymmetric",
-        not any(folds(student, node) for node in student.graph.nodes),
+        final,
     )
     tensors = {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in _state(student).items()}
     with atomic_path(path) as temporary:
