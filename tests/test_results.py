@@ -356,6 +356,17 @@ def test_every_published_cell_is_reached_near_short_or_not_run():
     assert f"1 of {len(cells)} with the corrected calibration" in told
 
 
+@pytest.mark.parametrize(("images", "told"), [(2000, ", 2,000 images"), (10_000, "")])
+def test_of_several_sets_of_test_images_the_largest_counts(images, told):
+    run = make_run()
+    run.row(W4A4, top1=88.0)
+    part = {"data": "cifar10, 10 per class", "images": 100, "top1": 60.0}
+    rows = pd.concat([run.frame().assign(**own) for own in (part, {"data": "cifar10-2k", "images": images})])
+    cells = reproduced.cells(rows).query("method == 'gdfq' and dataset == 'cifar10' and weight_bits == 4")
+    assert cells["drop"].tolist() == [5.0]
+    assert reproduced.present(cells)["schedule"].str.endswith(f"seeds 0{told}").all()
+
+
 def test_measurements_of_a_newer_kit_are_refused_and_older_ones_read(kit, tmp_path):
     finished(tmp_path, "a")
     path = tmp_path / "quick" / "gdfq" / "a" / "metrics.json"

@@ -138,7 +138,7 @@ def _write_tables(root: Path, section: Section, project: pd.DataFrame | None) ->
     text = [f"# {paper.title}\n", "[All results](../README.md).\n"]
     if len(rows):
         origin = tables.groups(rows)[ORIGIN].agg(lambda column: " | ".join(dict.fromkeys(column))).reset_index()
-        lines = tables.summarise(rows, project).drop(columns="rows").merge(origin, on=tables.LINE, how="left")
+        lines = tables.summarise(rows, project).drop(columns=["rows", "images"]).merge(origin, on=tables.LINE, how="left")
         with atomic_path(root / "tables" / f"{paper.key}.csv") as path:
             lines.to_csv(path, index=False, float_format="%.4f")
         hardware, commits = (", ".join(dict.fromkeys(rows[name])) for name in ("hardware", "commit"))
@@ -195,7 +195,7 @@ def _draw_cells(root: Path, cells: pd.DataFrame) -> None:
     """``reproduced.png``, drawn again only where the cells have changed, since that takes seconds."""
     values, path = root / "reproduced.csv", root / "reproduced.png"
     before = values.read_text(encoding="utf-8") if values.is_file() else ""
-    shown = cells.assign(schedule=cells["schedule"].map(tables.short)).drop(columns="sources")
+    shown = cells.assign(schedule=cells["schedule"].map(tables.short)).drop(columns=["sources", "images"])
     text = shown.to_csv(index=False, float_format="%.4f")
     if text != before or not path.is_file():
         figure = reproduced.picture(cells)

@@ -11,6 +11,7 @@ from dfqlib.papers import profiles, published
 from dfqlib.report import tables
 
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+TEST_IMAGES = 10_000  # of either
 CELL = ["method", "dataset", "weight_bits", "activation_bits"]
 
 
@@ -19,9 +20,9 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
 
     By data set and by how near the best line of a cell came. Columns: those of a setting; ``published_drop``, the
     smallest that a paper prints, and all ``sources``; ``drop`` and ``error``, half of its 95 % interval, both NaN
-    if it was not run; ``profile``, ``schedule``, ``seeds`` and ``data``; ``gap``, from the published drop; ``state``:
-    "reached" if the drop is at most the published one, "within error" if that lies in the interval, else "short". Of
-    several schedules the longest counts, and of several sets of test images the largest.
+    if it was not run; ``profile``, ``schedule``, ``seeds``, ``data`` and its number of ``images``; ``gap``, from the
+    published drop; ``state``: "reached" if the drop is at most the published one, "within error" if that lies in the
+    interval, else "short". Of several schedules the longest counts, and of several sets of test images the largest.
     """
     measured = tables.summarise(rows) if len(rows) else pd.DataFrame(columns=[*tables.LINE, "drop"])
     found: dict[tuple, dict[str, Any]] = {}
@@ -41,13 +42,14 @@ def _measured(cell: dict[str, Any], lines: pd.DataFrame) -> list[dict[str, Any]]
     own = lines[(lines[keys] == [cell[key] for key in keys]).all(axis=1) & (lines["variant"] == "")]
     found, order = [], list(profiles.load()[0])
     for _, part in sorted(own[own["drop"].notna()].groupby("calibration"), reverse=True):  # published, corrected
-        ranked = (part["profile"].map(order.index), ~part["data"].str.endswith("-2k"))
-        line = part.loc[pd.concat(ranked, axis=1).apply(tuple, axis=1).idxmax()].to_dict()
+        part = part.assign(order=part["profile"].map(order.index))
+        line = part.sort_values(["order", "images"], ascending=False, kind="stable").iloc[0].to_dict()
         error, gap = 1.96 * line["drop_error"], line["drop"] - cell["published_drop"]
         state = "reached" if gap <= 0 else "within error" if gap <= error else "short"
         found.append(line | {"error": error, "gap": gap, "state": state})
-    told = ["calibration", "profile", "schedule", "seeds", "data", "drop", "error", "gap", "state"]
-    nothing = dict.fromkeys(told, "") | {"drop": math.nan, "error": math.nan, "gap": math.nan, "state": "not run"}
+    numbers = ["images", "drop", "error", "gap"]
+    told = ["calibration", "profile", "schedule", "seeds", "data", *numbers, "state"]
+    nothing = dict.fromkeys(told, "") | dict.fromkeys(numbers, math.nan) | {"state": "not run"}
     return [{name: line[name] for name in told} for line in found or [nothing]]
 
 
@@ -83,7 +85,7 @@ def sentence(table: pd.DataFrame) -> str:
 def present(table: pd.DataFrame) -> pd.DataFrame:
     """The cells as text to read."""
     runs = table["profile"] + " " + table["schedule"].map(tables.short) + table["seeds"].map(", seeds {}".format)
-    runs += table["data"].str.endswith("-2k").map({True: ", 2,000 images", False: ""})
+    runs += [f", {images:,.0f} images" if images < TEST_IMAGES else "" for images in table["images"]]
     return pd.DataFrame(
         {
             "cell": table["method"].replace(names()) + " " + table["dataset"].map(DATASETS) + " " + _bits(table),

@@ -78,12 +78,12 @@ def summarise(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> pd.Dat
 
     The standard error of a drop over several seeds is that of the test images, which all seeds share, and of the seeds.
     """
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "top5", "standard_error", "drop_error", "correct"])))
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "top5", "standard_error", "drop_error", "correct", "images"])))
     lines = []
     for setting, group in groups(rows):
         line = dict(zip(LINE, setting, strict=True))
         line["seeds"] = " ".join(f"{seed:.0f}" for seed in sorted(group["seed"].dropna().unique()))
-        numbers = ["top1", "top5", "top1_best", "fp32_top1", "standard_error", "drop_error", "seconds"]
+        numbers = ["top1", "top5", "top1_best", "fp32_top1", "standard_error", "drop_error", "seconds", "images"]
         line |= group[numbers].astype(float).mean().to_dict() | {"top1_std": group["top1"].astype(float).std()}
         line["drop"] = line["fp32_top1"] - line["top1"]
         of_seeds = 0.0 if math.isnan(line["top1_std"]) else line["top1_std"] ** 2 / len(group)
