@@ -157,6 +157,15 @@ def test_a_student_that_diverged_has_a_line():
     assert tables.present(run.frame()).shown["top-1"].tolist() == ["88.00 ± 3.25", "diverged"]
 
 
+def test_a_seed_that_diverged_is_not_counted_among_those_of_the_spread():
+    run = make_run()
+    run.fp32_top1 = scores(93)[0]
+    for seed, score in enumerate([*scores(88, 90), Score([False], diverged="KL")]):
+        run.row(W4A4, top1=score, seed=seed)
+    shown = tables.present(run.frame()).shown[["over seeds", "drop"]]
+    assert shown.to_numpy().tolist() == [["1.41 (2), 1 diverged", "4.00 ± 2.18"]]  # as of the two others alone
+
+
 def test_what_this_machine_measured_stands_beside_the_project_with_the_difference():
     ours, theirs = make_run(), make_run()
     ours.row(W4A4, top1=scores(88)[0])
@@ -164,6 +173,10 @@ def test_what_this_machine_measured_stands_beside_the_project_with_the_differenc
     theirs.row(W4A4, top1=scores(84)[0])
     rows = [run.frame().assign(images=100) for run in (ours, theirs)]
     assert tables.present(*rows).shown["project"].tolist() == ["84.00 (+4.00 ± 1.96)", ""]
+    seeds = [pd.concat([each, each.assign(seed=1)], ignore_index=True) for each in rows]
+    assert tables.present(*seeds).shown["project"].tolist() == ["84.00 (+4.00 ± 1.96)", ""]  # on the same images
+    seeds[1].loc[1, "top1"] = float("nan")  # theirs diverged: the other seed remains
+    assert tables.present(*seeds).shown["project"].tolist() == ["84.00 (+4.00 ± 1.96)", ""]
     older = rows[1].drop(columns="correct")  # before runs kept which images were right
     assert tables.present(rows[0], older).shown["project"].tolist() == ["84.00 (+4.00)", ""]
 
@@ -201,7 +214,11 @@ def test_a_comparison_is_a_grid():
         run.row(width, top1=top1, method="compare", variant=f"{source}: {use}", ranges=source)
     shown = tables.present(run.frame()).shown
     assert list(shown.columns) == ["source", "calibration", "W4A4 ranges", "W3A3 gdfq"]
-    assert shown.iloc[0].tolist() == ["zeroq", "published", "80.0", "60.0"]
+    assert shown.to_numpy().tolist() == [["zeroq", "published", "80.0", "60.0"], ["dsg", "published", "70.0", ""]]
+    rows = pd.concat([run.frame().assign(**own) for own in ({"data": "cifar10-2k"}, {"data": "cifar10", "top1": None})])
+    two_sizes = tables.present(rows.reset_index(drop=True))
+    assert two_sizes.shown.iloc[2].tolist() == ["zeroq", "published", "cifar10", "diverged", "diverged"]
+    assert two_sizes.rows[2] == [3, 5] and "data" not in two_sizes.caption
 
 
 def test_schemes_stand_apart_and_missing_published_values_are_told():

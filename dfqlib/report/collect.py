@@ -138,9 +138,9 @@ def _write_tables(root: Path, section: Section, project: pd.DataFrame | None) ->
     text = [f"# {paper.title}\n", "[All results](../README.md).\n"]
     if len(rows):
         origin = tables.groups(rows)[ORIGIN].agg(lambda column: " | ".join(dict.fromkeys(column))).reset_index()
-        lines = tables.summarise(rows, project).drop(columns=["rows", "images"]).merge(origin, on=tables.LINE, how="left")
+        lines = tables.summarise(rows, project).drop(columns=["rows", "images"])
         with atomic_path(root / "tables" / f"{paper.key}.csv") as path:
-            lines.to_csv(path, index=False, float_format="%.4f")
+            lines.merge(origin, on=tables.LINE, how="left").to_csv(path, index=False, float_format="%.4f")
         hardware, commits = (", ".join(dict.fromkeys(rows[name])) for name in ("hardware", "commit"))
         text.append(f"Runs on {hardware}; commit {commits}.\n")
     for part in tables.parts(rows):

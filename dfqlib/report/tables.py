@@ -78,16 +78,15 @@ def summarise(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> pd.Dat
 
     The standard error of a drop over several seeds is that of the test images, which all seeds share, and of the seeds.
     """
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "top5", "standard_error", "drop_error", "correct", "images"])))
+    numbers = ["top1", "top5", "top1_best", "fp32_top1", "standard_error", "drop_error", "seconds", "images"]
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *numbers, "correct"])))
     lines = []
     for setting, group in groups(rows):
         line = dict(zip(LINE, setting, strict=True))
         line["seeds"] = " ".join(f"{seed:.0f}" for seed in sorted(group["seed"].dropna().unique()))
-        numbers = ["top1", "top5", "top1_best", "fp32_top1", "standard_error", "drop_error", "seconds", "images"]
         line |= group[numbers].astype(float).mean().to_dict() | {"top1_std": group["top1"].astype(float).std()}
         line["drop"] = line["fp32_top1"] - line["top1"]
-        of_seeds = 0.0 if math.isnan(line["top1_std"]) else line["top1_std"] ** 2 / len(group)
-        line["drop_error"] = math.sqrt(line["drop_error"] ** 2 + of_seeds)
+        line["drop_error"] = _with_seeds(line["drop_error"], group["top1"].astype(float))
         line["rows"] = list(group.index)
         lines.append(line | beside(line) | _project(group, project))
     return pd.DataFrame(lines)
@@ -118,18 +117,31 @@ def _project(group: pd.DataFrame, project: pd.DataFrame | None) -> dict[str, str
         return {}
     keys = [*SETTING, "profile"]
     same = project[(project[keys] == group[keys].iloc[0]).all(axis=1)].reindex(columns=group.columns)
-    both = group.merge(same, on="seed", suffixes=("", "_theirs"))
+    both = group.merge(same, on="seed", suffixes=("", "_theirs")).dropna(subset=["top1", "top1_theirs"])
     if both.empty:
         return {"project": ""}
-    told = f"{both['top1_theirs'].mean():.2f}"
-    if both[["correct", "correct_theirs"]].isna().any(axis=None):
-        return {"project": f"{told} ({both['top1'].mean() - both['top1_theirs'].mean():+.2f})"}
-    ours, theirs = (
-        Score(np.concatenate([unpack(*each) for each in zip(both[name], both["images"], strict=True)]))
-        for name in ("correct", "correct_theirs")
-    )
-    difference = paired_difference(ours, theirs)
-    return {"project": f"{told} ({difference.points:+.2f} ± {difference.standard_error:.2f})"}
+    points = both["top1"] - both["top1_theirs"]
+    told = f"{both['top1_theirs'].mean():.2f} ({points.mean():+.2f}"
+    if both[["correct", "correct_theirs"]].isna().any(axis=None) or (both["images"] != both["images_theirs"]).any():
+        return {"project": f"{told})"}
+    errors = []
+    for row in both.itertuples():
+        ours, theirs = (Score(unpack(text, row.images)) for text in (row.correct, row.correct_theirs))
+        errors.append(paired_difference(ours, theirs).standard_error)
+    return {"project": f"{told} ± {_with_seeds(np.mean(errors), points):.2f})"}
+
+
+def _with_seeds(error: float, values: pd.Series) -> float:
+    """The standard error of a mean over seeds: ``error``, of the test images that they share, with that of the seeds."""
+    return math.hypot(error, 0.0 if values.count() < 2 else values.std() / math.sqrt(values.count()))
+
+
+def _over_seeds(top1: pd.Series) -> str:
+    """Standard deviation and number of the top-1 of several seeds, and how many diverged; empty for one seed."""
+    if len(top1) < 2:
+        return ""
+    spread = f"{top1.std():.2f} ({top1.count()})" if top1.count() > 1 else ""
+    return ", ".join(filter(None, [spread, f"{top1.isna().sum()} diverged" if top1.hasnans else ""]))
 
 
 def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
@@ -153,10 +165,7 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
         "drop": [number(*each) for each in zip(lines["drop"], lines["drop_error"], strict=True)],
         "published drop": lines["published_drop"].map(number),
         "project": lines.get("project", ""),
-        "over seeds": [
-            f"{std:.2f} ({len(seeds.split())})" if std == std else ""
-            for std, seeds in zip(lines["top1_std"], lines["seeds"], strict=True)
-        ],
+        "over seeds": [_over_seeds(rows.loc[own, "top1"].astype(float)) for own in lines["rows"]],
         "seeds": lines["seeds"],
         "schedule": lines["schedule"].map(short),
         "seconds": lines["seconds"].map(lambda value: "" if pd.isna(value) else f"{value:.0f}"),
@@ -172,18 +181,22 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
 
 
 def _grid(lines: pd.DataFrame) -> Table:
-    """Sources and calibrations by bits and use; each cell is the mean top-1 over seeds ± their standard deviation."""
+    """Sources and calibrations by bits and use; each cell is the mean top-1 over seeds ± their standard deviation.
+
+    Several sets of test images, or several models, stand below each other.
+    """
     own = lines["variant"].str.partition(": ")
+    heads = map("{} {}".format, map(bits_name, lines["weight_bits"], lines["activation_bits"]), own[2])
     spread = lines["top1_std"].map(lambda std: "" if pd.isna(std) else f" ± {std:.1f}")
-    cells = lines["top1"].map("{:.1f}".format) + spread
-    heads = list(map("{} {}".format, map(bits_name, lines["weight_bits"], lines["activation_bits"]), own[2]))
-    index = pd.MultiIndex.from_arrays([own[0], lines["calibration"]], names=["source", "calibration"])
-    shown = pd.DataFrame({"head": heads, "cell": cells.to_numpy()}, index).pivot(columns="head", values="cell")
-    shown = shown.reindex(index=index.unique(), columns=list(dict.fromkeys(heads))).fillna("diverged").reset_index()
-    by_source = lines.groupby([own[0], "calibration"], sort=False)["rows"].sum()
-    constants = {**lines[["data", "model", "seeds"]].iloc[0], "schedule": ""}
+    cells = lines["top1"].map("{:.1f}".format).replace("nan", "diverged") + spread
+    lines = lines.assign(source=own[0], head=list(heads), cell=cells)
+    constants = {name: lines[name].iloc[0] for name in ("data", "model", "seeds") if lines[name].nunique() == 1}
+    side = ["source", "calibration", *(name for name in ("data", "model") if name not in constants)]
+    by_side = lines.groupby(side, sort=False)["rows"].sum()
+    shown = lines.pivot(index=side, columns="head", values="cell")
+    shown = shown.reindex(by_side.index, columns=lines["head"].unique()).fillna("").reset_index()
     told = "Top-1 in percent, mean ± standard deviation over seeds, of every source of images with every use of them."
-    return Table(shown, f"{told} {_facts(lines, constants)}", list(by_source))
+    return Table(shown, f"{told} {_facts(lines, constants)}", list(by_side))
 
 
 def caption(lines: pd.DataFrame, constants: Mapping[str, str]) -> str:
