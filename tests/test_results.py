@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -393,6 +395,15 @@ def test_measurements_of_a_newer_kit_are_refused_and_older_ones_read(kit, tmp_pa
     path.write_text(json.dumps(metrics | {"format": METRICS_FORMAT + 1}))
     with pytest.raises(UserError, match=r"a/metrics\.json has format \d+, of a newer dfqlib"):
         collect.collect(tmp_path, QUICK, ())
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("nowhere", 2)])
+def test_the_report_s_command_makes_no_folder(tmp_path, monkeypatch, argument, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", argument])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dfqlib.report", run_name="__main__")
+    assert ended.value.code == code and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git on this machine")

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from pandas.api.typing import DataFrameGroupBy
 from pandas.io.formats.style import Styler
@@ -128,11 +127,11 @@ def _project(group: pd.DataFrame, project: pd.DataFrame | None) -> dict[str, str
     for row in both.itertuples():
         ours, theirs = (Score(unpack(text, row.images)) for text in (row.correct, row.correct_theirs))
         errors.append(paired_difference(ours, theirs).standard_error)
-    return {"project": f"{told} ± {_with_seeds(np.mean(errors), points):.2f})"}
+    return {"project": f"{told} ± {_with_seeds(sum(errors) / len(errors), points):.2f})"}
 
 
 def _with_seeds(error: float, values: pd.Series) -> float:
-    """The standard error of a mean over seeds: ``error``, of the test images that they share, with that of the seeds."""
+    """The standard error of a mean over seeds: ``error``, of the test images they share, with that of the seeds."""
     return math.hypot(error, 0.0 if values.count() < 2 else values.std() / math.sqrt(values.count()))
 
 
