@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from PIL import Image
 from stub_kit import ROOT, call, run_folders, start, wait_for, write_kit
 
 from dfqlib.papers import published
@@ -365,12 +366,18 @@ def test_data_folder_and_weights_are_checked_before_any_work(kit, tmp_path, caps
         (f"data_folder={wrong}", "unexpected class folder kittens"),
         (f"weights={weights}", "truncated"),
         (f"weights={tmp_path / 'none.safetensors'}", "is not a file"),
+        (f"weights={tmp_path / 'assets/resnet20_cifar100.safetensors'}", "not a weights file"),  # another model's
     ]:
         for mode in ([], ["--dry-run"]):
             assert call(tmp_path / "results", "--papers", "gdfq", "--set", setting, *mode) == 2
             printed = capsys.readouterr()
             assert sentence in printed.err and printed.err.count("\n") == 1
     assert not list((tmp_path / "results").glob("*"))
+    for size in ((40, 30), (50, 60)):  # which the notebook crops
+        Image.new("RGB", size).save(wrong / "kittens" / f"{size[0]}.png")
+    (wrong / "kittens" / "1.png").unlink()
+    own = ["--datasets", "pets", "--models", "resnet18", "--set", f"data_folder={wrong}"]
+    assert call(tmp_path / "results", "--papers", "gdfq", "--dry-run", *own) == 0
 
 
 def test_results_folder_and_table_that_cannot_be_used(kit, tmp_path, capsys, monkeypatch):

@@ -38,9 +38,9 @@ def obstacle(run: PlannedRun, download: bool = True) -> str:
         return f"{reason}."
     try:
         if folder := places.data_folder(dataset, parameters):
-            _read_images(dataset, folder)
+            _read_images(dataset, folder, model)
         weights = places.weights_file(model, parameters.get("weights", ""))
-        if model and (weights.parent != places.ASSETS if weights else download):
+        if model and (weights != places.ASSETS / f"{model}.safetensors" if weights else download):
             _read_teacher(model, weights)
     except UserError as error:
         return str(error)
@@ -48,10 +48,14 @@ def obstacle(run: PlannedRun, download: bool = True) -> str:
 
 
 @functools.cache
-def _read_images(dataset: str, folder: Path) -> None:
+def _read_images(dataset: str, folder: Path, model: str) -> None:
     from dfqlib.data.image_sets import check_folder, load_test  # here, since they import torch
+    from dfqlib.models.zoo import entry_of
 
-    (load_test if len(places.image_files(folder)) < READ_AHEAD else check_folder)(dataset, folder)
+    if len(places.image_files(folder)) >= READ_AHEAD:
+        return check_folder(dataset, folder)
+    size: Any = entry_of(model).input_size if model else None  # to which the notebook crops them; one number
+    load_test(dataset, folder, size=size)
 
 
 @functools.cache
