@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from distributed import Client, LocalCluster
 from stub_kit import ROOT, call, kill_family, run_folders, start, wait_for, write_kit
 
 from dfqlib.errors import UserError
+from dfqlib.files import KEEP
 from dfqlib.runner import cluster, kernels, plan, preflight, run_folder
 
 
@@ -182,16 +184,28 @@ def test_an_interrupt_reaches_the_workers_and_need_not_wait_for_a_lost_scheduler
     assert lost or len(run_folders(tmp_path / "results", ".unfinished")) == 2
 
 
-def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkeypatch):
+def test_without_a_shared_folder_inputs_and_results_travel(kit, tmp_path, monkeypatch, request):
+    with monkeypatch.context() as patch:  # of the workers, which is not the batch's
+        patch.setenv("DFQ_DATA", str(tmp_path))
+        address = request.getfixturevalue("processes").address
+    monkeypatch.setenv(KEEP, "0")
     monkeypatch.setattr(cluster.Cluster, "_is_shared", lambda self, results: False)
     weights = tmp_path / "own.safetensors"
     weights.write_text("weights")
-    write_kit(kit, zeroq=f"assert open(weights).read() == 'weights' and weights != {str(weights)!r}")
+    body = f"assert open(weights).read() == 'weights' and weights != {str(weights)!r}"
+    write_kit(kit, zeroq=f"{body}\nimport os\nassert (os.environ['{KEEP}'], os.environ['DFQ_DATA']) == ('7', '')")
     monkeypatch.setattr(preflight, "obstacle", lambda run, download: "")
-    options = ["--papers", "zeroq", "--executor", "dask", "--workers", "1", "--set", f"weights={weights}"]
+    options = ["--papers", "zeroq", "--executor", "dask", "--scheduler", address, "--keep", "7"]
+    options += ["--set", f"weights={weights}"]
     assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 0
     (folder,) = run_folders(tmp_path / "results")
-    assert run_folder.complete(tmp_path / "results" / "quick" / folder)
+    measured = tmp_path / "results" / "quick" / folder / "metrics.json"
+    assert run_folder.complete(measured.parent)
+    measured.write_text("{")
+    assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 0
+    assert run_folder.complete(measured.parent)
+    assert measured.parent.with_name(f"{measured.parent.name}.broken").joinpath("metrics.json").read_text() == "{"
+    shutil.rmtree(tmp_path / "results")
     write_kit(kit, zeroq="raise ValueError('broken')")
     assert call(tmp_path / "results", *options, "--models", "resnet20_cifar10") == 1
     (folder,) = run_folders(tmp_path / "results", ".unfinished")

@@ -29,9 +29,9 @@ from distributed.core import Status
 
 from dfqlib import places
 from dfqlib.errors import UserError
-from dfqlib.files import write_text
+from dfqlib.files import KEEP, write_text
 from dfqlib.runner import kernels
-from dfqlib.runner.execute import LocalExecutor, Outcome, Watcher, put_in_place
+from dfqlib.runner.execute import LocalExecutor, Outcome, Watcher, make_way, put_in_place
 from dfqlib.runner.identity import code_identity, torch_version
 from dfqlib.runner.plan import PlannedRun
 
@@ -53,7 +53,7 @@ class WorkerTask:
     topic: str  # of the batch: its events, and the flag that stops it
     number: int  # of the run in these events
     hosts: dict[str, int]  # how many runs at once
-    data_root: str  # $DFQ_DATA of the batch
+    variables: dict[str, str]  # of the batch's environment, in place of the worker's
     checkpoint_every: int  # seconds
 
 
@@ -143,9 +143,10 @@ class Cluster(contextlib.AbstractContextManager):
         with self._lock:
             if self._shared is None:
                 self._shared = self._is_shared(results)
-        data_root = os.fspath(places.data_root() or "")
+        data_root = os.fspath(places.data_root() or "") if self._shared else ""  # else what is read of it is sent
+        variables = {"DFQ_DATA": data_root, KEEP: os.environ.get(KEEP, "0")}
         notebook = run.paper.notebook.read_text(encoding="utf-8")
-        batch = self._topic, number, self._hosts(), data_root, self._checkpoint_every
+        batch = self._topic, number, self._hosts(), variables, self._checkpoint_every
         task = WorkerTask(run, notebook, results, self._shared, force, *batch)
         inputs = b"" if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
@@ -189,9 +190,7 @@ def work(task: WorkerTask, inputs: bytes) -> tuple[Outcome, bytes]:
     own = Path(worker.local_directory)
     results = task.results if task.shared else own / "results"
     executor = LocalExecutor(sharers(worker, task.hosts), task.checkpoint_every)
-    executor.variables |= dict.fromkeys(THREADS, str(executor.threads))
-    if task.shared and task.data_root and Path(task.data_root).is_dir():
-        executor.variables["DFQ_DATA"] = task.data_root
+    executor.variables |= dict.fromkeys(THREADS, str(executor.threads)) | task.variables
 
     def report(**event: Any) -> None:
         worker.log_event(task.topic, {"number": task.number} | event)
@@ -293,6 +292,7 @@ def fetch(outcome: Outcome, archive: bytes, results: Path) -> None:
     parent = outcome.run.folder(results).parent
     with unpacked(archive, parent) as arrived:
         for folder in arrived.iterdir():
+            make_way(parent / folder.name)
             put_in_place(folder, parent / folder.name)
     if outcome.state == "done":
         shutil.rmtree(parent / f"{outcome.run.id}.unfinished", ignore_errors=True)

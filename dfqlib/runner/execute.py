@@ -34,7 +34,7 @@ from dfqlib.progress import FILE_VARIABLE
 from dfqlib.runner import kernels
 from dfqlib.runner.identity import imports_of
 from dfqlib.runner.plan import PlannedRun
-from dfqlib.runner.run_folder import METRICS, NOTEBOOK, NOTEBOOK_PAGE, complete
+from dfqlib.runner.run_folder import LEFTOVER_SUFFIXES, METRICS, NOTEBOOK, NOTEBOOK_PAGE, complete
 from dfqlib.speed.switches import OFF_VARIABLE
 
 PROGRESS = "progress.json"
@@ -158,9 +158,7 @@ class LocalExecutor:
         partial = partial_folder(final)
         try:
             self._run_notebook(run, partial, checkpoints, watcher)
-            if final.is_dir() and not complete(final):  # its metrics.json is broken; its notebook has the numbers too
-                with contextlib.suppress(FileNotFoundError):  # another runner was first
-                    put_in_place(final, final.with_name(f"{final.name}.broken"))
+            make_way(final)
             put_in_place(partial, final)
         except Skipped as reason:
             shutil.rmtree(partial, ignore_errors=True)
@@ -295,6 +293,13 @@ def partial_folder(final: Path) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.{OWNER}.", suffix=".partial", dir=final.parent))
     folder.chmod(0o755)
     return folder
+
+
+def make_way(final: Path) -> None:
+    """Keep a folder whose metrics.json is broken as ``<run id>.broken``: its notebook has the numbers too."""
+    if final.is_dir() and final.suffix not in LEFTOVER_SUFFIXES and not complete(final):
+        with contextlib.suppress(FileNotFoundError):  # another runner was first
+            put_in_place(final, final.with_name(f"{final.name}.broken"))
 
 
 def put_in_place(partial: Path, final: Path) -> None:
