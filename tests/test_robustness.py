@@ -29,6 +29,7 @@ from dfqlib.generators.optimise_images import synthesise
 from dfqlib.loss_terms import add_up, detach_with_terms, to_finite_floats
 from dfqlib.methods.saft import WithTeacherView
 from dfqlib.papers.notebook_source import notebook_sources
+from dfqlib.runner.execute import LocalExecutor, Watcher, checkpoints_of
 from dfqlib.runner.plan import Selection, plan
 from dfqlib.runner.run_folder import broken_files, complete, read_metrics
 from dfqlib.schedules import ImageSchedule
@@ -231,6 +232,26 @@ def test_the_seconds_of_a_run_are_those_of_its_cells(kit, tmp_path, monkeypatch)
     assert call(tmp_path / "results", "--papers", "zeroq") == 0
     (run,) = tmp_path.glob("results/quick/zeroq/[!.]*")
     assert 1 <= read_metrics(run)["run"]["seconds"] < 3
+
+
+def test_a_page_that_cannot_be_made_costs_no_measurement(kit, tmp_path, monkeypatch, capsys):
+    def broken(notebook):
+        raise ValueError("no such formula")
+
+    monkeypatch.setattr("dfqlib.runner.notebook_page.as_page", broken)
+    assert call(tmp_path / "results", "--papers", "zeroq") == 0
+    assert "; without notebook.html (ValueError: no such formula)" in capsys.readouterr().out
+    (run,) = tmp_path.glob("results/quick/zeroq/[!.]*")
+    assert complete(run)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_force_begins_anew_but_for_what_a_lost_worker_has_begun(kit, tmp_path, monkeypatch, resume):
+    (run,) = plan(Selection(papers=["zeroq"]))
+    checkpoints = checkpoints_of(run.folder(tmp_path))
+    checkpoints.mkdir(parents=True)
+    monkeypatch.setattr(LocalExecutor, "_execute", lambda *_: checkpoints.exists())
+    assert LocalExecutor(1).execute(run, tmp_path, True, Watcher(print, print), resume) == resume
 
 
 def test_braces_and_brackets_in_paths_and_a_console_in_ascii_are_no_matter(tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ class WorkerTask:
     results: Path
     shared: bool  # whether workers see the results folder
     force: bool
+    resume: bool  # whether a worker has begun it in this batch
     topic: str  # of the batch: its events, and the flag that stops it
     number: int  # of the run in these events
     hosts: dict[str, int]  # how many runs at once
@@ -82,6 +83,7 @@ class Cluster(contextlib.AbstractContextManager):
         self._topic = f"dfqlib-{uuid.uuid4().hex}"
         self._watchers: list[Watcher] = []  # by a run's number
         self._waiting: dict[int, Future] = {}  # runs that no worker has started
+        self._begun: set[int] = set()
         self._shared: bool | None = None
         self._lock = threading.Lock()
         self._stopping = False
@@ -147,7 +149,7 @@ class Cluster(contextlib.AbstractContextManager):
         variables = {"DFQ_DATA": data_root, KEEP: os.environ.get(KEEP, "0")}
         notebook = run.paper.notebook.read_text(encoding="utf-8")
         batch = self._topic, number, self._hosts(), variables, self._checkpoint_every
-        task = WorkerTask(run, notebook, results, self._shared, force, *batch)
+        task = WorkerTask(run, notebook, results, self._shared, force, number in self._begun, *batch)
         inputs = b"" if self._shared else self._client.scatter(pack(inputs_of(run)), hash=False)
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in self._workers()) else {}
         key = f"{run.paper.key}-{run.id}-{uuid.uuid4().hex[:8]}"
@@ -166,6 +168,7 @@ class Cluster(contextlib.AbstractContextManager):
         number, watcher = event[1]["number"], self._watchers[event[1]["number"]]
         if "cells" in event[1]:
             self._waiting.pop(number, None)
+            self._begun.add(number)
             watcher.on_start(event[1]["cells"], Path(event[1]["file"]))
         else:
             watcher.on_cell()
@@ -209,7 +212,7 @@ def work(task: WorkerTask, inputs: bytes) -> tuple[Outcome, bytes]:
         run = at_home(task.run, task.notebook, own / "notebooks" / task.run.id)
         with unpacked(inputs, own) as folder:
             executor.locations = {path.name: os.fspath(path) for path in folder.iterdir()}
-            outcome = executor.execute(run, results, task.force, watcher)
+            outcome = executor.execute(run, results, task.force, watcher, task.resume)
         if task.shared:
             return outcome, b""
         final = run.folder(results)

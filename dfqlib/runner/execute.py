@@ -29,6 +29,7 @@ from weakref import WeakSet
 import psutil
 from filelock import FileLock, Timeout
 
+from dfqlib.errors import first_line
 from dfqlib.files import CHECKPOINT_SECONDS, CHECKPOINTS, write_json, write_text
 from dfqlib.progress import FILE_VARIABLE
 from dfqlib.runner import kernels
@@ -117,8 +118,11 @@ class LocalExecutor:
             kernel.kill()
         self.free.release(self.jobs)  # a run that waits for a place learns that it is not to start
 
-    def execute(self, run: PlannedRun, results: Path, force: bool, watcher: Watcher) -> Outcome:
-        """Execute one notebook into its folder in ``results``; with ``force`` also if that is complete."""
+    def execute(self, run: PlannedRun, results: Path, force: bool, watcher: Watcher, resume: bool = False) -> Outcome:
+        """Execute one notebook into its folder in ``results``; with ``force`` also if that is complete.
+
+        With ``force`` it begins anew, unless it is to ``resume`` what a lost worker has begun.
+        """
         final = run.folder(results)
         final.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(final):
@@ -126,7 +130,7 @@ class LocalExecutor:
                 return Outcome(run, "stopped", "interrupted before it started")
             if complete(final) and not force:  # by another process, meanwhile
                 return Outcome(run, "found", str(final))
-            if force:
+            if force and not resume:
                 shutil.rmtree(checkpoints_of(final), ignore_errors=True)
             for orphan in final.parent.glob(f".{final.name}.{HOST}-*.partial"):  # of a process that was killed
                 if not psutil.pid_exists(int(orphan.name.split(".")[-3].rpartition("-")[2])):
@@ -157,7 +161,7 @@ class LocalExecutor:
         unfinished, checkpoints = final.with_name(f"{final.name}.unfinished"), checkpoints_of(final)
         partial = partial_folder(final)
         try:
-            self._run_notebook(run, partial, checkpoints, watcher)
+            remark = self._run_notebook(run, partial, checkpoints, watcher)
             make_way(final)
             put_in_place(partial, final)
         except Skipped as reason:
@@ -177,11 +181,12 @@ class LocalExecutor:
             return Outcome(run, "stopped" if self.stopping else "failed", message)
         for leftover in (unfinished, checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
-        return Outcome(run, "done", str(final))
+        return Outcome(run, "done", f"{final}{remark}")
 
-    def _run_notebook(self, run: PlannedRun, partial: Path, checkpoints: Path, watcher: Watcher) -> None:
-        """Execute the notebook into ``partial``, write it as a page too, and add the run to its metrics.json.
+    def _run_notebook(self, run: PlannedRun, partial: Path, checkpoints: Path, watcher: Watcher) -> str:
+        """Execute the notebook into ``partial``, add the run to its metrics.json, and write the notebook as a page too.
 
+        Returns why there is no page, "" if there is one.
         Raises KernelFailure if it does not reach its end or writes no metrics.json, Skipped if it is not to start.
         """
         load_papermill()
@@ -236,9 +241,6 @@ class LocalExecutor:
                     on_cell_start=cell_starts,
                     on_cell_executed=cell_ends,
                 )
-            from dfqlib.runner.notebook_page import as_page  # once the notebook has run, which need not wait for it
-
-            write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
         except Skipped:
             raise
         except papermill.PapermillExecutionError as error:
@@ -261,6 +263,13 @@ class LocalExecutor:
         write_json(metrics, json.loads(metrics.read_text(encoding="utf-8")) | {"run": about})
         for leftover in (progress_file, log):
             leftover.unlink(missing_ok=True)
+        try:
+            from dfqlib.runner.notebook_page import as_page  # once the notebook has run, which need not wait for it
+
+            write_text(partial / NOTEBOOK_PAGE, as_page(partial / NOTEBOOK))
+        except Exception as error:  # what is measured is complete without it
+            return f"; without {NOTEBOOK_PAGE} ({type(error).__name__}: {first_line(error)})"
+        return ""
 
 
 @functools.cache
