@@ -136,7 +136,7 @@ def selection(options: argparse.Namespace) -> plan.Selection:
 def seeds(texts: list[str]) -> list[int]:
     """The seeds of texts such as ``3``, ``0,1,2`` and ``0-2``."""
     chosen: list[int] = []
-    for text in filter(None, ",".join(texts).split(",")):
+    for text in re.split(",+", ",".join(texts).strip(",")):
         found = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
         if not first <= last <= MAX_SEED or last - first >= MAX_SEEDS:

@@ -60,7 +60,7 @@ class Settings:
         elif kind is not str:
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 value = text.split(",") if listed else text
         if listed and not isinstance(value, list | tuple):
             value = [value]
@@ -110,7 +110,7 @@ def _check_number(name: str, value: Any, kind: type, low: Any, high: Any) -> int
     allowed = what if low is None else f"{what} from {low:,} to {high:,}"
     try:
         number = operator.index(value) if kind is int else float(value) if isinstance(value, int | float) else None
-    except TypeError:
+    except (TypeError, OverflowError):
         number = None
     if number is None or isinstance(value, bool):
         raise UserError(f"{name}={value!r} is not {what}; allowed: {allowed}.")

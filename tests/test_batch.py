@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from rich.text import Text
 from dfqlib import progress
 from dfqlib.errors import UserError
 from dfqlib.papers import profiles, published
+from dfqlib.report import tables
 from dfqlib.runner import execute, plan, preflight, run_folder
 from dfqlib.runner.plan import Selection
 from dfqlib.runner.screen import Row, Screen
@@ -74,6 +76,40 @@ def test_schedules_of_data_set_and_model_override_the_profile_and_departures_are
     assert (parameters["resnet50"]["iterations"], parameters["resnet50"]["lr"]) == (200, 0.5)
     assert profiles.describe_schedule("gdfq", {"iterations": 100, "seed": 3}) == "as published"
     assert profiles.describe_schedule("gdfq", {"iterations": 10}) == "reduced: iterations 10 (published 100)"
+
+
+@pytest.mark.parametrize(("seen", "share"), [(1, "0.05"), (50, "2.5"), (2000, "100"), (4000, "200")])
+def test_the_share_of_images_seen_is_told_without_an_exponent(monkeypatch, seen, share):
+    monkeypatch.setattr(profiles, "images_seen", lambda values: seen if values.get("evaluations") == 1 else 2000)
+    told = profiles.describe_schedule("gdfq", {"evaluations": 1})
+    assert told.startswith(f"reduced ({share} % of the published images seen)") and tables.short(told) == "reduced"
+
+
+CELL = '{{"cells": [{{"cell_type": "code", "metadata": {{"tags": ["parameters"]}}, "source": "{}"}}]}}'
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("gdfq.ipynb", "[]", "gdfq.ipynb cannot be read (TypeError)"),
+        ("gdfq.ipynb", '{"cells": [{"cell_type": "code"}]}', "gdfq.ipynb cannot be read (KeyError)"),
+        ("gdfq.ipynb", CELL.format("a = b"), "notebook gdfq.ipynb: its cell tagged 'parameters' cannot be read"),
+        ("gdfq.ipynb", CELL.format("a[0] = 1"), "notebook gdfq.ipynb: its cell tagged 'parameters' cannot be read"),
+        ("gdfq.ipynb", CELL.format("a = ("), "notebook gdfq.ipynb: its cell tagged 'parameters' cannot be read"),
+        ("profiles.toml", "", "profiles.toml' cannot be read (KeyError: 'profiles')"),
+        ("profiles.toml", "[profiles]\nquick = 5", "profiles.toml' cannot be read (TypeError: "),
+        ("profiles.toml", "[profiles.quick]\nabout = ''\n[gdfq]\nmethods = [5]", "cannot be read (AttributeError: "),
+    ],
+)
+def test_notebooks_and_tables_of_another_shape_are_refused_in_a_sentence(kit, file, content, sentence):
+    (kit / file).write_text(content)
+    profiles._read.cache_clear()
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        plan.plan(Selection(papers=["gdfq"]))
+
+
+def test_a_data_set_may_be_named_like_a_parameter(kit):
+    assert profiles.paper("gdfq").values("paper", "iterations")["iterations"] == 100
 
 
 def test_own_data_set_needs_a_folder_and_a_model(kit, tmp_path):

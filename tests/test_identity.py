@@ -98,6 +98,11 @@ def test_changed_words_and_unrelated_code_are_the_same_run(tree, name, old, new)
     assert tree() == tree(name, old, new)
 
 
+@pytest.mark.parametrize("source", ["from ...x import a", "from .x import a\0"])
+def test_what_python_could_not_import_either_is_not_followed(source):
+    assert identity.imported(source, "dfqlib") == set() and identity.normalise(source)
+
+
 def run_identity(**selection: object) -> str:
     return plan.plan(plan.Selection(papers=["gdfq"], **selection))[0].identity
 

@@ -310,6 +310,7 @@ def test_two_at_once_lose_nothing(kit, tmp_path):
         (["--seeds", "0", "one"], "seeds='one' is not a seed"),
         (["--seeds", "9" * 24], "seeds='999999999999999999999999' is not a seed"),
         (["--seeds", "2-0"], "seeds='2-0' is not a seed"),
+        (["--seeds", ""], "seeds='' is not a seed"),
         (["--seeds", "0-9999999"], "ranges such as 0-2 of at most 1000 seeds"),
         (["--set", "iteration=3"], "--set='iteration' is unknown (did you mean 'iterations'?)"),
         (["--set", "iterations=many"], "iterations='many' is not a whole number"),

@@ -75,6 +75,8 @@ def test_a_notebook_refuses_what_it_cannot_run_with(name, value, sentence):
         ({"kl_mean_over_classes": "no"}, "kl_mean_over_classes='no' is of another type"),
         ({"device": "gpu"}, "device='gpu' is unknown"),
         ({"student_lr": "nan"}, "student_lr='nan' is not a number"),
+        ({"student_lr": "1" * 400}, f"student_lr={'1' * 400} is not a number"),
+        ({"student_lr": "{[]: 1}"}, "student_lr='{[]: 1}' is not a number"),
     ],
 )
 def test_a_plan_refuses_the_same(asked, sentence):

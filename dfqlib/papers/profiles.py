@@ -58,8 +58,9 @@ class Paper:
         """All parameters under ``profile``; values for the data set, then those for the model, override it."""
         base = self.parameters().values() | ({} if profile == "paper" else notebook_parameters(self.notebook))
         table = self.tables.get(profile, {})
-        own = {name: value for name, value in table.items() if not isinstance(value, dict)}
-        return base | own | table.get(dataset, {}) | table.get(model, {})
+        inner = {name: value for name, value in table.items() if isinstance(value, dict)}
+        own = {name: value for name, value in table.items() if name not in inner}
+        return base | own | inner.get(dataset, {}) | inner.get(model, {})
 
 
 CORRECTED = (
@@ -78,17 +79,17 @@ def load() -> tuple[dict[str, Profile], dict[str, Paper]]:
 def _read(table: str) -> tuple[dict[str, Profile], dict[str, Paper]]:
     path = Path(table or Path(__file__).with_name("profiles.toml")).resolve()
     notebooks = path.parent if table else path.parents[2] / "notebooks"
+    papers = {}
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"DFQ_PROFILES={table!r} cannot be read ({error}).") from None
-    profiles = {name: Profile(name, **values) for name, values in content.pop("profiles").items()}
-    papers = {}
-    for key, values in content.items():
-        tables = {name: values.pop(name) for name in profiles if name in values}
-        values["methods"] = {name.lower(): name for name in values["methods"]}
-        declared = None if table else NOTEBOOKS[key]
-        papers[key] = Paper(key, notebooks / values.pop("notebook"), **values, tables=tables, declared=declared)
+        profiles = {name: Profile(name, **values) for name, values in content.pop("profiles").items()}
+        for key, values in content.items():
+            tables = {name: dict(values.pop(name)) for name in profiles if name in values}
+            values["methods"] = {name.lower(): name for name in values["methods"]}
+            declared = None if table else NOTEBOOKS[key]
+            papers[key] = Paper(key, notebooks / values.pop("notebook"), **values, tables=tables, declared=declared)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"DFQ_PROFILES={table!r} cannot be read ({type(error).__name__}: {error}).") from None
     return profiles, papers
 
 
@@ -116,7 +117,8 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
     how = ["reduced"] * (int in kinds) + ["retuned"] * any(kind in (float, bool, str) for kind in kinds)
     seen = [images_seen(values) for values in (parameters, published)]
     if "reduced" in how and all(seen):
-        how[0] = f"reduced ({100 * seen[0] / seen[1]:.2g} % of the published images seen)"
+        share = 100 * seen[0] / seen[1]
+        how[0] = f"reduced ({share:{'.2g' if share < 10 else '.0f'}} % of the published images seen)"
     told = [f"{name} {parameters[name]} (published {published[name]})" for name in differing]
     if parameters.get("corrected_iterations") and parameters["corrected_bits"]:
         corrected = CORRECTED + BEGUN * bool(parameters.get("corrected_generator"))

@@ -227,7 +227,7 @@ def _facts(lines: pd.DataFrame, constants: Mapping[str, str]) -> str:
 
 def short(schedule: str) -> str:
     """``"reduced, retuned"``: how a schedule departs; the caption says how far."""
-    return re.sub(r" \([\d.e-]+ % [^)]*\)", "", schedule.partition(":")[0])
+    return re.sub(r" \([\d.e+-]+ % [^)]*\)", "", schedule.partition(":")[0])
 
 
 def number(value: float | None, error: float | None = None) -> str:

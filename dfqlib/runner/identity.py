@@ -84,7 +84,7 @@ def imported(source: str, package: str = "") -> frozenset[str]:
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
+        elif isinstance(node, ast.ImportFrom) and node.level <= len([*filter(None, package.split("."))]):
             module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             names += [f"{module}.{alias.name}" for alias in node.names]
     return frozenset(part for name in names for part in accumulate(name.split("."), "{}.{}".format))
@@ -120,7 +120,7 @@ def normalise(source: str) -> str:
 def parse(source: str) -> ast.Module | None:
     """The tree of a source, IPython's magic lines as strings; None if it is not Python."""
     for text in (source, MAGIC.sub(r"\1(r'''\2''',)", source)):
-        with contextlib.suppress(SyntaxError):
+        with contextlib.suppress(SyntaxError, ValueError):  # the second is of a zero byte
             return ast.parse(text)
     return None
 
