@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -11,11 +12,13 @@ from PIL import Image
 from torch import nn
 
 from dfqlib import __main__ as command
+from dfqlib.deploy.page import accuracy
 from dfqlib.deploy.quantize import suggest
 from dfqlib.deploy.store import load_student, read_header
 from dfqlib.generators.cost import measure
 from dfqlib.models.evaluate import expected_drop
 from dfqlib.quantizers.mixed_precision import sensitivity
+from dfqlib.scores import Score
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 NETWORK = """
@@ -145,6 +148,13 @@ def test_the_expected_drop_counts_a_change_by_the_teachers_certainty():
     same, changed = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     points, error = expected_drop(teacher, torch.stack([same, changed, changed]))
     assert points == pytest.approx(100 * 0.2 / 3) and error == pytest.approx(100 * 0.2 / 3)
+
+
+@pytest.mark.parametrize(("images", "share"), [(2, "100.0"), (30, "10.0")])
+def test_of_few_images_no_more_than_all_can_go_unseen(images, share):
+    made = SimpleNamespace(held_out=images, agreement=Score([True] * images), expected_drop=(0.0, 0.0), true=None)
+    made.exported = SimpleNamespace(agreement=100.0)
+    assert f"a change in up to {share} % of images" in accuracy(made, SimpleNamespace(images=""))[0]
 
 
 def test_the_batch_is_what_the_memory_allows():

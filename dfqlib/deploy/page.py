@@ -72,7 +72,7 @@ def accuracy(made: Quantized, request: Request) -> list[str]:
     same = int(made.agreement.correct.sum())
     unseen = ""
     if same == made.held_out:  # the upper end of the 95 % interval, by the rule of three
-        unseen = f" Of so few, a change in up to {300 / same:.1f} % of images can go unseen."
+        unseen = f" Of so few, a change in up to {min(100, 300 / same):.1f} % of images can go unseen."
     lines = [
         f"Agreement with the teacher: the same class for {same} of {images} ({made.agreement:.1f} %).{unseen}",
         f"Predicted loss of accuracy: {points:.2f} ± {error:.2f} points. {PREDICTION}",
