@@ -36,7 +36,7 @@ from dfqlib.runner import plan, preflight, run_folder
 HERE = Path(__file__).resolve().parent
 MAX_SEEDS = 1000  # of one range
 Runs = list[plan.PlannedRun]
-Failures = dict[tuple[str, str, str], str]  # (method, data set, model) of published rows -> why they were not run
+Failures = published.Failures
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 if a notebook failed; 2 for input that a user can correct; 130 after an interrupt."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also where shells have that ignored
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sign that the terminal lacks costs no run
     try:
@@ -89,13 +89,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("run_all.py: interrupted", file=sys.stderr)
         return 130
-
-
-def stop(*_: object) -> None:
-    """SIGTERM does the same as Ctrl-C, also in the background, where shells have Ctrl-C ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.raise_signal(signal.SIGINT)
 
 
 def call(options: argparse.Namespace) -> int:

@@ -24,20 +24,18 @@ _loops: list[dict[str, Any]] = []  # the loops that run now, outermost first
 _last_write = 0.0
 
 
-def track(iterable: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def track(iterable: Iterable[T], label: str) -> Iterator[T]:
     """Yield from ``iterable`` and show how far it is, under ``label``; loops may be nested.
 
-    ``total`` is the number of items where ``len(iterable)`` does not tell it. Draws one bar in a terminal or a
-    notebook, nothing on a pipe; with ``DFQ_PROGRESS_FILE`` set, :func:`read` finds there what this process does.
+    Draws one bar in a terminal or a notebook, nothing on a pipe; with ``DFQ_PROGRESS_FILE`` set, :func:`read` finds
+    there what this process does.
     """
     file = os.environ.get(FILE_VARIABLE)
     if not file:
         screen = _screen()
-        yield from tqdm(iterable, desc=label, total=total, leave=False, file=screen, disable=screen is None)
+        yield from tqdm(iterable, desc=label, leave=False, file=screen, disable=screen is None)
         return
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
-    loop = {"label": label, "done": 0, "total": total}
+    loop = {"label": label, "done": 0, "total": len(iterable) if hasattr(iterable, "__len__") else None}
     _loops.append(loop)
     try:
         _write(Path(file))

@@ -129,11 +129,7 @@ class DSG(Quantizing, schedules.DiverseImageSchedule, schedules.GeneratorSchedul
 
 @dataclass(frozen=True, kw_only=True)
 class SaFT(
-    Quantizing,
-    schedules.HardImageSchedule,
-    schedules.TuningSchedule,
-    schedules.AlignmentWeights,
-    schedules.Corrections,
+    Quantizing, schedules.HardImageSchedule, schedules.TuningSchedule, schedules.AlignmentWeights, schedules.Corrections
 ):
     """Notebook 05."""
 

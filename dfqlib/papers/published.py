@@ -9,6 +9,8 @@ from typing import Any
 from dfqlib.bits import BitWidths
 
 SETTING = ("method", "dataset", "model", "weight_bits", "activation_bits")
+KEYS = [*SETTING, "scheme"]
+Failures = dict[tuple[str, str, str], str]  # (method, data set, model) of published rows -> why they were not run
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,11 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
     best = best[(best["score"].cummin() if drop else best["score"].cummax()).diff().ne(0)]
     figure, axes = pyplot.subplots(figsize=(4.2, 3.1), layout="none", gridspec_kw=MARGINS)
     _draw(axes, part, looks)
-    steps = pd.concat(
-        [best, best.tail(1).assign(seconds=part["seconds"].max())]
-    )  # the last one lasts to the right edge
+    last = best.tail(1).assign(seconds=part["seconds"].max())  # it lasts to the right edge
+    steps = pd.concat([best, last])
     axes.step(steps["seconds"], steps["score"], "--", where="post", color="0.45", linewidth=1.2)
-    axes.set(
-        xscale="log", xlabel="seconds (log scale)", ylabel="drop from the teacher (points)" if drop else "top-1 (%)"
-    )
+    axes.set(xscale="log", xlabel="seconds (log scale)")
+    axes.set_ylabel("drop from the teacher (points)" if drop else "top-1 (%)")
     axes.xaxis.set_major_formatter("{x:g}")
     if drop:
         axes.invert_yaxis()
@@ -85,10 +83,8 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
 
 def _draw(axes: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
     for (method, data_free), own in part.groupby(["method", "data_free"], sort=False):
-        look = looks[method] | ({} if data_free else {"facecolor": "white"})
-        axes.scatter(
-            own["seconds"], own["score"], s=26, linewidth=1.2, zorder=3, urls=list(map(str, own.index)), **look
-        )
+        look = looks[method] | {"urls": list(map(str, own.index))} | ({} if data_free else {"facecolor": "white"})
+        axes.scatter(own["seconds"], own["score"], s=26, linewidth=1.2, zorder=3, **look)
 
 
 def _legend(looks: dict[str, Any]) -> Markup:

@@ -17,6 +17,7 @@ from dfqlib.files import atomic_path, write_between, write_text
 from dfqlib.papers import profiles, published
 from dfqlib.papers.parameters import RUN_PARAMETERS
 from dfqlib.papers.profiles import Paper, Profile
+from dfqlib.papers.published import Failures
 from dfqlib.places import PACKAGE
 from dfqlib.report import reproduced, tables
 from dfqlib.report.page import Section, write_page
@@ -28,7 +29,6 @@ GROUP = ["paper", "profile", "dataset", "data", "model", "calibration"]
 ORIGIN = ["run", "commit", "hardware", "finished"]
 #: Columns of a row that serve the report alone and are not written to results.csv.
 INTERNAL = ["rank", "version", "folder", "figures", "order", "correct"]
-Failures = dict[tuple[str, str, str], str]  # (method, data set, model) -> what stopped its run in this call
 
 
 def write(results: Path, profile: Profile, present: Collection[str], failures: Failures) -> dict[str, Section]:
@@ -86,14 +86,13 @@ def _rows(results: Path, paper: Paper, names: Iterable[str], present: Collection
     for profile, folder, metrics in runs:
         run, provenance = metrics["run"], metrics["provenance"]
         older = run["depends"]["code"] != latest["run"]["depends"]["code"]
-        run_only = set(RUN_PARAMETERS) - {"precision"}
-        own = {name: value for name, value in metrics["parameters"].items() if name not in run_only}
+        own = {n: value for n, value in metrics["parameters"].items() if n == "precision" or n not in RUN_PARAMETERS}
         figures = [str(folder / f"{name}.png") for name in metrics["figures"]]
         context = {"paper": paper.key, "profile": profile, "schedule": metrics["schedule"]}
         context["calibration"] = "published"  # unless the row says otherwise
-        context["rank"] = _rank(metrics, present)
-        context["version"] = digest(json.dumps([own, run["depends"]], sort_keys=True))
-        context |= {"run": run["id"]} | {name: provenance[name] for name in ("commit", "hardware", "finished")}
+        version = digest(json.dumps([own, run["depends"]], sort_keys=True))
+        context |= {"rank": _rank(metrics, present), "version": version, "run": run["id"]}
+        context |= {name: provenance[name] for name in ("commit", "hardware", "finished")}
         context |= {"folder": str(folder), "figures": figures, "images": (provenance.get("data") or {}).get("images")}
         for order, row in enumerate(metrics["rows"]):
             line = context | row | {"order": order}
@@ -111,24 +110,18 @@ def not_run(rows: pd.DataFrame, methods: Iterable[str], failures: Failures) -> p
 
     ``rerun`` is what the authors got again, where they print it.
     """
-    keys = [*published.SETTING, "scheme"]
-    covered = set(rows.loc[rows["variant"] == "", keys].itertuples(index=False, name=None)) if len(rows) else set()
-    lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    own = rows.loc[rows["variant"] == "", published.KEYS] if len(rows) else rows
+    covered, lines = set(own.itertuples(index=False, name=None)), []
     for row in published.rows():
-        if row.method in methods and tuple(getattr(row, key) for key in keys) not in covered:
+        if row.method in methods and tuple(getattr(row, key) for key in published.KEYS) not in covered:
             needs = "ImageNet, a GPU" if row.dataset == "imagenet" else "nothing" if row.top1 else "a teacher"
             needs = failures.get((row.method, row.dataset, row.model), needs)
-            setting = row.method, row.dataset, row.model, row.scheme, needs
-            values = lines.setdefault(setting, {"published": [], "rerun": []})
-            values["published"].append(f"{row.bits} {tables.number(row.top1)}".strip())
-            values["rerun"] += [f"{row.bits} {row.rerun:.2f}"] if row.rerun else []
-    columns = ["method", "data", "model", "scheme", "needs"]
-    table = pd.DataFrame(
-        [
-            dict(zip(columns, line, strict=True)) | {name: ", ".join(each) for name, each in values.items()}
-            for line, values in lines.items()
-        ]
-    )
+            value = f"{row.bits} {tables.number(row.top1)}".strip()
+            again = f"{row.bits} {row.rerun:.2f}" if row.rerun else ""
+            lines.append((row.method, row.dataset, row.model, row.scheme, needs, value, again))
+    setting = ["method", "data", "model", "scheme", "needs"]
+    groups = pd.DataFrame(lines, columns=[*setting, "published", "rerun"]).groupby(setting, sort=False)
+    table = groups.agg(lambda texts: ", ".join(filter(None, texts))).reset_index()
     return table.loc[:, (table != "").any()]
 
 
@@ -159,17 +152,14 @@ def _write_tables(root: Path, section: Section, project: pd.DataFrame | None) ->
 
 def _published_values(methods: Collection[str]) -> str:
     """Every published value on the data sets that run here, with its source, and values of other methods beside it."""
-    found = [row for row in published.rows() if row.method in methods and row.dataset in reproduced.DATASETS]
     lines = [
-        {"method": row.method, "data": row.dataset, "bits": row.bits, "top-1": row.top1, "teacher": row.fp32_top1}
+        {"method": row.method, "data": row.dataset, "bits": row.bits, "top-1": tables.number(row.top1, row.std)}
+        | {"teacher": tables.number(row.fp32_top1)}
         | {"source": f"[{row.source}](https://{row.address})" if row.address else row.source, "note": row.note}
-        for row in found
+        for row in published.rows()
+        if row.method in methods and row.dataset in reproduced.DATASETS
     ]
-    shown = pd.DataFrame(lines)
-    for name in ("top-1", "teacher") if lines else ():
-        spread = [f" ± {row.std:.2f}" if row.std and name == "top-1" else "" for row in found]
-        shown[name] = shown[name].map(tables.number) + spread
-    return tables.markdown(shown)
+    return tables.markdown(pd.DataFrame(lines))
 
 
 def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
@@ -177,10 +167,8 @@ def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
 
     Those of a run whose notebook is not in this folder are already there.
     """
-    copies: list[Path] = []
-    if rows.empty:
-        return copies
-    for place, group in rows.groupby(["paper", "profile", "dataset", "model"], sort=False, dropna=False):
+    copies, places = [], ["paper", "profile", "dataset", "model"]
+    for place, group in rows.groupby(places, sort=False, dropna=False) if len(rows) else ():
         prefix = "".join(f"{part.replace('/', '_')}-" for part in place if part)
         for source in map(Path, group.sort_values("seed").iloc[0]["figures"]):
             copy = root / "figures" / f"{prefix}{source.stem}.png"
@@ -207,19 +195,13 @@ def _draw_cells(root: Path, cells: pd.DataFrame) -> None:
 def _overview(cells: pd.DataFrame, place: str) -> str:
     """The first question's answer in Markdown: sentence, picture, table; files are in ``place``."""
     picture = f"![Published drop and drop here of every published CIFAR cell]({place}reproduced.png)\n"
-    shown = tables.markdown(reproduced.present(cells))
-    return "\n".join(
-        [f"**{reproduced.sentence(cells)}**\n", picture, shown, f"{reproduced.caption()}\n", reproduced.elsewhere(), ""]
-    )
+    text = [f"**{reproduced.sentence(cells)}**\n", picture, tables.markdown(reproduced.present(cells))]
+    return "\n".join([*text, f"{reproduced.caption()}\n", reproduced.elsewhere(), ""])
 
 
 def _write_readme(root: Path, papers: dict[str, Paper], sections: dict[str, Section], overview: str) -> None:
-    text = [
-        "# Results\n",
-        "Made from the measurements (`metrics.json`) in this folder by `python -m dfqlib.report`.\n",
-        overview,
-    ]
-    text += ["## Tables and figures of each notebook\n"]
+    text = ["# Results\n", "Made from the measurements (`metrics.json`) in this folder by `python -m dfqlib.report`.\n"]
+    text += [overview, "## Tables and figures of each notebook\n"]
     for key, paper in papers.items():
         rows = f"{len(sections[key].rows)} rows" if key in sections else "not run"
         text.append(f"- [{paper.title}](tables/{key}.md): {rows}")

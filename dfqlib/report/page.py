@@ -17,7 +17,6 @@ from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-from dfqlib.bits import bits_name
 from dfqlib.files import METRICS, write_text
 from dfqlib.papers.profiles import Paper
 from dfqlib.report import reproduced, tables
@@ -44,7 +43,7 @@ class Section(NamedTuple):
 def write_page(root: Path, sections: list[Section]) -> None:
     """Write ``root/report.html``; a page that was made from the same content is left, since charts take seconds."""
     rows = pd.concat([section.rows for section in sections], ignore_index=True)
-    rows = rows.assign(bits=list(map(bits_name, rows["weight_bits"], rows["activation_bits"])))
+    rows = rows.assign(bits=tables.bits_of(rows))
     papers: list[dict[str, Any]] = []
     for paper, _, missing, figures in sections:
         own = tables.parts(rows[rows["paper"] == paper.key])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from dfqlib.bits import bits_name
 from dfqlib.papers import profiles, published
 from dfqlib.report import tables
 
@@ -28,7 +27,7 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
     found: dict[tuple, dict[str, Any]] = {}
     for row in published.rows():
         if row.dataset in DATASETS and row.drop is not None:
-            setting = {name: getattr(row, name) for name in (*published.SETTING, "scheme")}
+            setting = {name: getattr(row, name) for name in published.KEYS}
             cell = found.setdefault(tuple(setting.values()), setting | {"published_drop": row.drop, "sources": []})
             cell["sources"].append(row.told)
             cell["published_drop"] = min(cell["published_drop"], row.drop)
@@ -38,8 +37,8 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measured(cell: dict[str, Any], lines: pd.DataFrame) -> list[dict[str, Any]]:
-    keys = [*published.SETTING, "scheme"]
-    own = lines[(lines[keys] == [cell[key] for key in keys]).all(axis=1) & (lines["variant"] == "")]
+    same = lines[published.KEYS] == [cell[key] for key in published.KEYS]
+    own = lines[same.all(axis=1) & (lines["variant"] == "")]
     found, order = [], list(profiles.load()[0])
     for _, part in sorted(own[own["drop"].notna()].groupby("calibration"), reverse=True):  # published, corrected
         part = part.assign(order=part["profile"].map(order.index))
@@ -86,9 +85,10 @@ def present(table: pd.DataFrame) -> pd.DataFrame:
     """The cells as text to read."""
     runs = table["profile"] + " " + table["schedule"].map(tables.short) + table["seeds"].map(", seeds {}".format)
     runs += [f", {images:,.0f} images" if images < TEST_IMAGES else "" for images in table["images"]]
+    cell = table["method"].replace(names()) + " " + table["dataset"].map(DATASETS) + " " + tables.bits_of(table)
     return pd.DataFrame(
         {
-            "cell": table["method"].replace(names()) + " " + table["dataset"].map(DATASETS) + " " + _bits(table),
+            "cell": cell,
             "published drop": table["published_drop"].map(tables.number),
             "drop here": [tables.number(*each) for each in zip(table["drop"], table["error"], strict=True)],
             "state": table["state"],
@@ -97,10 +97,6 @@ def present(table: pd.DataFrame) -> pd.DataFrame:
             "source": table["sources"].map("; ".join),
         }
     )
-
-
-def _bits(table: pd.DataFrame) -> pd.Series:
-    return pd.Series(map(bits_name, table["weight_bits"], table["activation_bits"]), table.index)
 
 
 def caption() -> str:
@@ -130,7 +126,7 @@ def context() -> pd.DataFrame:
     """Published top-1 of methods without a notebook here, on CIFAR, as text: methods by data set and bits."""
     with resources.files("dfqlib.papers").joinpath("context.csv").open(encoding="utf-8") as file:
         rows = pd.read_csv(file).query("dataset in @DATASETS")
-    where = rows["dataset"].map(DATASETS) + " " + list(map(bits_name, rows["weight_bits"], rows["activation_bits"]))
+    where = rows["dataset"].map(DATASETS) + " " + tables.bits_of(rows)
     rows = rows.assign(where=where, told=rows["top1"].map(tables.number))
     grid = rows.pivot_table("told", ["method", "source"], "where", aggfunc="first", sort=False)
     return grid.reindex(columns=sorted(grid, key=lambda name: (name[:9], -int(name[-1])))).fillna("").reset_index()
@@ -145,7 +141,7 @@ def picture(table: pd.DataFrame) -> Any:
     plotting.style()
     looks = {"reached": (plotting.COLOURS[2], "o"), "within error": (plotting.COLOURS[0], "s")}
     looks["short"] = (plotting.COLOURS[1], "^")
-    cell = table["method"].replace(names()) + " " + _bits(table)
+    cell = table["method"].replace(names()) + " " + tables.bits_of(table)
     of_set = [table["dataset"] == name for name in DATASETS]
     counts = [cell[chosen].nunique() for chosen in of_set]
     figure = Figure(figsize=(7.4, 1.3 + 0.24 * sum(counts)))
@@ -167,8 +163,7 @@ def picture(table: pd.DataFrame) -> Any:
     for state, (colour, marker) in looks.items():
         marks += panels[0].plot([], [], color=colour, marker=marker, linestyle="none", label=f"here: {state}")
     if (table["calibration"] == "corrected").any():
-        marks += panels[0].plot(
-            [], [], color="0.4", marker="o", linestyle="none", fillstyle="none", label="hollow: corrected"
-        )
+        about = {"color": "0.4", "marker": "o", "linestyle": "none", "fillstyle": "none"}
+        marks += panels[0].plot([], [], **about, label="hollow: corrected")
     figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small")
     return figure

@@ -18,32 +18,11 @@ SETTING += ["weight_bits", "activation_bits", "calibration", "variant", "ranges"
 #: What the rows of one line of a table share: they differ in the seed alone.
 LINE = [*SETTING, "profile", "schedule"]
 #: Columns of text, aligned left; numbers are aligned right. One with the same text in every line goes to the caption.
-WORDS = {
-    "method",
-    "data",
-    "model",
-    "scheme",
-    "bits",
-    "calibration",
-    "variant",
-    "ranges",
-    "schedule",
-    "seeds",
-    "source",
-    "needs",
-}
-WORDS |= {"published", "rerun", "cell", "state", "note", "layer", "kind", "file"}
+WORDS = {"method", "data", "model", "scheme", "bits", "calibration", "variant", "ranges", "schedule", "seeds", "source"}
+WORDS |= {"needs", "published", "rerun", "cell", "state", "note", "layer", "kind", "file"}
 MAX_COLUMNS = 8
-LEAST_NEEDED = (
-    "seeds",
-    "top-5",
-    "seconds",
-    "model",
-    "ranges",
-    "over seeds",
-    "schedule",
-    "scheme",
-)  # left out first in a wide table
+#: Left out first in a wide table.
+LEAST_NEEDED = ("seeds", "top-5", "seconds", "model", "ranges", "over seeds", "schedule", "scheme")
 NOTE = (
     "Top-1 in percent after the last iteration, ± its standard error on the test images. Drop: how far it is below the "
     "full-precision teacher on the same images, ± the standard error of this paired difference; the fair measure where "
@@ -65,6 +44,11 @@ def parts(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """The rows that stand in one table: those of a data set and profile."""
     for _, part in rows.groupby(["dataset", "profile"], sort=False, dropna=False) if len(rows) else ():
         yield part
+
+
+def bits_of(rows: pd.DataFrame) -> "pd.Series[str]":
+    """The bit widths of each row as text, such as ``W4A4``."""
+    return pd.Series(map(bits_name, rows["weight_bits"], rows["activation_bits"]), rows.index, dtype=str)
 
 
 def groups(rows: pd.DataFrame) -> DataFrameGroupBy:
@@ -156,7 +140,7 @@ def present(rows: pd.DataFrame, project: pd.DataFrame | None = None) -> Table:
     columns = {
         **lines[["method", "data", "model"]],
         "scheme": lines["scheme"].str.upper(),
-        "bits": list(map(bits_name, lines["weight_bits"], lines["activation_bits"])),
+        "bits": bits_of(lines),
         "calibration": lines["calibration"] if lines["calibration"].nunique() > 1 else "",
         **lines[["variant", "ranges"]],
         "top-1": [number(*each) or "diverged" for each in zip(lines["top1"], lines["standard_error"], strict=True)],
@@ -185,10 +169,9 @@ def _grid(lines: pd.DataFrame) -> Table:
     Several sets of test images, or several models, stand below each other.
     """
     own = lines["variant"].str.partition(": ")
-    heads = map("{} {}".format, map(bits_name, lines["weight_bits"], lines["activation_bits"]), own[2])
     spread = lines["top1_std"].map(lambda std: "" if pd.isna(std) else f" ± {std:.1f}")
     cells = lines["top1"].map("{:.1f}".format).replace("nan", "diverged") + spread
-    lines = lines.assign(source=own[0], head=list(heads), cell=cells)
+    lines = lines.assign(source=own[0], head=bits_of(lines) + " " + own[2], cell=cells)
     constants = {name: lines[name].iloc[0] for name in ("data", "model", "seeds") if lines[name].nunique() == 1}
     side = ["source", "calibration", *(name for name in ("data", "model") if name not in constants)]
     by_side = lines.groupby(side, sort=False)["rows"].sum()
@@ -216,10 +199,8 @@ def _facts(lines: pd.DataFrame, constants: Mapping[str, str]) -> str:
         told = f"{', '.join(methods)} is published for {', '.join(theirs)} only"
         sentences.append(f"No published value to compare with: {told}.")
     if len(of_published):
-        values = zip(of_published["weight_bits"], of_published["activation_bits"], of_published["method"], strict=True)
-        names = [f"{method} {bits_name(*bits)}" for *bits, method in values]
-        told = "; ".join(dict.fromkeys(map(" ".join, zip(names, of_published["published_source"], strict=True))))
-        sentences.append(f"Published: {told}.")
+        told = of_published["method"] + " " + bits_of(of_published) + " " + of_published["published_source"]
+        sentences.append(f"Published: {'; '.join(told.unique())}.")
     schedules = dict.fromkeys(zip(lines["profile"], lines["schedule"], strict=True))
     sentences += [f"Schedule {profile}, {schedule}." for profile, schedule in schedules]
     return " ".join(filter(None, sentences))

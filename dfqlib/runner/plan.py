@@ -20,14 +20,8 @@ from dfqlib.runner.identity import code_identity, data_identity, digest, teacher
 from dfqlib.speed.switches import off_from_start
 
 #: Parameters that have an option of their own.
-OPTIONS = {
-    "profile": "profile",
-    "dataset": "datasets",
-    "model": "models",
-    "bits": "bits",
-    "seed": "seeds",
-    "out": "results",
-}
+OPTIONS = {"profile": "profile", "dataset": "datasets", "model": "models", "bits": "bits", "seed": "seeds"}
+OPTIONS |= {"out": "results"}
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,11 @@ def tuning_seconds(profile: str, paper: str, dataset: str, model: str) -> float 
     ``benchmarks.steps`` and ``benchmarks.growth`` measure it, on the machine that their tables name.
     """
     seen, each = profiles.images_seen(profiles.paper(paper).values(profile, dataset, model)), None
+    kind = paper, model.partition("_cifar")[0]
     for path in COSTS:
         with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
             for row in csv.DictReader(file):  # the last one counts
-                if (
-                    row["ours_s"]
-                    and row["method"] == paper
-                    and row["model"].partition("_cifar")[0] == model.partition("_cifar")[0]
-                ):
+                if row["ours_s"] and (row["method"], row["model"].partition("_cifar")[0]) == kind:
                     each = float(row["ours_s"]) / float(row["batch"])
     return seen * each if seen and each else None
 
