@@ -14,7 +14,6 @@ from rich.text import Text
 from dfqlib import progress
 from dfqlib.errors import UserError
 from dfqlib.papers import profiles, published
-from dfqlib.report import tables
 from dfqlib.runner import execute, plan, preflight, run_folder
 from dfqlib.runner.plan import Selection
 from dfqlib.runner.screen import Row, Screen
@@ -76,13 +75,6 @@ def test_schedules_of_data_set_and_model_override_the_profile_and_departures_are
     assert (parameters["resnet50"]["iterations"], parameters["resnet50"]["lr"]) == (200, 0.5)
     assert profiles.describe_schedule("gdfq", {"iterations": 100, "seed": 3}) == "as published"
     assert profiles.describe_schedule("gdfq", {"iterations": 10}) == "reduced: iterations 10 (published 100)"
-
-
-@pytest.mark.parametrize(("seen", "share"), [(1, "0.05"), (50, "2.5"), (2000, "100"), (4000, "200")])
-def test_the_share_of_images_seen_is_told_without_an_exponent(monkeypatch, seen, share):
-    monkeypatch.setattr(profiles, "images_seen", lambda values: seen if values.get("evaluations") == 1 else 2000)
-    told = profiles.describe_schedule("gdfq", {"evaluations": 1})
-    assert told.startswith(f"reduced ({share} % of the published images seen)") and tables.short(told) == "reduced"
 
 
 CELL = '{{"cells": [{{"cell_type": "code", "metadata": {{"tags": ["parameters"]}}, "source": "{}"}}]}}'
@@ -175,7 +167,7 @@ def test_track_reports_nested_loops_to_a_file(tmp_path, monkeypatch):
         for i in progress.track(range(3), "inner"):
             assert progress.read(file)[1:] == [{"label": "inner", "done": i, "total": 3}]
     assert progress.read(file)[0]["done"] == 2
-    for _ in progress.track(iter(range(5)), "left", total=5):
+    for _ in progress.track(iter(range(5)), "left"):
         break
     assert list(progress.track([1, 2], "next")) == [1, 2]
     assert [loop["label"] for loop in progress.read(file)] == ["next"]

@@ -29,15 +29,8 @@ def folder(tmp_path_factory):
         (folder / "notebook.ipynb").touch()
         own = {"paper": "gdfq", "method": "gdfq", "scheme": "qat", "dataset": "cifar10", "data": "cifar10-2k"}
         own |= {"model": "resnet20_cifar10", "ranges": "generated", "profile": "quick", "schedule": "reduced: x"}
-        own |= {
-            "variant": "",
-            "calibration": "published",
-            "seed": seed,
-            "top1_best": top1,
-            "fp32_top1": 92.0,
-            "seconds": 3.0,
-            "run": f"run{seed}",
-        }
+        own |= {"variant": "", "calibration": "published", "seed": seed, "top1_best": top1, "fp32_top1": 92.0}
+        own |= {"seconds": 3.0, "run": f"run{seed}"}
         for bits in (3, 4):
             row = own | {"weight_bits": bits, "activation_bits": bits, "top1": top1 + bits, "folder": str(folder)}
             real = {"variant": "control", "ranges": "real images", "top1": 90.0, "seconds": 1.0}
@@ -105,15 +98,8 @@ def test_the_frontier_is_that_of_data_free_results(report):
 
 def test_a_chart_without_a_teacher_shows_top1_and_a_row_that_diverged_none():
     row = {"dataset": "cifar10", "bits": "W4A4", "method": "gdfq", "scheme": "qat", "variant": "", "ranges": ""}
-    row |= {
-        "calibration": "published",
-        "weight_bits": 4,
-        "fp32_top1": None,
-        "seed": 0,
-        "run": "a",
-        "line": "x",
-        "filters": "",
-    }
+    row |= {"calibration": "published", "weight_bits": 4, "fp32_top1": None, "seed": 0, "run": "a"}
+    row |= {"line": "x", "filters": ""}
     scores = [(40.0, 9.0), (60.0, 20.0), (50.0, 30.0), (float("nan"), 1.0)]
     rows = pd.DataFrame([row | {"top1": top1, "seconds": seconds} for top1, seconds in scores])
     _, (panel,) = charts.accuracy_against_time(rows)

@@ -193,11 +193,12 @@ def test_departures_from_the_published_schedule_are_told_once(kit):
     assert "Schedule paper, as published." in run.table().to_html() and "fair measure" in run.table().to_html()
 
 
-def test_rates_and_weights_that_depart_are_retuned_and_images_seen_a_share():
-    told = profiles.describe_schedule(
-        "gdfq", {"iterations": 800, "batch": 100, "student_lr": 5e-6, "dataset": "cifar10"}
-    )
-    assert told.startswith("reduced (0.5 % of the published images seen), retuned: iterations 800 (published 80000)")
+@pytest.mark.parametrize(("iterations", "batch", "share"), [(800, 100, "0.5"), (79999, 200, "100"), (9**6, 99, "329")])
+def test_rates_and_weights_that_depart_are_retuned_and_images_seen_a_share(iterations, batch, share):
+    own = {"iterations": iterations, "batch": batch, "student_lr": 5e-6, "dataset": "cifar10"}
+    told = profiles.describe_schedule("gdfq", own)
+    seen = f"reduced ({share} % of the published images seen), retuned: iterations {iterations} (published 80000)"
+    assert told.startswith(seen) and tables.short(told) == "reduced, retuned"
 
 
 def test_a_rehearsal_shows_no_published_numbers():

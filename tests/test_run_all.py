@@ -21,6 +21,7 @@ from dfqlib.papers import published
 from dfqlib.report import tables
 from dfqlib.runner import execute
 from dfqlib.runner.kernels import cores
+from dfqlib.runner.run_folder import complete
 
 
 def test_fresh_then_resumed_then_another_seed(kit, tmp_path, capsys):
@@ -306,6 +307,7 @@ def test_two_at_once_lose_nothing(kit, tmp_path):
         (["--bits", "4"], "bits='4' is not supported"),
         (["--jobs", "0"], "jobs=0 is out of range"),
         (["--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
+        (["--checkpoint-every", "-1"], "checkpoint-every=-1 is out of range"),
         (["--seeds", "-1"], "seeds='-1' is not a seed; allowed: whole numbers from 0 to 4294967295"),
         (["--seeds", "0", "one"], "seeds='one' is not a seed"),
         (["--seeds", "9" * 24], "seeds='999999999999999999999999' is not a seed"),
@@ -346,14 +348,20 @@ def test_seeds_are_numbers_lists_and_ranges_and_bits_are_read_in_any_case(kit, t
         assert "W4A4" in text and "W3A3" not in text
 
 
-@pytest.mark.parametrize("folder", ["a [x]", "a[/b]/r", "ä – ✓"])
+@pytest.mark.parametrize("folder", ["a [x]", "a[/b]/r", "ä – ✓", "{model} {0}"])
 def test_paths_and_terminals_of_any_kind(kit, tmp_path, folder, monkeypatch):
-    """Brackets are no markup, and a sign that the stream cannot write is no reason to fail."""
+    """Brackets are no markup, braces no parameters, and a sign that the stream cannot write is no reason to fail."""
+    results = tmp_path / folder / "results"
+    results.mkdir(parents=True)
+    table = write_kit(tmp_path / folder / "kit", gdfq="raise ValueError('\N{GREEK SMALL LETTER ALPHA}')")
+    monkeypatch.setenv("DFQ_PROFILES", str(table))
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    process = start(tmp_path / folder, "--papers", "zeroq")
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert f"All tables: {tmp_path / folder / 'README.md'}".encode("ascii", "replace").decode() in printed
+    printed, errors = start(results).communicate(timeout=120)
+    assert "Traceback" not in errors and "ValueError: ?" in printed
+    assert f"All tables: {results / 'README.md'}".encode("ascii", "replace").decode() in printed
+    assert "failed: ValueError: α" in (results / "tables" / "gdfq.md").read_text(encoding="utf-8")
+    (done,) = results.glob("quick/zeroq/*")
+    assert complete(done)
 
 
 def test_data_folder_and_weights_are_checked_before_any_work(kit, tmp_path, capsys):
