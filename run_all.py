@@ -31,12 +31,12 @@ from dfqlib.errors import UserError, check_choice, check_range
 from dfqlib.files import KEEP
 from dfqlib.papers import profiles, published
 from dfqlib.papers.parameters import MAX_SEED
+from dfqlib.papers.published import Failures
 from dfqlib.runner import plan, preflight, run_folder
 
 HERE = Path(__file__).resolve().parent
 MAX_SEEDS = 1000  # of one range
 Runs = list[plan.PlannedRun]
-Failures = published.Failures
 
 
 class Parser(argparse.ArgumentParser):
