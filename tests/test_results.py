@@ -309,6 +309,16 @@ def test_rows_of_older_code_say_so_even_with_a_schedule_of_their_own(kit, tmp_pa
     assert "(older code)" in old and old.startswith(own.get("schedule", "as published")) and "older" not in new
 
 
+@pytest.mark.parametrize(("again", "standing"), [(60, [0, 1]), (60.01, [0])])
+def test_seeds_of_older_code_stand_where_the_latest_code_gave_the_same_for_another_seed(kit, tmp_path, again, standing):
+    for seed in (0, 1):
+        finished(tmp_path, f"old{seed}", 60, "other code", seed=seed)
+    finished(tmp_path, "new0", again, time="2026-01-02", seed=0)
+    rows = collect.collect(tmp_path, QUICK, ())
+    assert list(rows["seed"]) == standing and not rows["schedule"].str.contains("older").any()
+    assert rows["run"].iloc[0] == "new0"
+
+
 def test_all_overviews_are_made_from_the_measurements_alone(kit, tmp_path):
     """A clone holds each run's metrics.json and no notebook: the same tables, and a new seed stands beside."""
     measured_there, clone = tmp_path / "project", tmp_path / "clone"

@@ -106,9 +106,9 @@ def caption() -> str:
         f"({teachers()}), ours below the kit's. ±: half of the 95 % interval, from the test images and the seeds. "
         "Reached: at most the published drop, of several the smallest. Schedule: the profile, of several that were run "
         "the longest; reduced, fewer iterations or images than published; retuned, other rates or weights; older code, "
-        "measured before the notebook's code last changed. Calibration: published, as the method's paper has it; "
-        "corrected, students on the method's images with the kit's ranges, batch-norm statistics and tuning (a table's "
-        "caption says where these images start from a generator's and are refined)."
+        "measured before the notebook's code last changed and not found the same since. Calibration: published, as the "
+        "method's paper has it; corrected, students on the method's images with the kit's ranges, batch-norm "
+        "statistics and tuning (a table's caption says where these images start from a generator's and are refined)."
     )
 
 
