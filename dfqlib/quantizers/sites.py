@@ -38,6 +38,16 @@ def operation(model: fx.GraphModule, node: fx.Node) -> str:
     return ARITHMETIC.get(name, name)
 
 
+def overwrites(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` writes its result into its first input."""
+    if node.op == "call_module":
+        return getattr(model.get_submodule(node.target), "inplace", False)
+    by_position = operation(model, node) in NONLINEARITIES and any(argument is True for argument in node.args)
+    name = getattr(node.target, "__name__", str(node.target))
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in ARITHMETIC
+    return node.op.startswith("call_") and (in_place or node.kwargs.get("inplace", by_position))
+
+
 def is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` calls a ReLU or ReLU6, be it a module, a function or a tensor's method."""
     return operation(model, node) in ("relu", "relu6")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dfqlib.errors import UserError
 from dfqlib.models.plain_copy import plain_copy
 from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize, QuantizedLayer
+from dfqlib.quantizers.sites import overwrites
 
 WEIGHT_LAYERS = tuple(QUANTIZED)
 
@@ -65,6 +66,7 @@ def trace(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         where = tracer.failed_in or f"forward of {network}"
         raise UserError(f"{network} cannot be traced by torch.fx: {where}: {error}") from error
     traced = _with_layers(fx.GraphModule(copied, graph, class_name=network), copied)
+    _read_results(traced)
     _refuse_hidden_layers(traced, copied)
     return traced
 
@@ -232,6 +234,16 @@ def _with_layers(model: fx.GraphModule, origin: nn.Module) -> fx.GraphModule:
             parts[node.target] = part
     # A second time, since of a dictionary torch.fx makes modules in no order of execution.
     return fx.GraphModule(fx.GraphModule(parts, model.graph), model.graph, type(model).__name__).eval()
+
+
+def _read_results(model: fx.GraphModule) -> None:
+    """Let all that reads a tensor after an operation wrote into it read that operation's result, which is the same."""
+    order = {node: i for i, node in enumerate(model.graph.nodes)}
+    for node in model.graph.nodes:
+        if overwrites(model, node):
+            given = node.all_input_nodes[0]
+            given.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+    model.recompile()
 
 
 def _layer(kind: type[nn.Module], given: dict[str, Any], dims: int | None) -> nn.Module | None:
