@@ -1,6 +1,7 @@
 """Networks quantized whole: what is found, where fake quantization stands, what is refused, what the table says."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -190,6 +191,15 @@ def test_batch_norms_are_corrected_by_hand():
     calibrate.correct_batch_norms(student, model, torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))
     norm = student.get_submodule("1")
     assert (norm.running_mean.item(), norm.running_var.item()) == pytest.approx((5 + 4 - 2, 3 * 4))
+
+
+def test_correction_holds_no_activations():
+    held, images = [], torch.randn(64, 3, 8, 8)
+    model = two_norms(images)
+    model[1].register_forward_pre_hook(lambda _, inputs: held.append(weakref.ref(inputs[0])))
+    model[4].register_forward_pre_hook(lambda *_: held.append(held[0]() is None))
+    calibrate.correct_batch_norms(quantized(model, None, None), model, images)
+    assert held[1]
 
 
 def test_correction_undoes_a_change_of_scale_layer_by_layer():

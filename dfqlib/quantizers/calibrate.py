@@ -109,11 +109,11 @@ def correct_batch_norms(student: nn.Module, network: nn.Module, images: Tensor) 
     """
     if not batch_norms(network):
         return
-    with BatchNormInputs(network) as inputs:
+    of_network: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = defaultdict(list)
+    with BatchNormInputs(network, lambda layer: (layer.name, layer.norm, *layer.mean_var())) as inputs:
         network(images)
-        of_network: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = defaultdict(list)
-        for layer in inputs.layers:
-            of_network[layer.name.partition(":")[0]].append((layer.norm, *layer.mean_var()))
+        for name, *seen in inputs.layers:
+            of_network[name.partition(":")[0]].append(tuple(seen))
     moves: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def move(name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
