@@ -75,6 +75,7 @@ def test_a_notebook_refuses_what_it_cannot_run_with(name, value, sentence):
         ({"kl_mean_over_classes": "no"}, "kl_mean_over_classes='no' is of another type"),
         ({"device": "gpu"}, "device='gpu' is unknown"),
         ({"student_lr": "nan"}, "student_lr='nan' is not a number"),
+        ({"kl_weight": "0", "ce_weight": "0"}, "kl_weight and ce_weight are both 0"),
     ],
 )
 def test_a_plan_refuses_the_same(asked, sentence):
