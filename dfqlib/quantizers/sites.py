@@ -44,10 +44,9 @@ def overwrites(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` writes its result into its first input."""
     if node.op == "call_module":
         return getattr(model.get_submodule(node.target), "inplace", False)
-    by_position = operation(model, node) in NONLINEARITIES and any(argument is True for argument in node.args)
     name = getattr(node.target, "__name__", str(node.target))
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in ARITHMETIC
-    return node.op.startswith("call_") and (in_place or node.kwargs.get("inplace", by_position))
+    named = (name.endswith("_") and not name.endswith("__")) or name in ARITHMETIC
+    return node.op in ("call_function", "call_method") and (named or node.kwargs.get("inplace", False))
 
 
 def is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
