@@ -122,6 +122,11 @@ class GeneratorSchedule(TuningSchedule):
     temperature: float = setting(20.0, 1e-6, 1e6)  # tau
     kl_mean_over_classes: bool = False  # True is the published quirk: KL divided by the number of classes
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.kl_weight or self.ce_weight):
+            raise UserError("kl_weight and ce_weight are both 0: nothing to learn; allowed: at least one above 0.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corrected(Settings):

@@ -167,7 +167,7 @@ def test_levels_are_packed_without_gaps():
 
 
 @pytest.mark.parametrize("final", [False, True])
-@pytest.mark.parametrize("options", [{}, INTEGER], ids=["papers", "integer"])
+@pytest.mark.parametrize("options", [{}, INTEGER, {"bias_bits": 4}], ids=["papers", "integer", "rounded biases"])
 def test_a_kept_student_gives_the_same_outputs(teacher, test_2k, tmp_path, final, options):
     some, seen = test_2k.select(slice(0, 50)), teacher.normalise(test_2k.pixels[1000:1100])
     student = calibrated(teacher.network, BitWidths(4, 4), seen, **options)

@@ -77,9 +77,10 @@ class Net(nn.Module):
         return self.norms[4](self.convs[4](y)).mean((2, 3))
 
 
-def test_what_cannot_be_folded_stays_as_it_is():
+@pytest.mark.parametrize("gain, shift", [(0.0, 0.5), (1e-24, 0.0)])
+def test_what_cannot_be_folded_stays_as_it_is(gain, shift):
     network = with_statistics(Net())
-    network.norms[4].weight[1] = 0.0
+    network.norms[4].weight[1], network.norms[4].bias[1] = gain, shift
     folded = fold_batch_norms(network)
     assert [i for i in range(5) if isinstance(folded.get_submodule(f"norms.{i}"), FoldedNorm)] == [0]
     assert_same(folded, network, torch.randn(4, 3, 8, 8))
@@ -110,12 +111,28 @@ def test_a_relu_writes_over_a_sum_only_where_nothing_else_reads_it():
 
 
 class Overwriting(nn.Sequential):
+    """Reads a tensor after ``overwrite`` wrote into it."""
+
+    def __init__(self, overwrite):
+        super().__init__(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+        self.overwrite = overwrite
+
     def forward(self, x):
-        return super().forward(x).relu_().mean((2, 3))
+        y = self[1](self[0](x))
+        return (self.overwrite(y) + y).mean((2, 3))
+
+
+@pytest.mark.parametrize("overwrite", [nn.ReLU(True), lambda x: F.relu(x, inplace=True)])
+def test_what_is_read_after_it_was_overwritten_stays_the_same(overwrite):
+    network = with_statistics(Overwriting(overwrite))
+    folded = fold_batch_norms(network)
+    assert isinstance(folded.get_submodule("1"), FoldedNorm)
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(folded(x), network(x))
 
 
 def test_a_network_that_overwrites_its_tensors_is_returned_as_it_is():
-    network = Overwriting(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+    network = Overwriting(torch.relu_)
     assert fold_batch_norms(network) is network
 
 

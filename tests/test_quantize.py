@@ -1,12 +1,15 @@
 """Networks quantized whole: what is found, where fake quantization stands, what is refused, what the table says."""
 
 import functools
+import weakref
 
 import pytest
 import torch
 import torchvision
 from pytorchcv.model_provider import get_model
 from torch import nn
+from torch.ao.nn import qat
+from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn import functional as F
 
 from dfqlib.bits import BitWidths
@@ -190,6 +193,15 @@ def test_batch_norms_are_corrected_by_hand():
     assert (norm.running_mean.item(), norm.running_var.item()) == pytest.approx((5 + 4 - 2, 3 * 4))
 
 
+def test_correction_holds_no_activations():
+    held, images = [], torch.randn(64, 3, 8, 8)
+    model = two_norms(images)
+    model[1].register_forward_pre_hook(lambda _, inputs: held.append(weakref.ref(inputs[0])))
+    model[4].register_forward_pre_hook(lambda *_: held.append(held[0]() is None))
+    calibrate.correct_batch_norms(quantized(model, None, None), model, images)
+    assert held[1]
+
+
 def test_correction_undoes_a_change_of_scale_layer_by_layer():
     """The second batch norm is right only if it was corrected behind the first; done twice it changes nothing."""
     images = torch.randn(64, 3, 8, 8)
@@ -309,12 +321,21 @@ class BorrowedWeight(nn.Module):
         (nn.Sequential(nn.LSTM(3, 3)), "Sequential has weights in '0' \\(LSTM\\), which cannot be quantized"),
         (Block().half(), "Block has weights of torch.float16"),
         (nn.Sequential(nn.TransformerEncoderLayer(4, 2)), "hides '.*' inside module '0' \\(TransformerEncoderLayer\\)"),
+        (nn.Sequential(qat.Conv2d(3, 3, 1, qconfig=get_default_qat_qconfig())), "qat.* at '0', which is no layer"),
         (quantized(Block()), "is already quantized \\(at 'conv1'\\)"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_by_name(model, message):
     with pytest.raises(UserError, match=message):
         quantized(model)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_transposed_convolutions_may_be_functions(dims):
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+    model = BorrowedWeight(lambda self, x: function(x, self.kernel, stride=2, groups=3))
+    model.kernel, x = nn.Parameter(torch.randn(3, 2, *[3] * dims)), torch.randn(2, 3, *[4] * dims)
+    torch.testing.assert_close(quantize_model(model, BitWidths(8, None))(x), model(x), rtol=0.1, atol=0.1)
 
 
 def test_description_by_hand():

@@ -77,6 +77,7 @@ def test_a_notebook_refuses_what_it_cannot_run_with(name, value, sentence):
         ({"student_lr": "nan"}, "student_lr='nan' is not a number"),
         ({"student_lr": "1" * 400}, f"student_lr={'1' * 400} is not a number"),
         ({"student_lr": "{[]: 1}"}, "student_lr='{[]: 1}' is not a number"),
+        ({"kl_weight": "0", "ce_weight": "0"}, "kl_weight and ce_weight are both 0"),
     ],
 )
 def test_a_plan_refuses_the_same(asked, sentence):

@@ -95,6 +95,10 @@ def sized(net, x):
             By(lambda net, x: net.fc(F.relu(y := net.conv(x)) + y), conv=conv(), fc=conv()),
             ["input", "conv.output", "add"],
         ),
+        (
+            By(lambda net, x: net.fc(net.conv(x).max(2).values), conv=conv(), fc=nn.Linear(2, 2)),
+            ["input", "conv.output", "fc.getitem"],
+        ),
         (nn.Sequential(nn.Upsample(scale_factor=2), conv(), nn.ReLU(), nn.Softmax(1)), ["input"]),
     ],
 )
@@ -211,6 +215,13 @@ def test_a_final_student_holds_whole_numbers_only(weights):
         torch.testing.assert_close(steps, steps.round(), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(final(x), student(x), rtol=0.5, atol=0.5)
     assert not torch.equal(final.fc.bias, network.fc.bias)
+
+
+def test_a_batch_norm_over_tokens_is_not_folded_into_their_linear_layer():
+    network = nn.Sequential(nn.Flatten(2), nn.Linear(4, 8), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(8, 2)).eval()
+    network[2].running_mean.normal_()
+    student = calibrate.calibrated(network, BitWidths(8, 8), x := torch.randn(4, 3, 2, 2), **INTEGER)
+    torch.testing.assert_close(finalise(student, round_biases=False)(x), student(x))
 
 
 def test_a_layer_that_is_called_twice_becomes_two():

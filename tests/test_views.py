@@ -1,6 +1,7 @@
 """Network probes: the network's own logits, attentions of its residual units, Grad-CAM by closed form and autograd."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dfqlib.bits import BitWidths
 from dfqlib.errors import UserError
 from dfqlib.finetuning.grad_cam import grad_cam, map_correlation
 from dfqlib.finetuning.network_views import NetworkProbe, channel_attention
+from dfqlib.methods.reconstruct import make_student, reconstruct
 from dfqlib.models.zoo import build
 from dfqlib.quantizers.calibrate import calibrated
 
@@ -165,6 +167,38 @@ def test_attentions_are_of_the_units_bodies_and_outputs_behind_their_relus(teach
     sum(attention.square()[:, 0].sum() for attention in view.attentions).backward()  # nothing needed is overwritten
 
 
+class Unit(nn.Sequential):
+    """A residual unit without a ReLU of its own."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Flatten(), nn.Linear(48, 8), Unit(nn.Linear(8, 8)), nn.Linear(8, 5)], (4, 8)),
+        ([nn.Flatten(2), Unit(nn.Conv1d(3, 3, 1)), nn.Conv1d(3, 5, 16), nn.Flatten()], (4, 3, 16)),
+        ([nn.Flatten(2), nn.Linear(16, 6), Unit(nn.Linear(6, 6)), nn.Flatten(), nn.Linear(18, 5)], (4, 3, 6)),  # tokens
+    ],
+)
+def test_units_without_maps_can_be_tuned_by(layers, shape):
+    network, images = nn.Sequential(*layers), torch.randn(4, 3, 4, 4)
+    student = calibrated(network.eval(), BitWidths(8, 8), images, sites="integer")
+    teacher, ours = SimpleNamespace(network=network), make_student(student)
+    assert reconstruct(teacher, {"ours": ours}, images, iterations=2, batch=4).students["ours"][-1] < 1
+    view = NetworkProbe(student)(images)
+    assert [each.shape for each in view.outputs] == [shape] and view.attentions == []
+
+
+def test_a_units_output_is_behind_its_relu_also_where_the_sum_is_quantized():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), By(lambda x: F.relu(y := x + x.tanh()) + y), nn.Conv2d(3, 5, 1))
+    images = torch.randn(4, 3, 4, 4)
+    student = calibrated(network.eval(), BitWidths(8, 8), images, sites="integer")
+    theirs, ours = (NetworkProbe(each)(images).outputs[0] for each in (network, student))
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
 def test_a_probe_shares_the_students_weights(student):
     student, images = copy.deepcopy(student), torch.randn(2, 3, 32, 32)
     probe = NetworkProbe(student)
@@ -207,5 +241,5 @@ def test_map_correlation():
 def test_what_cannot_be_probed_is_refused():
     with pytest.raises(UserError, match="layer='conv'"):
         NetworkProbe(nn.Linear(2, 2), "conv")
-    with pytest.raises(UserError, match="no convolution"):
-        NetworkProbe(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(UserError, match="saliency=True: the network has no 2D convolution"):
+        NetworkProbe(nn.Linear(2, 2))(torch.randn(1, 2), saliency=True)

@@ -142,7 +142,9 @@ def _state(student: fx.GraphModule) -> dict[str, Tensor]:
     state = {key: value for key, value in student.state_dict().items() if not key.startswith("fake_quantize.")}
     state |= {f"{name}.range": torch.stack(quantizer.range()) for name, quantizer in _of(student, FakeQuantize)}
     for name, layer in _of(student, QuantizedLayer):
-        for key in ("share", "grid") + ("weight",) * (layer.weight_bits is not None):
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias  # as it is used, which may be rounded
+        for key in ("share", "grid", "parametrizations.bias.original") + ("weight",) * (layer.weight_bits is not None):
             state.pop(f"{name}.{key}", None)
         if layer.weight_bits is not None:
             levels, *grid = integer_weight(layer)

@@ -3,7 +3,7 @@
 import copy
 import operator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,7 +34,7 @@ def channel_attention(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Internals:
-    """Logits (B, classes); one attention (B, C) and one output (B, C, h, w) per residual unit.
+    """Logits (B, classes); one output (B, ...) per residual unit, and one attention (B, C) per unit of maps.
 
     Grad-CAM maps (B, H, W) if they were asked for.
     """
@@ -62,7 +62,7 @@ class NetworkProbe:
     Maps are of each image's own top class; the channel weights carry no gradient, as usual for Grad-CAM. For the
     activations they are the last layer's weights, so no backward pass is needed (``closed_form``); ``autograd=True``
     computes the same maps without this shortcut. ``cam`` is as in :func:`grad_cam`. UserError if ``network`` cannot be
-    traced or has no convolution.
+    traced, or if maps are asked for and it has no 2D convolution.
     """
 
     def __init__(
@@ -79,8 +79,6 @@ class NetworkProbe:
         bodies, units = _residual_units(traced, modules)
         pooled, classifier = _global_pooling_head(modules, graph.output_node())
         convolutions = [n for n, module in modules.items() if isinstance(module, nn.Conv2d) and n is not classifier]
-        if not convolutions:
-            raise UserError(f"network={type(traced).__name__} has no convolution, so Grad-CAM has nothing to look at.")
         of_pooled = pooled is not None and layer == "activations"
         self.closed_form = of_pooled and not autograd
         self.classifier = modules.get(classifier)
@@ -88,11 +86,13 @@ class NetworkProbe:
         attentions = []
         for body in bodies:
             with graph.inserting_after(body):
-                attentions.append(graph.call_function(channel_attention, (body,)))
-        seen = pooled if of_pooled else convolutions[-1]
-        with graph.inserting_after(seen):  # the logits depend on what a map is the gradient by, in float32
-            features = graph.call_function(full, (seen,))
-        seen.replace_all_uses_with(features, delete_user_cb=lambda user: user is not features)
+                attentions.append(graph.call_function(_attention_of_maps, (body,)))
+        features, seen = None, pooled if of_pooled else next(reversed(convolutions), None)
+        if seen is not None:
+            with graph.inserting_after(seen):  # the logits depend on what a map is the gradient by, in float32
+                features = graph.call_function(full, (seen,))
+            seen.replace_all_uses_with(features, delete_user_cb=lambda user: user is not features)
+        self.sees = seen is not None
         output = graph.output_node()
         output.args = ((output.args[0], attentions, units, features),)
         graph.lint()
@@ -100,6 +100,8 @@ class NetworkProbe:
 
     def __call__(self, images: Tensor, saliency: bool = False) -> Internals:
         """One forward pass; with ``saliency`` also the maps, which take a backward pass without the closed form."""
+        if saliency and not self.sees:
+            raise UserError("saliency=True: the network has no 2D convolution, so Grad-CAM has nothing to look at.")
         by_autograd = saliency and not self.closed_form
         if by_autograd and not (torch.is_grad_enabled() and images.requires_grad):
             images = images.detach().requires_grad_()
@@ -107,7 +109,9 @@ class NetworkProbe:
             logits, attentions, outputs, features = run(self.module, images)
             size = tuple(images.shape[-2:])
             maps = grad_cam(features, self._gradient(logits, features), size, self.cam) if saliency else None
-        return Internals(logits, list(attentions), list(outputs), maps)
+        # Sums of sizes, or of parameters alone, are no units.
+        outputs = [each for each in outputs if isinstance(each, Tensor) and each.shape[:1] == images.shape[:1]]
+        return Internals(logits, [each for each in attentions if each is not None], outputs, maps)
 
     def _gradient(self, logits: Tensor, features: Tensor) -> Tensor:
         """Of each image's highest logit with respect to ``features`` (B, C, h, w); (B, C, 1, 1) by the closed form."""
@@ -116,6 +120,11 @@ class NetworkProbe:
             return torch.autograd.grad(logits.gather(1, top[:, None]).sum(), features, retain_graph=True)[0]
         with torch.no_grad():
             return used_weight(self.classifier).flatten(1)[top][..., None, None] / features.shape[-2:].numel()
+
+
+def _attention_of_maps(features: Any) -> Tensor | None:
+    """:func:`channel_attention` of ``features`` (B, C, h, w); None of anything else, such as tokens (B, T, C)."""
+    return channel_attention(features) if isinstance(features, Tensor) and features.dim() == 4 else None
 
 
 def _residual_units(network: fx.GraphModule, modules: Modules) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -129,7 +138,9 @@ def _residual_units(network: fx.GraphModule, modules: Modules) -> tuple[list[fx.
         depth[node] = max((depth[each] for each in node.all_input_nodes), default=0) + isinstance(module, nn.Conv2d)
     sums = [node for node in modules if node.target in _ADDITIONS and len(node.all_input_nodes) == 2]
     bodies = [max(node.all_input_nodes, key=depth.__getitem__) for node in sums]
-    return bodies, [next((user for user in node.users if is_relu(network, user)), node) for node in sums]
+    quantized = {node: [user for user in node.users if isinstance(modules[user], FakeQuantize)] for node in sums}
+    readers = {node: [user for each in (node, *quantized[node]) for user in each.users] for node in sums}
+    return bodies, [next((user for user in readers[node] if is_relu(network, user)), node) for node in sums]
 
 
 def _global_pooling_head(modules: Modules, output: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

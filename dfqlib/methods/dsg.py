@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dfqlib.device import channels_last
-from dfqlib.finetuning.streams import GeneratorStream
+from dfqlib.finetuning.streams import GeneratorStream, Stateful
 from dfqlib.generators.optimise_images import synthesise
 from dfqlib.generators.synthetic_images import SyntheticImages
 from dfqlib.loss_terms import add_up
@@ -239,8 +239,10 @@ def spatial_correlation_loss(images: Tensor, noise: Tensor) -> Tensor:
     return MAGNITUDE_WEIGHT * F.mse_loss(values, wanted) + (weights * -products).sum().abs()
 
 
-class CorrelationWithNoise:
+class CorrelationWithNoise(Stateful):
     """The spatial correlation loss of images, with new Gaussian noise at each call, over the number of layers."""
+
+    remembers = ("random",)
 
     def __init__(self, layers: int, device: torch.device, seed: int) -> None:
         # Not the seed of the images' start: both would begin as the same noise.
@@ -249,12 +251,6 @@ class CorrelationWithNoise:
     def __call__(self, images: Tensor) -> Tensor:
         noise = torch.randn(images.shape, generator=self.random, device=images.device)
         return spatial_correlation_loss(images, noise) / self.layers
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"random": self.random.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.random.set_state(state["random"])
 
 
 def image_prior_loss(images: Tensor, shift: int) -> Tensor:

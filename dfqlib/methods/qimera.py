@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqlib.bits import BitWidths
-from dfqlib.finetuning.streams import GeneratorStream
+from dfqlib.finetuning.streams import GeneratorStream, Stateful
 from dfqlib.generators.networks import Generator, GeneratorBody
 from dfqlib.methods import gdfq
 from dfqlib.models.features import classifier
@@ -101,13 +101,15 @@ class QimeraGenerator(nn.Module):
         return self.body(latent, targets / slots if self.as_released else targets)
 
 
-class Superposition:
+class Superposition(Stateful):
     """Draws the generator's input: with probability ``p`` a batch of ``k`` classes per sample, otherwise of one.
 
     Noise (count, K, latent), uniform labels (count, K) and weights (count, K), softmax of N(0, 1), K being k or 1; and
     soft targets (count, classes). Whether a batch is superposed is drawn on the CPU, from random numbers of its own, so
     that no step waits for the device. Source: Qimera, section 4.1, equations 3 and 4.
     """
+
+    remembers = ("coin",)
 
     def __init__(self, p: float, k: int, seed: int = 0) -> None:
         self.p, self.k = p, k
@@ -122,12 +124,6 @@ class Superposition:
         labels = torch.randint(generator.classes, slots, generator=random, device=random.device)
         weights = torch.randn(slots, generator=random, device=random.device).softmax(1)
         return (z, labels, weights), soft_targets(labels, weights, generator.classes)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"coin": self.coin.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.coin.set_state(state["coin"])
 
 
 def path_between(pairs: Tensor, steps: int, latent: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

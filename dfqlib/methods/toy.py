@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfqlib.finetuning.streams import GeneratorStream
+from dfqlib.finetuning.streams import GeneratorStream, pool_after_training
 from dfqlib.generators.optimise_images import synthesise
 from dfqlib.losses import bns_loss
 from dfqlib.models.batch_norm_statistics import BatchNormInputs
@@ -76,8 +76,5 @@ class PointGenerator(nn.Module):
 def gdfq_points(teacher: nn.Module, count: int = 500, iterations: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Points (count, 2) of a generator trained by L_G = CE + 0.1 L_BNS, and their labels (count,); or Diverged."""
     stream = GeneratorStream(teacher, PointGenerator(), iterations, batch=count, lr=1e-2, decay="cosine", seed=seed)
-    for _ in track(range(iterations), "toy GDFQ"):
-        stream.next_batch()
-    stream.read_losses()  # Diverged, if they are
-    batch = stream.next_batch()
-    return batch.images, batch.labels
+    pool = pool_after_training(stream, count, "toy GDFQ")
+    return pool.images, pool.labels

@@ -3,8 +3,8 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +58,13 @@ class BatchNormInputs:
 
     ``layers`` holds a :class:`BatchNormInput` for each call in the latest forward pass, in execution order; the second
     call of "norm" is named "norm:2". Their tensors are not detached: a loss on them reaches the images. On exit the
-    hooks are removed and ``layers`` is empty.
+    hooks are removed and ``layers`` is empty. ``keep`` says what is held in place of each, and so of its tensor.
     :class:`UserError` if the network has no batch norm with running statistics.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.layers: list[BatchNormInput] = []
+    def __init__(self, network: nn.Module, keep: Callable[[BatchNormInput], Any] = lambda layer: layer) -> None:
+        self.network, self.keep = network, keep
+        self.layers: list[Any] = []
         self._norms = batch_norms(network)
         if not self._norms:
             held = f"network={type(network).__name__} has no batch norm with running statistics"
@@ -89,7 +89,7 @@ class BatchNormInputs:
     def _collect(self, name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         self._calls[name] += 1
         call = name if self._calls[name] == 1 else f"{name}:{self._calls[name]}"
-        self.layers.append(BatchNormInput(call, full(inputs[0] if inputs else named["input"]), norm))
+        self.layers.append(self.keep(BatchNormInput(call, full(inputs[0] if inputs else named["input"]), norm)))
 
 
 class _MeanVariance(torch.autograd.Function):

@@ -32,7 +32,7 @@ def plain_copy(network: nn.Module) -> nn.Module:
     copied = copy.deepcopy(network, memo).eval()
     with torch.no_grad():
         for name, module in list(copied.named_modules()):
-            _keep_computed_weights(module)
+            keep_computed_weights(module)
             for kind in _PLAIN:
                 if isinstance(module, kind) and _computes_as(module, kind):
                     module.__class__ = kind
@@ -49,7 +49,8 @@ def is_frozen_norm(module: nn.Module) -> bool:
     return not isinstance(module, nn.modules.batchnorm._NormBase) and all(isinstance(each, Tensor) for each in kept)
 
 
-def _keep_computed_weights(module: nn.Module) -> None:
+def keep_computed_weights(module: nn.Module) -> None:
+    """Keep, as parameters of ``module``, the weights that its hooks or parametrizations compute."""
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, WeightNorm):
             remove_weight_norm(module, hook.name)

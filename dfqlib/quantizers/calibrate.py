@@ -1,6 +1,7 @@
 """Calibration: what a student takes from images, or from its own weights, before it is trained, and after."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,6 @@ from dfqlib.quantizers.observers import least_squares_shares
 from dfqlib.quantizers.round_weights import round_weights
 
 
-@torch.no_grad()
 def calibrated(
     network: nn.Module,
     bits: BitWidths,
@@ -33,9 +33,14 @@ def calibrated(
     never; the papers do not clip, and their ranges, and so their numbers, are those without.
     """
     student = quantize_model(network, bits, observer, input_range=input_range, **options)
-    with observing(student):
-        student(_clipped(images, input_range))
+    _observe(student, _clipped(images, input_range))
     return student
+
+
+@torch.no_grad()
+def _observe(student: fx.GraphModule, images: Tensor) -> None:
+    with observing(student):
+        student(images)
 
 
 def corrected(
@@ -44,19 +49,19 @@ def corrected(
     images: Tensor,
     fit_weights: bool = False,
     input_range: Range | None = None,
+    observe: Callable[[fx.GraphModule, Tensor], None] = _observe,
     **options: Any,
 ) -> fx.GraphModule:
     """:func:`calibrated` by least squared error, then :func:`correct_batch_norms` on the same images.
 
-    With ``fit_weights`` also :func:`fit_weight_ranges`, before the activations are observed that they lead to: it pays
-    at two bits and not always at more.
+    With ``fit_weights`` also :func:`fit_weight_ranges`, before ``observe`` lets the activations be observed that they
+    lead to: it pays at two bits and not always at more.
     """
     student = quantize_model(network, bits, "least_squares", input_range=input_range, **options)
     images = _clipped(images, input_range)
     if fit_weights:
         fit_weight_ranges(student)
-    with torch.no_grad(), observing(student):
-        student(images)
+    observe(student, images)
     correct_batch_norms(student, network, images)
     return student
 
@@ -68,12 +73,7 @@ def compensated(
 
     For a student that is not trained: its weights are levels, and stay what they are.
     """
-    student = quantize_model(network, bits, "least_squares", input_range=input_range, **options)
-    images = _clipped(images, input_range)
-    fit_weight_ranges(student)
-    round_weights(student, images)
-    correct_batch_norms(student, network, images)
-    return student
+    return corrected(network, bits, images, True, input_range, round_weights, **options)
 
 
 def _clipped(images: Tensor, input_range: Range | None) -> Tensor:
@@ -109,11 +109,11 @@ def correct_batch_norms(student: nn.Module, network: nn.Module, images: Tensor) 
     """
     if not batch_norms(network):
         return
-    with BatchNormInputs(network) as inputs:
+    of_network: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = defaultdict(list)
+    with BatchNormInputs(network, lambda layer: (layer.name, layer.norm, *layer.mean_var())) as inputs:
         network(images)
-        of_network: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = defaultdict(list)
-        for layer in inputs.layers:
-            of_network[layer.name.partition(":")[0]].append((layer.norm, *layer.mean_var()))
+        for name, *seen in inputs.layers:
+            of_network[name.partition(":")[0]].append(tuple(seen))
     moves: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def move(name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:

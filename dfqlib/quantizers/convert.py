@@ -10,7 +10,7 @@ from dfqlib.bits import BitWidths, Width
 from dfqlib.errors import UserError, check_choice
 from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize, RoundedBias
 from dfqlib.quantizers.observers import OBSERVERS, CommonRange, KnownRange, RunningMinMax
-from dfqlib.quantizers.sites import ARITHMETIC, NONLINEARITIES, integer_sites, operation, relu_sites
+from dfqlib.quantizers.sites import NONLINEARITIES, integer_sites, operation, relu_sites
 from dfqlib.quantizers.trace import trace, weight_layers
 
 Range = tuple[Tensor | float, Tensor | float]  # low and high, one for each channel (C, 1, 1) or one for all
@@ -102,24 +102,9 @@ def _refuse_activation_bits(model: fx.GraphModule, bits: object, sites: str) -> 
 def _insert_after(model: fx.GraphModule, node: fx.Node, target: str, quantizer: FakeQuantize, part: list[int]) -> None:
     """Put ``quantizer``, called as ``target``, between ``node`` and everything that uses its value."""
     model.add_submodule(target, quantizer)
-    order = {each: i for i, each in enumerate(model.graph.nodes)}
     with model.graph.inserting_after(node):
         quantized = model.graph.call_module(target, (node, *part))
     node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
-    if _overwrites(model, node):
-        # Code that goes on to use the tensor it gave to an in-place operation reads the result under another name.
-        given = node.all_input_nodes[0]
-        for user in [user for user in given.users if order[user] > order[node]]:
-            user.replace_input_with(given, quantized)
-
-
-def _overwrites(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether ``node`` writes its result into its first input."""
-    if node.op == "call_module":
-        return getattr(model.get_submodule(node.target), "inplace", False)
-    by_position = operation(model, node) in NONLINEARITIES and any(argument is True for argument in node.args)
-    name = getattr(node.target, "__name__", str(node.target))
-    return name.endswith("_") or name in ARITHMETIC or node.kwargs.get("inplace", by_position)
 
 
 def _by_name(parameter: str, widths: Width | Mapping[str, Width], names: list[str]) -> dict[str, Width]:

@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 from torch import Tensor, fx, nn
 
+from dfqlib.models.plain_copy import keep_computed_weights
 from dfqlib.quantizers.fake_quantize import scale_and_zero_point
 from dfqlib.quantizers.layers import FakeQuantize, QuantizedLayer, by_output_channel, integer_weight, used_weight
 from dfqlib.quantizers.observers import CommonRange, KnownRange
@@ -30,6 +31,8 @@ def finalise(student: fx.GraphModule, round_biases: bool = True) -> fx.GraphModu
     activation ranges.
     """
     final = copy.deepcopy(student)
+    for module in final.modules():
+        keep_computed_weights(module)  # biases rounded by bias_bits
     if round_biases:
         _separate_averages(final)
     on_grid = grids(final)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfqlib.quantizers.fake_quantize import channel_ranges, scale_and_zero_point
-from dfqlib.quantizers.layers import QuantizedLayer, observing
+from dfqlib.quantizers.layers import QuantizedLayer, integer_weight, observing
 
 DAMPING = 0.05  # of the mean of H's diagonal, added to it: few images leave H without full rank
 SEEN = 20_000  # columns of inputs, at most, behind a second moment
@@ -81,9 +80,7 @@ def round_weights(student: fx.GraphModule, images: Tensor) -> None:
 
     def at(layer: QuantizedLayer, inputs: tuple[Tensor, ...]) -> None:
         if layer.grid is None:
-            ranges = channel_ranges(layer.weight, layer.weight_bits, layer.share, layer.symmetric)
-            grid = torch.stack([each.flatten() for each in scale_and_zero_point(*ranges, layer.weight_bits)])
-            moments = second_moments(layer, inputs[0])
+            grid, moments = torch.stack(integer_weight(layer)[1:]), second_moments(layer, inputs[0])
             groups = len(moments[0])
             parts = layer.weight.flatten(1).unflatten(0, (groups, -1)).split(LARGEST, 2)
             scale, zero = grid.unflatten(1, (groups, -1))

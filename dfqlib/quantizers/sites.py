@@ -34,8 +34,19 @@ def operation(model: fx.GraphModule, node: fx.Node) -> str:
         name = getattr(node.target, "__name__", str(node.target)).replace("_", "")
     else:
         name = "input" if node.op == "placeholder" else node.op
+    if name == "getattr" and node.args[1] == "values":
+        name = "getitem"
     name = re.sub(r"\dd$", "", name.lower())
     return ARITHMETIC.get(name, name)
+
+
+def overwrites(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` writes its result into its first input."""
+    if node.op == "call_module":
+        return getattr(model.get_submodule(node.target), "inplace", False)
+    name = getattr(node.target, "__name__", str(node.target))
+    named = (name.endswith("_") and not name.endswith("__")) or name in ARITHMETIC
+    return node.op in ("call_function", "call_method") and (named or node.kwargs.get("inplace", False))
 
 
 def is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
@@ -54,7 +65,10 @@ def folds(model: fx.GraphModule, node: fx.Node) -> bool:
         return False
     (user,) = node.users
     norm = model.get_submodule(user.target) if user.op == "call_module" else None
-    return isinstance(norm, _BATCH_NORMS) and norm.running_mean is not None
+    if not isinstance(norm, _BATCH_NORMS) or norm.running_mean is None:
+        return False
+    # After a linear layer over tokens (B, T, C) a batch norm is of the T tokens.
+    return getattr(model.get_submodule(node.target), "out_features", norm.num_features) == norm.num_features
 
 
 def relu_sites(model: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -114,7 +128,9 @@ def _walk(model: fx.GraphModule) -> tuple[list[list[fx.Node]], dict[fx.Node, fx.
 def _is_one_with_the_next(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an integer runtime never stores the value of ``node``, or a student already rounds it at once."""
     nexts = {operation(model, user) for user in node.users}
-    several = nexts == {"getitem"} and all(isinstance(user.args[1], int) for user in node.users)  # a tuple of values
+    several = nexts <= {"getitem", "getattr"} and all(
+        isinstance(user.args[1], int) or user.args[1] in ("values", "indices") for user in node.users
+    )  # a tuple of values
     return several or folds(model, node) or (len(node.users) == 1 and nexts <= _CLIPS | {"fakequantize"})
 
 

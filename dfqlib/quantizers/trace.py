@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dfqlib.errors import UserError
 from dfqlib.models.plain_copy import plain_copy
 from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize, QuantizedLayer
+from dfqlib.quantizers.sites import overwrites
 
 WEIGHT_LAYERS = tuple(QUANTIZED)
 
@@ -21,18 +22,21 @@ _FUNCTIONAL_NORM = "input", "running_mean", "running_var", "weight", "bias", "tr
 _TORCH_NORM = "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"
 _PRODUCT = "input", "other"
 # What computes the same as a layer, and the names of its arguments.
-_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+_Layers = dict[Any, tuple[type[nn.Module], tuple[str, ...]]]
+_WEIGHT_FUNCTIONS: _Layers = {
     F.conv1d: (nn.Conv1d, _CONVOLUTION),
     F.conv2d: (nn.Conv2d, _CONVOLUTION),
     F.conv3d: (nn.Conv3d, _CONVOLUTION),
+    F.conv_transpose1d: (nn.ConvTranspose1d, _TRANSPOSED),
     F.conv_transpose2d: (nn.ConvTranspose2d, _TRANSPOSED),
+    F.conv_transpose3d: (nn.ConvTranspose3d, _TRANSPOSED),
     F.linear: (nn.Linear, ("input", "weight", "bias")),
+}
+_FUNCTIONS: _Layers = {
+    **_WEIGHT_FUNCTIONS,
     F.batch_norm: (nn.BatchNorm2d, _FUNCTIONAL_NORM),
     torch.batch_norm: (nn.BatchNorm2d, _TORCH_NORM),
-} | dict.fromkeys((operator.matmul, torch.matmul, "matmul"), (nn.Linear, _PRODUCT))
-_WEIGHT_FUNCTIONS = {
-    *(F.conv1d, F.conv2d, F.conv3d, F.linear),
-    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    **dict.fromkeys((operator.matmul, torch.matmul, "matmul"), (nn.Linear, _PRODUCT)),
 }
 # Of sizes, which are as they were; their nodes would count as uses of a layer's output.
 _CHECKS = {torch._assert, getattr, "size", "dim", *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt)}
@@ -65,6 +69,7 @@ def trace(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         where = tracer.failed_in or f"forward of {network}"
         raise UserError(f"{network} cannot be traced by torch.fx: {where}: {error}") from error
     traced = _with_layers(fx.GraphModule(copied, graph, class_name=network), copied)
+    _read_results(traced)
     _refuse_hidden_layers(traced, copied)
     return traced
 
@@ -234,6 +239,16 @@ def _with_layers(model: fx.GraphModule, origin: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(fx.GraphModule(parts, model.graph), model.graph, type(model).__name__).eval()
 
 
+def _read_results(model: fx.GraphModule) -> None:
+    """Let all that reads a tensor after an operation wrote into it read that operation's result, which is the same."""
+    order = {node: i for i, node in enumerate(model.graph.nodes)}
+    for node in model.graph.nodes:
+        if overwrites(model, node):
+            given = node.all_input_nodes[0]
+            given.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+    model.recompile()
+
+
 def _layer(kind: type[nn.Module], given: dict[str, Any], dims: int | None) -> nn.Module | None:
     """The layer of the class ``kind`` that computes with the arguments ``given``; None if there is none."""
     weight, bias = given.get("weight"), given.get("bias")
@@ -254,7 +269,9 @@ def _layer(kind: type[nn.Module], given: dict[str, Any], dims: int | None) -> nn
     else:
         options = {key: value for key, value in given.items() if key not in ("weight", "bias")}
         grouped = weight.shape[1] * options.get("groups", 1)
-        channels = (weight.shape[0], grouped) if kind is nn.ConvTranspose2d else (grouped, weight.shape[0])
+        channels = grouped, weight.shape[0]
+        if issubclass(kind, nn.modules.conv._ConvTransposeNd):
+            channels = weight.shape[0], grouped
         layer = kind(*channels, tuple(weight.shape[2:]), **options, device="meta")
     for name, value in (("weight", weight), ("bias", bias)):
         kept = value is None or isinstance(value, nn.Parameter)
@@ -294,6 +311,9 @@ def _refuse_hidden_layers(model: fx.GraphModule, origin: nn.Module) -> None:
             continue
         leaf = model.get_submodule(target)
         kind = type(leaf).__name__
+        if isinstance(leaf, WEIGHT_LAYERS) and type(leaf) not in QUANTIZED:
+            told = f"{network} has a {type(leaf).__module__}.{kind} at {target!r}, which is no layer of torch.nn"
+            raise UserError(f"{told}; pass the network as it was before it was prepared for quantization.")
         for name, inner in leaf.named_modules():
             if name and isinstance(inner, (*WEIGHT_LAYERS, nn.ReLU, nn.ReLU6)):
                 raise UserError(f"{network} hides {name!r} inside module {target!r} ({kind}), which is not traced.")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfqlib.errors import UserError
+from dfqlib.quantizers.sites import ARITHMETIC, overwrites
 from dfqlib.quantizers.trace import trace
 
 # Below this fraction of its shift, a gain leaves too few digits to recover the batch norm's input.
@@ -59,13 +60,18 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     for node in folded.graph.nodes:
         module = folded.get_submodule(node.target) if node.op == "call_module" else None
         source = next(iter(node.all_input_nodes), None)
-        if follows_alone(folded, node, calls) and (module.weight.abs() > SMALLEST_GAIN * module.bias.abs()).all():
+        if follows_alone(folded, node, calls) and _is_invertible(module):
             folded.set_submodule(source.target, fuse_conv_bn_eval(folded.get_submodule(source.target), module))
             folded.set_submodule(node.target, FoldedNorm(module))
         elif isinstance(module, nn.ReLU) and calls[node.target] == 1:
             # It may overwrite the sum of a residual unit that nothing else reads: the same numbers in less memory.
             module.inplace = source.target in (operator.add, torch.add) and len(source.users) == 1
     return folded.requires_grad_(False)
+
+
+def _is_invertible(norm: nn.BatchNorm2d) -> bool:
+    """Whether the input of ``norm`` follows from its output; the square of a dead channel's gain, 1e-24, would be 0."""
+    return bool((norm.weight.abs() > SMALLEST_GAIN * norm.bias.abs().clamp(min=1e-6)).all())
 
 
 def _keep_tensors(network: fx.GraphModule) -> bool:
@@ -77,12 +83,11 @@ def _keep_tensors(network: fx.GraphModule) -> bool:
         if hasattr(module, "inplace"):
             module.inplace = False
     for node in network.graph.nodes:
-        if node.target is operator.iadd:
-            node.target = operator.add
+        if (name := getattr(node.target, "__name__", "")) in ARITHMETIC:
+            node.target = getattr(operator, ARITHMETIC[name])
         if node.op == "call_function" and "inplace" in node.kwargs:
             node.update_kwarg("inplace", False)
-        name = getattr(node.target, "__name__", str(node.target))
-        if node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__"):
+        if overwrites(network, node):
             return False
     network.recompile()
     return True
