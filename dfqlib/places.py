@@ -58,9 +58,14 @@ def data_folder(dataset: str, parameters: dict[str, Any]) -> Path | None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files anywhere below ``folder``, sorted; hidden files and folders (.ipynb_checkpoints) are skipped."""
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in images if not any(part[0] == "." for part in path.relative_to(folder).parts))
+    """The image files anywhere below ``folder``, also behind links, sorted; hidden ones (.ipynb_checkpoints) are not."""
+    images: list[Path] = []
+    for name, folders, files in os.walk(folder, followlinks=True):
+        place = Path(name)
+        above = {each.resolve() for each in (place, *place.absolute().parents)}  # links to these would never end
+        folders[:] = [each for each in folders if each[0] != "." and (place / each).resolve() not in above]
+        images += [place / each for each in files if each[0] != "." and Path(each).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(images)
 
 
 def data_files(dataset: str, folder: Path, training: bool) -> list[Path]:

@@ -14,6 +14,7 @@ from dfqlib.data import image_sets
 from dfqlib.data.image_sets import DATASETS, ImageSet, balanced_subset, few_shot, load_test, load_train, some
 from dfqlib.errors import UserError
 from dfqlib.places import ASSETS
+from dfqlib.runner.identity import data_identity
 
 CIFAR10 = DATASETS["cifar10"].classes
 EMBEDDED = json.loads((ASSETS / "images.json").read_text())
@@ -162,6 +163,18 @@ def test_hidden_files_and_folders_are_no_data(tmp_path):
     found = load_test("pets", tmp_path)
     assert (found.classes, len(found)) == (("cat", "dog"), 4)
     refuse("has no train/ beside test/", load_train, dataset="pets", data_folder=tmp_path)
+
+
+def test_what_lies_behind_links_is_read_and_part_of_a_runs_identity(tmp_path):
+    elsewhere, data = tree(tmp_path / "elsewhere", ("cat", "dog")), tmp_path / "data"
+    (data / "cat").mkdir(parents=True)
+    for link, target in {"cat/some": "cat", "dog": "dog"}.items():
+        (data / link).symlink_to(elsewhere / target)
+    (elsewhere / "dog" / "again").symlink_to(data)  # a loop
+    assert load_test("pets", data).labels.tolist() == [0, 0, 1, 1]
+    identity = data_identity("pets", data)
+    grey(99).save(elsewhere / "dog" / "1.png")
+    assert data_identity("pets", data) != identity
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

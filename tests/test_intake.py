@@ -37,13 +37,13 @@ def trained(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if getattr(module, "running_mean", None) is not None:
             with torch.no_grad():
-                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                    tensor.uniform_(0.5, 1.5)
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    getattr(module, name, torch.empty(0)).uniform_(0.5, 1.5)
     return network.eval()
 
 
-def teacher_of(network: nn.Module, channels: int = 3, **options) -> Teacher:
-    return Teacher.from_module(network, 10, (0.5,) * channels, (0.25,) * channels, **{"input_size": 12} | options)
+def teacher_of(network: nn.Module, channels: int = 3, classes: int | None = 10, **options) -> Teacher:
+    return Teacher.from_module(network, classes, (0.5,) * channels, (0.25,) * channels, **{"input_size": 12} | options)
 
 
 def images(count: int = 5, channels: int = 3, height: int = 12, width: int = 12) -> torch.Tensor:
@@ -85,6 +85,18 @@ class StandardisedConv(nn.Conv2d):
         return self._conv_forward(x, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias)
 
 
+class FrozenPlain(nn.Module):
+    """A frozen batch norm without gain and shift."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.rand(channels))
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        return (x - self.running_mean[:, None, None]) / (self.running_var[:, None, None] + 1e-5).sqrt()
+
+
 class FrozenAct(FrozenBatchNorm2d):
     """A frozen batch norm that keeps its activation as a child."""
 
@@ -96,7 +108,7 @@ class FrozenAct(FrozenBatchNorm2d):
         return self.act(super().forward(x))
 
 
-NORMS = [NormAct, SuperNorm, Renamed, FrozenBatchNorm2d, FrozenAct, nn.SyncBatchNorm]
+NORMS = [NormAct, SuperNorm, Renamed, FrozenBatchNorm2d, FrozenPlain, FrozenAct, nn.SyncBatchNorm]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +150,13 @@ class Functions(nn.Module):
         return x.mean((2, 3)) @ self.matrix
 
 
+class Extra(nn.Conv2d):
+    """Keeps more than tensors in its state."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+
 class Shared(nn.Module):
     """Runs one convolution and one batch norm twice, and a layer whose weight is another's."""
 
@@ -160,7 +179,12 @@ class Shared(nn.Module):
         (Shared(), ["norm", "norm:2", "norm:3"], ["first", "again", "tied", "linear"]),
         (nn.DataParallel(net()), ["1", "4"], ["0", "3", "8"]),
         (nn.Sequential(nn.Conv2d(3, 8, 12), nn.BatchNorm2d(8), *head()), ["1"], ["0", "4"]),  # maps of one position
-        (nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), ["2"], ["1", "3"]),
+        *(
+            (nn.Sequential(nn.Flatten(), nn.Linear(432, 8), norm(8), nn.Linear(8, 10)), ["2"], ["1", "3"])
+            for norm in (nn.BatchNorm1d, nn.SyncBatchNorm)
+        ),
+        (net(nn.BatchNorm2d(8, bias=False)), ["1", "4"], ["0", "3", "8"]),
+        (net(conv=Extra(3, 8, 3)), ["1", "4"], ["0", "3", "8"]),
         (torchvision.models.mobilenet_v3_small(num_classes=10), 34, 54),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -308,6 +332,16 @@ class Hidden(Functions):
             nn.Sequential(*net(), nn.Linear(10, 7)),
             {},
             r"returns \(3, 7\) for 3 images; allowed: \(3, 10\), for classes",
+        ),
+        (
+            nn.Sequential(*net(), nn.Linear(10, 1)),
+            {"classes": None},
+            "returns 1 logit per image; allowed: 2 or more",
+        ),
+        (
+            nn.Sequential(*net(), nn.Softmax(1)),
+            {},
+            "returns probabilities; allowed: logits, so pass it without its softmax",
         ),
         (torch.jit.script(net()), {}, "is a TorchScript module"),
     ],

@@ -31,20 +31,26 @@ def prepare(network: nn.Module, images: Tensor, classes: int | None, logits: str
     None; ``logits`` names them where the network returns several things. It is the network itself where each batch norm
     that runs is a module and torch.fx can trace it; else its graph for images of this size. Either way it is checked on
     ``images``: the same logits, and the same batch norms in the same order as run in ``network``. UserError if no copy
-    is the same, for numbers that are not finite, and for outputs that are not as said.
+    is the same, for numbers that are not finite, and for outputs that are not as said: one logit, or probabilities.
     """
     name = f"network={type(network).__name__}"
     if isinstance(network, torch.jit.ScriptModule):
         raise UserError(f"{name} is a TorchScript module, whose layers cannot be replaced; pass the Python network.")
-    refuse_nan(network.state_dict(), name)
+    refuse_nan(tensors_of(network), name)
+    images = images.to(next(network.parameters(), images).device)  # where the copy is compared, too
     outputs, norms = outputs_and_norms(network, images, name)
     expected = _named(outputs, logits, name).float()
     expected_alone = _named(outputs_and_norms(network, images[:1], name)[0], logits, name).float()
     if expected.dim() != 2 or expected.shape != (len(images), classes or expected.shape[1]):
         told = f"{name} returns {tuple(expected.shape)} for {len(images)} images"
         raise UserError(f"{told}; allowed: ({len(images)}, {classes or 'classes'}), for classes={classes}.")
+    if expected.shape[1] < 2:
+        raise UserError(f"{name} returns {expected.shape[1]} logit per image; allowed: 2 or more, one for each class.")
     if not expected.isfinite().all():
         raise UserError(f"{name} returns logits that are not finite for images of mean 0 and standard deviation 1.")
+    if (expected >= 0).all() and ((expected.sum(1) - 1).abs() < 0.01).all():  # the sum is rounded in 16 bits
+        told = f"{name} returns probabilities; allowed: logits"
+        raise UserError(f"{told}, so pass it without its softmax, or say logits= if it returns several things.")
     # What a deep network makes of the rounding that another batch brings, a copy may be off, too.
     scale, rounding = expected.abs().max().clamp(min=1e-6), (expected[:1] - expected_alone).abs().max()
     coarse = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in network.parameters())
@@ -77,6 +83,11 @@ def prepare(network: nn.Module, images: Tensor, classes: int | None, logits: str
     if not difference(copied):
         return copied  # whose images can be made, though no student
     raise UserError(f"{name} cannot be used as it is: {reason.removesuffix('.')}.")
+
+
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``network`` without what its modules keep beside tensors, as ``get_extra_state`` allows."""
+    return {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
 
 
 def refuse_nan(state: Mapping[str, Tensor], told: str) -> None:

@@ -37,7 +37,7 @@ def plain_copy(network: nn.Module) -> nn.Module:
                 if isinstance(module, kind) and _computes_as(module, kind):
                     module.__class__ = kind
             if isinstance(module, nn.SyncBatchNorm):
-                module.__class__ = nn.BatchNorm2d
+                module.__class__ = _Norm
             elif (norm := _thawed(module)) and name:
                 copied.set_submodule(name, norm)
     return copied
@@ -73,8 +73,8 @@ def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(getattr(type(module), part, None) is getattr(kind, part, None) for part in parts)
 
 
-class _ThenChildren(nn.BatchNorm2d):
-    """A batch norm followed by its own children, such as an activation."""
+class _Norm(nn.BatchNorm2d):
+    """A batch norm of inputs of any number of dimensions, followed by its own children, such as an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -87,12 +87,13 @@ def _thawed(module: nn.Module) -> nn.Module | None:
     """A batch norm of torch in place of a frozen one, if it computes the same on random numbers; else None."""
     if not is_frozen_norm(module):
         return None
-    norm = (_ThenChildren if list(module.children()) else nn.BatchNorm2d)(
+    norm = (_Norm if list(module.children()) else nn.BatchNorm2d)(
         len(module.running_mean), getattr(module, "eps", 1e-5), device="meta"
     ).eval()
-    for name in ("weight", "bias"):
+    for name, neutral in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
         value = getattr(module, name, None)
-        setattr(norm, name, nn.Parameter(value.detach(), False) if isinstance(value, Tensor) else None)
+        value = value.detach() if isinstance(value, Tensor) else neutral(module.running_mean)
+        setattr(norm, name, nn.Parameter(value, False))
     norm.running_mean, norm.running_var, norm.num_batches_tracked = module.running_mean, module.running_var, None
     for name, child in module.named_children():
         norm.add_module(name, child)

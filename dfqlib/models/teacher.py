@@ -78,17 +78,17 @@ class Teacher:
         entry = ModelEntry(name, dataset, "own", input_size, classes or 0, tuple(mean), tuple(std))
         given, network = type(network).__name__, intake.unwrapped(network)
         digest = hashlib.sha256()
-        for key, value in network.state_dict().items():
+        for key, value in intake.tensors_of(network).items():
             digest.update(key.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         source, dtypes = f"a network given as {given}", {parameter.dtype for parameter in network.parameters()}
         if changed := sorted(map(str, dtypes - {torch.float32})):
             source += f", converted from {' and '.join(changed)} to float32"
             warnings.warn(f"{source}.", stacklevel=2)
         images = torch.randn(3, *entry.image_shape, generator=torch.Generator().manual_seed(0))
-        prepared = intake.prepare(network, images, classes, logits)
+        prepared = intake.prepare(network, images, classes, logits).to(device := pick_device(device))
         with torch.no_grad():
-            entry = replace(entry, classes=prepared(images).shape[1])
-        return cls(channels_last(prepared.to(pick_device(device))), entry, source, digest.hexdigest())
+            entry = replace(entry, classes=prepared(images.to(device)).shape[1])
+        return cls(channels_last(prepared), entry, source, digest.hexdigest())
 
     @property
     def name(self) -> str:
@@ -159,13 +159,13 @@ def load_weights(network: nn.Module, path: str | Path, name: str | None = None, 
     UserError if they are of another architecture or not numbers. With ``whole`` off the file may hold more than the
     network does, such as the auxiliary classifiers in a library's file.
     """
-    state, told = read_weights(path), f"weights={str(path)!r}"
+    state, own, told = read_weights(path), intake.tensors_of(network), f"weights={str(path)!r}"
     if not whole:
-        state = {key: value for key, value in state.items() if key in network.state_dict()}
+        state = {key: value for key, value in state.items() if key in own}
     # Eval mode does not use batch norm's step counter, and files of other tools leave it out.
     expected, found = (
         {key: tuple(value.shape) for key, value in each.items() if not key.endswith("num_batches_tracked")}
-        for each in (network.state_dict(), state)
+        for each in (own, state)
     )
     for key in expected | found:
         if found.get(key) != expected.get(key):

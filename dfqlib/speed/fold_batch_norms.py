@@ -99,7 +99,7 @@ def follows_alone(network: fx.GraphModule, node: fx.Node, calls: Counter[object]
     ``calls`` counts the targets of the graph's nodes.
     """
     norm = network.get_submodule(node.target) if node.op == "call_module" else None
-    if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.running_mean is None:
+    if not isinstance(norm, nn.BatchNorm2d) or norm.bias is None or norm.running_mean is None:
         return False
     (source,) = node.all_input_nodes
     alone = source.op == "call_module" and len(source.users) == calls[source.target] == calls[node.target] == 1
