@@ -241,5 +241,5 @@ def test_map_correlation():
 def test_what_cannot_be_probed_is_refused():
     with pytest.raises(UserError, match="layer='conv'"):
         NetworkProbe(nn.Linear(2, 2), "conv")
-    with pytest.raises(UserError, match="saliency=True: the network has no 2D convolution"):
+    with pytest.raises(UserError, match="saliency=True: the network has no 2D conv"):
         NetworkProbe(nn.Linear(2, 2))(torch.randn(1, 2), saliency=True)

@@ -92,7 +92,6 @@ class NetworkProbe:
             with graph.inserting_after(seen):  # the logits depend on what a map is the gradient by, in float32
                 features = graph.call_function(full, (seen,))
             seen.replace_all_uses_with(features, delete_user_cb=lambda user: user is not features)
-        self.sees = seen is not None
         output = graph.output_node()
         output.args = ((output.args[0], attentions, units, features),)
         graph.lint()
@@ -100,13 +99,13 @@ class NetworkProbe:
 
     def __call__(self, images: Tensor, saliency: bool = False) -> Internals:
         """One forward pass; with ``saliency`` also the maps, which take a backward pass without the closed form."""
-        if saliency and not self.sees:
-            raise UserError("saliency=True: the network has no 2D convolution, so Grad-CAM has nothing to look at.")
         by_autograd = saliency and not self.closed_form
         if by_autograd and not (torch.is_grad_enabled() and images.requires_grad):
             images = images.detach().requires_grad_()
         with torch.set_grad_enabled(by_autograd or torch.is_grad_enabled()):
             logits, attentions, outputs, features = run(self.module, images)
+            if saliency and features is None:
+                raise UserError("saliency=True: the network has no 2D convolution for Grad-CAM to look at.")
             size = tuple(images.shape[-2:])
             maps = grad_cam(features, self._gradient(logits, features), size, self.cam) if saliency else None
         # Sums of sizes, or of parameters alone, are no units.

@@ -2,14 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dfqlib.bits import BitWidths
-from dfqlib.models.batch_norm_statistics import BatchNormInputs, batch_mean_var, batch_norms
+from dfqlib.models.batch_norm_statistics import BatchNormInput, BatchNormInputs, batch_norms
 from dfqlib.quantizers.convert import Range, quantize_model
 from dfqlib.quantizers.layers import QuantizedLayer, by_output_channel, observing
 from dfqlib.quantizers.observers import least_squares_shares
@@ -107,25 +106,21 @@ def correct_batch_norms(student: nn.Module, network: nn.Module, images: Tensor) 
     variance at the batch norm. Re-estimating the statistics outright (Sun et al., "Hybrid 8-bit floating point", 2019)
     would make them those of synthetic images. Without batch norms there is nothing to move.
     """
-    if not batch_norms(network):
+    if not (batch_norms(network) and batch_norms(student)):
         return
-    of_network: dict[str, list[tuple[nn.Module, Tensor, Tensor]]] = defaultdict(list)
-    with BatchNormInputs(network, lambda layer: (layer.name, layer.norm, *layer.mean_var())) as inputs:
+    with BatchNormInputs(network, lambda layer: (layer.name, (layer.norm, *layer.mean_var()))) as inputs:
         network(images)
-        for name, *seen in inputs.layers:
-            of_network[name.partition(":")[0]].append(tuple(seen))
-    moves: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        of_network = dict(inputs.layers)
+    moves: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
-    def move(name: str, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        mean, variance = batch_mean_var(inputs[0] if inputs else named["input"])
-        original, mean_t, variance_t = of_network[name][len(moves[name])]
+    def move(layer: BatchNormInput) -> None:
+        if layer.name not in of_network:
+            return
+        norm, (mean, variance), (original, mean_t, variance_t) = layer.norm, layer.mean_var(), of_network[layer.name]
         ratio = (variance + norm.eps) / (variance_t + norm.eps)  # a channel may be constant
-        moves[name].append((original.running_mean + mean - mean_t, original.running_var * ratio.clamp(0.1, 10)))
-        for running, values in zip((norm.running_mean, norm.running_var), zip(*moves[name], strict=True), strict=True):
+        moves[norm].append((original.running_mean + mean - mean_t, original.running_var * ratio.clamp(0.1, 10)))
+        for running, values in zip((norm.running_mean, norm.running_var), zip(*moves[norm], strict=True), strict=True):
             running.copy_(torch.stack(values).mean(0))
 
-    norms = {name: student.get_submodule(name) for name in of_network}
-    hooks = [norm.register_forward_pre_hook(partial(move, name), with_kwargs=True) for name, norm in norms.items()]
-    student(images)
-    for hook in hooks:
-        hook.remove()
+    with BatchNormInputs(student, move):
+        student(images)

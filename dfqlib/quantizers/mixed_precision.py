@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfqlib.bits import BitWidths, check_width
 from dfqlib.errors import UserError
+from dfqlib.loss_terms import to_floats
 from dfqlib.losses import distillation_kl
 from dfqlib.progress import track
 from dfqlib.quantizers.calibrate import calibrated
@@ -43,7 +44,7 @@ def sensitivity(
             module.weight_bits = width
             divergences.append(mean_kl(teacher_logits, network(images)))
         module.weight_bits = None
-        table[layer] = torch.stack(divergences).tolist()
+        table[layer] = to_floats(divergences)
     return pd.DataFrame.from_dict(table, orient="index", columns=bits).rename_axis("layer")
 
 
@@ -68,7 +69,7 @@ def of_activations(
     teacher_logits, table, sizes = teacher(images), {}, {}
     for site in track(sites, "sensitivity of each activation"):
         ones = [calibrated(teacher, BitWidths(None, dict.fromkeys(sites) | {site: width}), images) for width in bits]
-        table[site] = torch.stack([mean_kl(teacher_logits, one(images)) for one in ones]).tolist()
+        table[site] = to_floats([mean_kl(teacher_logits, one(images)) for one in ones])
         [quantizer] = (module for module in ones[0].modules() if isinstance(module, FakeQuantize))
         quantizer.register_forward_hook(lambda _, inputs, output, site=site: sizes.update({site: output[0].numel()}))
         ones[0](images[:1])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dfqlib.errors import UserError
 from dfqlib.models.plain_copy import plain_copy
 from dfqlib.quantizers.layers import QUANTIZED, FakeQuantize, QuantizedLayer
-from dfqlib.quantizers.sites import overwrites
+from dfqlib.quantizers.sites import is_layer, overwrites
 
 WEIGHT_LAYERS = tuple(QUANTIZED)
 
@@ -76,8 +76,7 @@ def trace(model: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
 
 def weight_layers(model: fx.GraphModule) -> list[str]:
     """Names of the layers with weights of a traced ``model``, each once, in the order they first run."""
-    called = (node.target for node in model.graph.nodes if node.op == "call_module")
-    return [name for name in dict.fromkeys(called) if isinstance(model.get_submodule(name), WEIGHT_LAYERS)]
+    return list(dict.fromkeys(node.target for node in model.graph.nodes if is_layer(model, node)))
 
 
 def norm_name(running_mean: str) -> str:
