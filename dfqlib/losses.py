@@ -85,6 +85,7 @@ def student_loss(
 def difficulty(logits: Tensor, labels: Tensor) -> Tensor:
     """1 - p_y (B,), p_y the probability of the label: 0 for an easy sample, 1 for the hardest.
 
-    ``logits`` (B, classes), ``labels`` (B,) integers. Source: HAST, hard sample synthesis.
+    ``logits`` (B, classes), ``labels`` (B,) integers or (B, classes) shares. Source: HAST, hard sample synthesis.
     """
-    return 1 - logits.softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    p = logits.softmax(1)
+    return 1 - (p.gather(1, labels[:, None]).squeeze(1) if labels.dim() == 1 else (labels * p).sum(1))

@@ -46,6 +46,8 @@ def test_loss_by_hand():
     torch.testing.assert_close(hast_loss(logits, labels, layers, 10, 2), torch.tensor(4 + 10 * hard))
     plain = 4 + 3 * F.cross_entropy(logits, labels)
     torch.testing.assert_close(hast_loss(logits, labels, layers, beta=3, gamma=0), plain)
+    shares = torch.tensor([[0.5, 0.5], [0.0, 1.0]])  # p = 3/4 and 1/4 by halves
+    torch.testing.assert_close(difficulty(logits, shares), torch.tensor([0.5, 0.5]))
 
 
 def test_easy_samples_lose_their_pull_and_stay_finite():
@@ -80,6 +82,25 @@ def test_synthesis_brings_statistics_and_labels_together(small):
             right.append((small.network(images).argmax(1) == made.labels).float().mean())
             gaps.append(bns_loss(norms.layers))
     assert gaps[1] < 0.3 * gaps[0] and right[1] > right[0]
+
+
+def test_images_refined_for_mixed_labels_leave_the_teacher_less_sure(small):
+    start = hast.hard_images(small, schedule(32, 1))
+    alone, all_of_them = (hast.refined(small, start, 40, mixed=mixed) for mixed in (0, 2))
+    assert torch.equal(all_of_them.images[:32], alone.images) and torch.equal(
+        all_of_them.labels, start.labels.repeat(3)
+    )
+    sure = [small.network(part).softmax(1).amax(1).mean() for part in all_of_them.images.split(32)]
+    assert len(sure) == 3 and sure[0] > max(sure[1:])
+
+
+def test_a_mixed_label_is_of_two_classes_mostly_of_the_first():
+    labels = torch.arange(1000) % 4
+    shares = hast.mixed_labels(labels, 4, torch.Generator().manual_seed(0))
+    own = shares.gather(1, labels[:, None])
+    torch.testing.assert_close(shares.sum(1), torch.ones(1000))
+    assert ((shares > 0).sum(1) == 2).all() and own.min() >= 0.3 and abs(own.mean() - 0.65) < 0.02
+    assert all((shares[labels == k].sum(0) > 0).all() for k in range(4))  # every other class is drawn
 
 
 def test_crops_are_taken_in_every_second_iteration(small):

@@ -63,7 +63,7 @@ def test_teacher_is_measured_on_the_data():
     class Always(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.eye(10)[3])
+            self.weight = torch.nn.Parameter(2 * torch.eye(10)[3])
 
         def forward(self, x):
             return self.weight.expand(len(x), 10)

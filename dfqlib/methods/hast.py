@@ -69,8 +69,8 @@ def hast_loss(
 ) -> Tensor:
     """L_BNS + beta mean((1 - p_y)^gamma CE(T(x), y)), where hard samples count most; with ``centres`` TexQ's loss.
 
-    ``teacher_logits`` (B, classes); ``labels`` (B,) integers. TexQ's is 0.4 L_BNS + beta hard CE + 0.02
-    :func:`centre_gap`: its three weights 0.4, 1, 0.02, read in this order. Source: HAST, hard sample synthesis.
+    ``teacher_logits`` (B, classes); ``labels`` (B,) integers or (B, classes) shares. TexQ's is 0.4 L_BNS + beta hard CE
+    + 0.02 :func:`centre_gap`: its three weights 0.4, 1, 0.02, read in this order. Source: HAST, hard sample synthesis.
     """
     cross_entropy = F.cross_entropy(teacher_logits, labels, reduction="none")
     # A root has no slope at 0: where the teacher is sure, the difficulty is held above 0.
@@ -134,15 +134,37 @@ def images_of_generator(teacher: Teacher, count: int, iterations: int, seed: int
     return pool_after_training(gdfq.make_stream(teacher, schedule, seed=seed, conditional=True), count)
 
 
-def refined(teacher: Teacher, some: SyntheticImages, iterations: int, label: str = "refining") -> SyntheticImages:
+def refined(
+    teacher: Teacher, some: SyntheticImages, iterations: int, label: str = "refining", mixed: int = 0, seed: int = 0
+) -> SyntheticImages:
     """``some`` labelled images, such as a generator's, after ``iterations`` more of Adam at 0.05 by :func:`hast_loss`.
 
     beta is 1 and gamma 0.5. Mixed labels (N, classes) become their largest class. No paper of the kit has this step;
     GENIE (Jeon et al., CVPR 2023) trains a generator and its latent vectors together to the same end.
+
+    ``mixed`` times they are refined anew for :func:`mixed_labels`, drawn from ``seed``, with gamma 0: all N (1 + mixed)
+    images are returned, each with its first label. A teacher is surer of images of one class than of real ones.
     """
     labels = some.labels if some.labels.ndim == 1 else some.labels.argmax(1)
     schedule = HardImageSchedule(synthesis_iterations=iterations, synthesis_lr=0.05, synthesis_patience=iterations)
-    return hard_images(teacher, schedule, 1.0, 0.5, labels=labels, label=label, start=some.images)
+    random = torch.Generator().manual_seed(seed)
+    made = [hard_images(teacher, schedule, 1.0, 0.5, labels=labels, label=label, start=some.images)]
+    for number in range(mixed):
+        targets, told = mixed_labels(labels, teacher.entry.classes, random), f"{label}, mixed {number + 1} of {mixed}"
+        made.append(hard_images(teacher, schedule, 1.0, 0.0, labels=targets, label=told, start=some.images))
+    images, losses = torch.cat([each.images for each in made]), [curve for each in made for curve in each.losses]
+    return SyntheticImages(images, labels.repeat(1 + mixed), losses)
+
+
+def mixed_labels(labels: Tensor, classes: int, random: torch.Generator) -> Tensor:
+    """Shares (N, classes): of U(0.3, 1) for each of ``labels`` (N,), the rest for another class, drawn on the CPU.
+
+    The kit's, after the superposed classes of Qimera.
+    """
+    share = 0.3 + 0.7 * torch.rand(len(labels), 1, generator=random)
+    others = labels.cpu() + torch.randint(1, classes, (len(labels),), generator=random)
+    first, second = (F.one_hot(each % classes, classes) for each in (labels.cpu(), others))
+    return (share * first + (1 - share) * second).to(labels.device)
 
 
 def calibration_centres(teacher: Teacher, schedule: HardImageSchedule, seed: int = 0) -> Centres:

@@ -104,7 +104,9 @@ def tune(
     With ``corrected_refinement`` the images are :func:`dfqlib.methods.hast.refined` first.
     """
     if schedule.corrected_refinement:
-        pool = refined(teacher, pool, schedule.corrected_refinement, f"{label}: refining images")
+        pool = refined(
+            teacher, pool, schedule.corrected_refinement, f"{label}: refining images", schedule.corrected_mixed, seed
+        )
     images, lr = pool.images, schedule.corrected_lr
     students = {str(w): make_student(corrected(teacher.network, w, images[:CALIBRATED_ON]), lr) for w in bits}
     spans = schedule.corrected_iterations, schedule.corrected_batch

@@ -67,6 +67,7 @@ CORRECTED = (
     "{corrected_iterations} iterations of {corrected_batch} of {corrected_images} images at {corrected_lr}, "
     "images refined for {corrected_refinement}"
 )
+MIXED = " and {corrected_mixed} times for mixed labels"
 BEGUN = ", begun from those of a generator of {corrected_generator} iterations"
 
 
@@ -121,7 +122,8 @@ def describe_schedule(key: str, parameters: dict[str, Any]) -> str:
         how[0] = f"reduced ({share:{'.2g' if share < 10 else '.0f'}} % of the published images seen)"
     told = [f"{name} {parameters[name]} (published {published[name]})" for name in differing]
     if parameters.get("corrected_iterations") and parameters["corrected_bits"]:
-        corrected = CORRECTED + BEGUN * bool(parameters.get("corrected_generator"))
+        corrected = CORRECTED + MIXED * bool(parameters.get("corrected_mixed"))
+        corrected += BEGUN * bool(parameters.get("corrected_generator"))
         told.append(f"corrected students {corrected.format(**parameters)}")
     how = how or (["fewer experiments"] if differing else ["as published"])
     if (precision := parameters.get("precision", "float32")) != "float32":

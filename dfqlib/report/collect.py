@@ -84,15 +84,16 @@ def collect(results: Path, profile: Profile, present: Collection[str]) -> pd.Dat
 def _rows(results: Path, paper: Paper, names: Iterable[str], present: Collection[str]) -> Iterable[dict[str, Any]]:
     runs = [(name, *run) for name in names for run in finished(results / name / paper.key)]
     runs.sort(key=lambda run: _rank(run[2], present), reverse=True)
-    standing = _standing_code([metrics for *_, metrics in runs])
+    schedules = {metrics["run"]["identity"]: _schedule(paper, metrics) for *_, metrics in runs}
+    standing = _standing_code([metrics for *_, metrics in runs], schedules)
     for profile, folder, metrics in runs:
         run, provenance = metrics["run"], metrics["provenance"]
-        own, depends = _schedule(metrics), run["depends"] | {"code": standing[run["identity"]]}
+        depends = run["depends"] | {"code": standing[run["identity"]]}
         older = depends["code"] != runs[0][2]["run"]["depends"]["code"]
         figures = [str(folder / f"{name}.png") for name in metrics["figures"]]
         context = {"paper": paper.key, "profile": profile, "schedule": metrics["schedule"]}
         context["calibration"] = "published"  # unless the row says otherwise
-        version = digest(json.dumps([own, depends], sort_keys=True))
+        version = digest(json.dumps([schedules[run["identity"]], depends], sort_keys=True))
         context |= {"rank": _rank(metrics, present), "version": version, "run": run["id"]}
         context |= {name: provenance[name] for name in ("commit", "hardware", "finished")}
         context |= {"folder": str(folder), "figures": figures, "images": (provenance.get("data") or {}).get("images")}
@@ -102,30 +103,33 @@ def _rows(results: Path, paper: Paper, names: Iterable[str], present: Collection
             yield line | {"schedule": kind + (" (older code)" if older else "") + colon + details}
 
 
-def _standing_code(runs: list[dict[str, Any]]) -> dict[str, str]:
+def _standing_code(runs: list[dict[str, Any]], schedules: dict[str, str]) -> dict[str, str]:
     """For each of a paper's runs, latest first, the code that it stands for, by the run's identity.
 
     That is the latest code with the same predictions, image by image, in a run of the same seed and parameters on the
-    same data and teacher. All other runs of the earlier code on these stand for the latest, too.
+    same data and teacher. All other runs of the earlier code on these stand for the latest, too. ``schedules``: of each
+    identity, by :func:`_schedule`.
     """
     same: dict[tuple[str, str], str] = {}  # (data and teacher, code) -> the code that it is as good as
     made: dict[str, str] = {}  # a run with its predictions -> the latest code that made it
     places = {}
     for metrics in runs:
-        depends, given = metrics["run"]["depends"], metrics["parameters"]
+        identity, depends, given = metrics["run"]["identity"], metrics["run"]["depends"], metrics["parameters"]
         where = json.dumps([depends | {"code": ""}, given.get("dataset"), given.get("model")])
         code = depends["code"]
-        places[metrics["run"]["identity"]] = where, code
+        places[identity] = where, code
         predictions = [row.get("correct", row.get("top1")) for row in metrics["rows"]]
-        content = json.dumps([where, _schedule(metrics), given.get("seed"), predictions], sort_keys=True)
+        content = json.dumps([where, schedules[identity], given.get("seed"), predictions])
         if (latest := made.setdefault(content, same.get((where, code), code))) != code:
             same[where, code] = latest
     return {identity: same.get(place, place[1]) for identity, place in places.items()}
 
 
-def _schedule(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a run that are neither its seed nor where or on what it ran."""
-    return {n: value for n, value in metrics["parameters"].items() if n == "precision" or n not in RUN_PARAMETERS}
+def _schedule(paper: Paper, metrics: dict[str, Any]) -> str:
+    """The parameters of a run that are neither its seed nor where or on what it ran; later ones have their defaults."""
+    given = paper.parameters().values() | metrics["parameters"]
+    own = {name: value for name, value in given.items() if name == "precision" or name not in RUN_PARAMETERS}
+    return json.dumps(own, sort_keys=True)
 
 
 def _rank(metrics: dict[str, Any], present: Collection[str]) -> tuple[bool, str]:
