@@ -34,21 +34,20 @@ HELP = {
 
 def evaluate(options: argparse.Namespace) -> None:
     """Print top-1 and top-5 of a student that :func:`dfqlib.deploy.store.save_student` wrote."""
-    from dfqlib.data.image_sets import data_set_of, load_test
     from dfqlib.deploy.store import load_student, read_header
     from dfqlib.device import pick_device
-    from dfqlib.models.evaluate import top1
-    from dfqlib.models.named import network_from
+    from dfqlib.models.evaluate import images_for, top1
+    from dfqlib.models.named import network_of
 
     header = read_header(options.file)
     entry, device = header.entry, pick_device(options.device)
-    student = load_student(options.file, network_from(options.model) if options.model else None).to(device)
-    dataset = options.data and data_set_of(options.data, entry.classes)
-    images = load_test(dataset or entry.dataset, options.data, size=entry.input_size)
+    student = load_student(options.file, network_of(entry, options.model, options.logits)).to(device)
+    images = images_for(entry, options.data)
     print(f"{options.file}: {header.bits} of {entry.name}, sites={header.sites!r}, weights={header.weights!r}")
     score = top1(student, images, lambda pixels: entry.normalise(pixels.to(device)))
     print(f"{images.name}: {images.source}")
-    print(f"top-1 {score:.2f} ± {score.standard_error:.2f} %, top-5 {score.top5:.2f} %{score.diverged}")
+    found = f"{score:.2f} ± {score.standard_error:.2f} %, top-5 {score.top5:.2f} %"
+    print(f"top-1 {f'unknown: {score.diverged}' if score.diverged else found}")
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -57,10 +56,10 @@ def quantize(options: argparse.Namespace) -> None:
     from dfqlib.deploy.quantize import Request
     from dfqlib.deploy.quantize import quantize as quantized
 
-    given = {name: ",".join(words) for name in HELP if (words := getattr(options, name))}
-    request = Request(**{name: Request.parse(name, text) for name, text in given.items()})
+    given = {name: words for name in HELP if (words := getattr(options, name))}
+    request = Request(**{name: Request.parse(name, ",".join(words)) for name, words in given.items()})
     made = quantized(request)
-    typed = " ".join(f"--{name} {shlex.quote(text).replace(',', ' ')}" for name, text in given.items())
+    typed = " ".join(f"--{name} {shlex.join(words)}" for name, words in given.items())
     print(f"{write_page(made, request, f'python -m dfqlib quantize {typed}')}:", *accuracy(made, request), sep="\n  ")
 
 
@@ -70,13 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("quantize", help="a network in, an integer ONNX file out, without data")
     for name, text in HELP.items():
-        command.add_argument(f"--{name}", nargs="+", metavar=name.upper(), help=text)
+        command.add_argument(f"--{name}", nargs="+" if name in ("mean", "std") else 1, metavar=name.upper(), help=text)
     command.set_defaults(run=quantize)
     command = commands.add_parser("evaluate", help="score a kept student on a folder of images")
     command.add_argument("file", metavar="FILE", help="a student, such as kept/W4A4.safetensors of a run")
-    command.add_argument("--data", metavar="FOLDER", help="a folder of images for each class, or torchvision's layout "
-                         "(default: as notebooks find the student's data set)")  # fmt: skip
-    command.add_argument("--model", metavar="MODULE:FUNCTION", help="makes the network, if it is none of the kit's")
+    told = "a folder of images for each class, or torchvision's layout (default: as notebooks find the data set)"
+    command.add_argument("--data", metavar="FOLDER", default="", help=told)
+    command.add_argument("--model", default="", help="as of quantize, if the file does not say it")
+    command.add_argument("--logits", default="", help="as of quantize")
     command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the fastest one present)")
     command.set_defaults(run=evaluate)
     options = parser.parse_args(arguments)

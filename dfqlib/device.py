@@ -27,13 +27,13 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if isinstance(device, torch.device):
         return device
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind, _, index = device.partition(":")
+    kind, numbered, index = device.partition(":")
     if kind == "auto":
         return torch.device(next(name for name, there in present.items() if there))
     check_choice("device", kind, ["auto", *present])
     if not present[kind]:
         raise UserError(f"device={device!r} is not available to this torch ({torch.__version__}); use device='auto'.")
-    if index and not (index.isdigit() and int(index) < (torch.cuda.device_count() if kind == "cuda" else 1)):
+    if numbered and not (index.isdecimal() and int(index) < (torch.cuda.device_count() if kind == "cuda" else 1)):
         raise UserError(f"device={device!r} names no device of this machine; use device='auto'.")
     return torch.device(device)
 

@@ -58,7 +58,7 @@ def data_folder(dataset: str, parameters: dict[str, Any]) -> Path | None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files anywhere below ``folder``, also behind links, sorted; hidden ones (.ipynb_checkpoints) are not."""
+    """The image files anywhere below ``folder``, behind links too, sorted; without hidden ones (.ipynb_checkpoints)."""
     images: list[Path] = []
     for name, folders, files in os.walk(folder, followlinks=True):
         place = Path(name)

@@ -292,6 +292,6 @@ def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch):
             with contextlib.nullcontext() if present else refused:
                 assert pick_device(name) == torch.device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("cuda:2", "cuda:x", "cpu:1", "mps:1", "gpu"):
+    for name in ("cuda:2", "cuda:x", "cpu:", "cpu:1", "mps:1", "gpu"):
         with pytest.raises(UserError, match=f"device='{name}'"):
             pick_device(name)

@@ -199,14 +199,16 @@ def _read_sheet(dataset: str, kind: str, split: str) -> ImageSet:
     return ImageSet(f"{dataset}-{kind}", pixels, torch.arange(len(pixels)) % len(known.classes), known.classes, source)
 
 
-def data_set_of(data_folder: str | Path, classes: int) -> str | None:
+def data_set_of(data_folder: str | Path, classes: int, size: int | None) -> str | None:
     """The known data set of so many ``classes`` to which all class folders in ``data_folder`` belong, None without one.
 
-    Some of ImageNet's synsets then keep their labels, for a network of its 1,000 classes.
+    Some of ImageNet's synsets then keep their labels, for a network of its 1,000 classes. CIFAR's images have one
+    ``size`` (pixels) alone.
     """
     place = _find_split(Dataset("own"), "test", places.expand(data_folder), f"data_folder={str(data_folder)!r}")
     folders = {entry.name for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     fitting = (known for known in DATASETS.values() if len(known.classes) == classes)
+    fitting = (known for known in fitting if not known.torchvision_folder or known.size == size)
     return next((known.name for known in fitting if folders <= set(known.classes)), None)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from dfqlib import places
 from dfqlib.bits import BitWidths
-from dfqlib.data.image_sets import ImageSet, data_set_of, load_test, read_images
+from dfqlib.data.image_sets import ImageSet, read_images
 from dfqlib.deploy.export import Exported, export_onnx, require
 from dfqlib.deploy.latency import latency
 from dfqlib.deploy.store import save_student
@@ -22,7 +22,7 @@ from dfqlib.generators.cost import measure
 from dfqlib.methods import reconstruct
 from dfqlib.methods.hast import hard_images
 from dfqlib.models.batch_norm_statistics import batch_norms
-from dfqlib.models.evaluate import expected_drop, same_class, top1
+from dfqlib.models.evaluate import expected_drop, images_for, in_channels, same_class, top1
 from dfqlib.models.named import named_teacher
 from dfqlib.models.teacher import Teacher
 from dfqlib.quantizers import mixed_precision
@@ -38,6 +38,7 @@ INTEGER = {"sites": "integer", "weights": "symmetric"}  # what integer kernels n
 LAYER_BITS = 2, 4, 8  # of a layer under a budget: those that a file stores without gaps
 LOWEST_BUDGET = 2.5  # at 2, small layers rounded up to whole bytes no longer fit
 HELD_OUT = 4  # one image of so many is left for the comparison with the teacher
+LEAST = 2 * HELD_OUT  # images: the spread of one left is not known
 PROBED = 32  # images behind the sensitivity of the layers
 TUNED_BATCH = 32
 TIMED = 8  # images at a time
@@ -61,7 +62,7 @@ class Request(Settings):
     out: str = ""
     images: str = ""
     data: str = ""
-    synthetic: int = setting(128, 8, 10**6)
+    synthetic: int = setting(128, LEAST, 10**6)
     iterations: int = setting(100, 1, 10**6)
     tune: int = setting(0, 0, 10**6)
     seed: int = setting(0, 0, 2**32 - 1)
@@ -110,11 +111,12 @@ def quantize(request: Request, say: Callable[[str], None] = print) -> Quantized:
     teacher = named_teacher(**{each: getattr(request, each) for each in NETWORK}, device=request.device)
     entry = teacher.entry
     quantize_model(teacher.network, request.bits, **INTEGER)  # refuses what it cannot
-    own = _own_images(teacher, request.images) if request.images else None
+    own = _own_images(teacher, request) if request.images else None
     if own is None and not batch_norms(teacher.network):
         held = f"{entry.name} has no batch norms, whose statistics synthetic images are made from"
         raise UserError(f"model={request.model!r}: {held}; allowed: --images FOLDER, a few images of your own.")
-    test = _test_images(teacher, request.data) if request.data else None
+    if test := images_for(entry, request.data) if request.data else None:
+        top1(teacher.network, test.select(slice(1)), teacher)  # refuses other classes
     began = time.perf_counter()
     say(f"{entry.name}: {teacher.source}; {' x '.join(map(str, entry.image_shape))} values, {entry.classes} classes.")
     pool = _synthetic_images(teacher, request, say) if own is None else own
@@ -198,27 +200,13 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
 
 
-def _own_images(teacher: Teacher, folder: str) -> Tensor:
-    """All images below ``folder`` as the network takes them: (N, C, H, W)."""
-    pixels = read_images(folder, teacher.entry.input_size)
-    if len(pixels) < HELD_OUT:
-        raise UserError(f"images={folder!r} holds {len(pixels)} images; allowed: {HELD_OUT} or more.")
-    return teacher.normalise(_in_channels(teacher, pixels))
+def _own_images(teacher: Teacher, request: Request) -> Tensor:
+    """All images below the request's folder as the network takes them, (N, C, H, W), in an order drawn by its seed.
 
-
-def _test_images(teacher: Teacher, folder: str) -> ImageSet:
-    """The labelled images in ``folder``, for which the network has as many classes."""
-    entry = teacher.entry
-    square = entry.input_size if isinstance(entry.input_size, int) else None
-    test = load_test(data_set_of(folder, entry.classes) or entry.dataset, folder, size=square)
-    test = replace(test, pixels=_in_channels(teacher, test.pixels))
-    if test.pixels.shape[1:] != entry.image_shape:
-        held, allowed = (" x ".join(map(str, shape)) for shape in (test.pixels.shape[1:], entry.image_shape))
-        raise UserError(f"data={folder!r} holds images of {held}; allowed: {allowed}.")
-    top1(teacher.network, test.select(slice(1)), teacher)  # refuses other classes
-    return test
-
-
-def _in_channels(teacher: Teacher, pixels: Tensor) -> Tensor:
-    """``pixels`` (N, 3, H, W) in grey, (N, 1, H, W), for a network of one channel."""
-    return pixels.float().mean(1, keepdim=True).round().byte() if len(teacher.entry.mean) == 1 else pixels
+    Thus those held out are of all folders.
+    """
+    pixels = read_images(request.images, teacher.entry.input_size)
+    if len(pixels) < LEAST:
+        raise UserError(f"images={request.images!r} holds {len(pixels)} images; allowed: {LEAST} or more.")
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(request.seed))
+    return teacher.normalise(in_channels(pixels[order], teacher.entry))

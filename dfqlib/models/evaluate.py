@@ -1,20 +1,42 @@
 """Predictions and top-1 accuracy of a network on an image set."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from dfqlib.data.image_sets import ImageSet
+from dfqlib.data.image_sets import ImageSet, data_set_of, load_test
 from dfqlib.device import channels_last
 from dfqlib.errors import UserError
 from dfqlib.models.teacher import Teacher
+from dfqlib.models.zoo import ModelEntry
 from dfqlib.scores import Score
 from dfqlib.speed import precision
 from dfqlib.speed.low_bits import in_low_bits
 from dfqlib.speed.scale_weights import scale_weights
 
 Normalise = Teacher | Callable[[Tensor], Tensor]
+
+
+def images_for(entry: ModelEntry, folder: str = "") -> ImageSet:
+    """The labelled images in ``folder``, or else of the network's data set, as the network of ``entry`` takes them.
+
+    They are cropped to its size if that is square, and grey for one channel; UserError for images of other shapes.
+    """
+    size = entry.input_size if isinstance(entry.input_size, int) else None
+    known = folder and data_set_of(folder, entry.classes, size)
+    images = load_test(known or entry.dataset, folder, size=size)
+    images = replace(images, pixels=in_channels(images.pixels, entry))
+    if images.pixels.shape[1:] != entry.image_shape:
+        held, allowed = (" x ".join(map(str, shape)) for shape in (images.pixels.shape[1:], entry.image_shape))
+        raise UserError(f"data={folder!r} holds images of {held}; allowed: {allowed}.")
+    return images
+
+
+def in_channels(pixels: Tensor, entry: ModelEntry) -> Tensor:
+    """``pixels`` (N, 3, H, W) in grey, (N, 1, H, W), for a network of one channel."""
+    return pixels.float().mean(1, keepdim=True).round().byte() if len(entry.mean) == 1 else pixels
 
 
 def top1(network: nn.Module, image_set: ImageSet, normalise: Normalise, batch: int | None = None) -> Score:

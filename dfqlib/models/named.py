@@ -10,8 +10,7 @@ from torch import nn
 from dfqlib.device import pick_device
 from dfqlib.errors import UserError, check_choice, check_range, first_line
 from dfqlib.models.teacher import Teacher, load_teacher, load_weights
-
-LIBRARIES = "dfqlib", "torchvision", "timm"  # before the slash in a network's name
+from dfqlib.models.zoo import ModelEntry
 
 
 def named_teacher(
@@ -36,11 +35,7 @@ def named_teacher(
         if mean or std or size:
             raise UserError(f"mean, std and size of model={model!r} are known; leave them out.")
         return load_teacher(name, weights or None, on)
-    known: dict[str, Any] = {}
-    if library in LIBRARIES:
-        network, known = (_torchvision if library == "torchvision" else _timm)(name, pretrained=not weights)
-    else:
-        network = network_from(model)
+    network, known = _network(model, pretrained=not weights)
     if weights:
         load_weights(network, os.path.expanduser(weights), model)
     given = {"mean": tuple(mean), "std": tuple(std), "size": _size(size) if size else None}
@@ -49,12 +44,30 @@ def named_teacher(
         raise UserError(
             f"{' and '.join(missing)} of model={model!r} must be given; for pixels from 0 to 1: mean 0, std 1."
         )
-    short = name if library in LIBRARIES else model.partition(":")[2]
-    options = {"name": short, "dataset": short, "input_size": known["size"], "device": on, "logits": logits or None}
+    short = model if library in LIBRARIES else model.partition(":")[2]
+    options = {"name": short, "input_size": known["size"], "device": on, "logits": logits or None}
     return Teacher.from_module(network, None, known["mean"], known["std"], **options)
 
 
-def network_from(text: str) -> nn.Module:
+def network_of(entry: ModelEntry, model: str = "", logits: str = "") -> nn.Module | None:
+    """The network of a teacher with ``entry`` without its weights; None where neither it nor ``model`` says which.
+
+    ``model`` and ``logits`` are those of :func:`named_teacher`.
+    """
+    if not model and entry.name.partition("/")[0] not in LIBRARIES:
+        return None
+    network, _ = _network(model or entry.name, pretrained=False)
+    options = {"input_size": entry.input_size, "logits": logits or None}
+    return Teacher.from_module(network, entry.classes, entry.mean, entry.std, **options).network
+
+
+def _network(model: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that ``model`` names, and what its library knows of its input."""
+    library, _, name = model.partition("/")
+    return LIBRARIES[library](name, pretrained) if library in LIBRARIES else (_made(model), {})
+
+
+def _made(text: str) -> nn.Module:
     """What the function that ``text`` names, as ``module:function``, returns; UserError where that is no network."""
     module, _, function = text.partition(":")
     held = f"model={text!r} is no module:function that makes a network"
@@ -87,6 +100,9 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     network = _downloaded("timm", name, timm.create_model, name, pretrained=pretrained)
     known = network.pretrained_cfg
     return network, {"mean": tuple(known["mean"]), "std": tuple(known["std"]), "size": tuple(known["input_size"][1:])}
+
+
+LIBRARIES = {"torchvision": _torchvision, "timm": _timm}  # by what is before the slash in a network's name
 
 
 def _downloaded(library: str, name: str, make: Any, *arguments: Any, **options: Any) -> nn.Module:

@@ -23,10 +23,14 @@ class ModelEntry:
     name: str
     dataset: str
     factory: str  # "module:function"
-    input_size: int | tuple[int, int]  # height and width in pixels
+    input_size: int | tuple[int, int]  # in pixels; height and width only where they differ
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.image_shape[1] == self.image_shape[2]:
+            object.__setattr__(self, "input_size", self.image_shape[1])
 
     @property
     def library(self) -> str:
