@@ -98,6 +98,29 @@ def test_a_network_of_one_channel_gets_widths_under_a_budget(here, capsys):
     assert set(read_header("out/student.safetensors").weight_bits.values()) <= {2, 4, 8}
     session = onnxruntime.InferenceSession("out/grey.onnx")
     assert session.run(None, {"images": np.zeros((3, 1, 12, 12), np.float32)})[0].shape == (3, 4)
+    assert command.main(["evaluate", "out/student.safetensors", "--data", "data", "--model", f"{here}:grey"]) == 0
+    assert re.search(r"^top-1 [\d.]+ ± [\d.]+ %", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_images_that_are_not_square_are_scored_and_the_command_is_shown_as_typed(here, capsys):
+    for file in Path("data").glob("*/*.png"):
+        Image.open(file).crop((0, 0, 10, 12)).save(file)
+    own = ["--model", f"{here}:make", *COLOUR, *SHORT, "--size", "12x10", "--out", "a,b c", "--data", "data"]
+    assert command.main(["quantize", *own]) == 0
+    assert "--out 'a,b c'" in Path("a,b c/README.md").read_text()
+    capsys.readouterr()
+    for data, code, told in (("data", 0, "top-1"), (".", 2, "data")):
+        typed = ["evaluate", "a,b c/student.safetensors", "--data", data, "--model", f"{here}:make"]
+        assert command.main(typed) == code and told in "".join(capsys.readouterr())
+
+
+def test_images_held_out_are_not_those_of_one_folder(here):
+    for label in range(4):
+        for file in Path("data", f"class{label}").iterdir():
+            Image.new("RGB", (12, 12), (60 * label,) * 3).save(file)
+    assert command.main(["quantize", "--model", f"{here}:make", *COLOUR, *SHORT, "--images", "data"]) == 0
+    levels = np.load("out/images.npy").mean((1, 2, 3)).round(2).tolist()  # those held out come first
+    assert len(set(levels)) == 4 and len(set(levels[:3])) > 1
 
 
 def test_folders_of_some_classes_of_imagenet_keep_their_labels(here, capsys):
