@@ -22,7 +22,7 @@ HELP = {
     "bits": "of weights and activations, 2 to 8 each (default: w8a8)",
     "budget": "bits a weight on average: each layer gets 2, 4 or 8, chosen so that the outputs change least",
     "out": "a folder for the ONNX file, the student and README.md",
-    "images": "a folder of a few images of your own, for the ranges in place of synthetic ones",
+    "images": "a folder of 8 or more images of your own, for the ranges in place of synthetic ones",
     "data": "a folder of labelled images, one folder for each class, to measure the true accuracy",
     "synthetic": "images to make (default: 128)",
     "iterations": "of their synthesis (default: 100)",

@@ -234,6 +234,11 @@ def test_a_folder_of_some_known_classes_keeps_their_labels(tmp_path):
     assert load_test("cifar10", tmp_path / "cifar").labels.tolist() == [3, 9]
 
 
+def test_classes_of_cifar_in_another_size_are_not_cifar(tmp_path):
+    folder = tree(tmp_path / "large", size=(64, 64))
+    assert [image_sets.data_set_of(folder, 10, size) for size in (32, 64, None)] == ["cifar10", None, None]
+
+
 def test_wrong_folders_and_images(tmp_path):
     (tmp_path / "empty").mkdir()
     refuse("is empty", data_folder=tmp_path / "empty")

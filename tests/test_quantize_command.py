@@ -17,6 +17,7 @@ from dfqlib.deploy.quantize import suggest
 from dfqlib.deploy.store import load_student, read_header
 from dfqlib.generators.cost import measure
 from dfqlib.models.evaluate import expected_drop
+from dfqlib.models.zoo import build
 from dfqlib.quantizers.mixed_precision import sensitivity
 from dfqlib.scores import Score
 
@@ -114,6 +115,17 @@ def test_images_that_are_not_square_are_scored_and_the_command_is_shown_as_typed
         assert command.main(typed) == code and told in "".join(capsys.readouterr())
 
 
+def test_a_student_of_a_librarys_network_says_which(here, capsys):
+    name = "torchvision/shufflenet_v2_x0_5"
+    torch.save(build(name).state_dict(), "mine.pth")
+    assert command.main(["quantize", "--model", name, "--weights", "mine.pth", *SHORT, "--size", "32"]) == 0
+    Path("data/class0").rename("n01443537")
+    Path("val").mkdir()
+    Path("n01443537").rename("val/n01443537")
+    assert command.main(["evaluate", "out/student.safetensors", "--data", "val"]) == 0
+    assert f"W8A8 of {name}" in capsys.readouterr().out
+
+
 def test_images_held_out_are_not_those_of_one_folder(here):
     for label in range(4):
         for file in Path("data", f"class{label}").iterdir():
@@ -157,6 +169,8 @@ def test_a_network_without_batch_norms_is_told_so_and_takes_a_few_images(here, c
         (["--model", "{here}:tensor"], "it returns a Tensor"),
         (["--out", "data"], "out='data' holds files that are not from here"),
         (["--device", "gpu"], "device='gpu' is unknown"),
+        (["--device", "cpu:"], "device='cpu:' names no device of this machine"),
+        (["--images", "data/class0"], "images='data/class0' holds 3 images; allowed: 8 or more"),
     ],
 )
 def test_wrong_values_are_refused_in_one_sentence(here, capsys, options, sentence):
