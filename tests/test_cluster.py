@@ -235,9 +235,13 @@ def test_only_parameters_that_name_places_travel_and_not_too_many_images(kit, tm
     assert cluster.inputs_of(run) == {}
     images = tmp_path / "images"
     images.mkdir()
-    (images / "one.png").write_bytes(b"12345")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "one.png").write_bytes(b"12345")
+    (images / "class").symlink_to(tmp_path / "elsewhere")
     (run,) = plan.plan(plan.Selection(papers=["zeroq"], settings={"data_folder": str(images)}))
     assert cluster.inputs_of(run) == {"data_folder": images}
+    with cluster.unpacked(cluster.pack(cluster.inputs_of(run)), tmp_path) as there:
+        assert (there / "data_folder" / "class" / "one.png").read_bytes() == b"12345"
     monkeypatch.setattr(cluster, "MAX_UPLOAD_BYTES", 4)
     with pytest.raises(UserError, match="too many to send"):
         cluster.inputs_of(run)

@@ -7,6 +7,7 @@ back. A restarted scheduler receives the unfinished runs again.
 
 import contextlib
 import dataclasses
+import glob
 import io
 import logging
 import os
@@ -262,7 +263,7 @@ def inputs_of(run: PlannedRun) -> dict[str, Path]:
         inputs["weights"] = weights
     if folder := places.data_folder(parameters.get("dataset", ""), parameters):
         inputs["data_folder"] = folder
-        if sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) > MAX_UPLOAD_BYTES:
+        if sum(file.stat().st_size for file in below(folder) if file.is_file()) > MAX_UPLOAD_BYTES:
             raise UserError(
                 f"the images in {str(folder)!r} are too many to send to workers; put them, and the results, into a "
                 "folder that all of them see."
@@ -270,12 +271,17 @@ def inputs_of(run: PlannedRun) -> dict[str, Path]:
     return inputs
 
 
+def below(path: Path) -> list[Path]:
+    """What is in a folder and in those inside of it, behind links too; nothing for a file."""
+    return [path / each for each in sorted(glob.glob("**", root_dir=path, recursive=True, include_hidden=True))]
+
+
 def pack(paths: dict[str, Path]) -> bytes:
     """Files and folders as one zip archive, under the names given."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", strict_timestamps=False) as archive:
         for name, path in paths.items():
-            for part in (path, *sorted(path.rglob("*"))):
+            for part in (path, *below(path)):
                 archive.write(part, name / part.relative_to(path))
     return stream.getvalue()
 
