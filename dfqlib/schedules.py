@@ -144,7 +144,7 @@ class Corrections(Corrected):
     corrected_batch: int = setting(32, 2, 2**20)
     corrected_lr: float = setting(5e-4, 1e-12, 1e3)  # of Adam, on the outputs of residual units and the logits
     corrected_refinement: int = setting(0, 0, FOREVER)  # iterations by HAST's loss of the images first
-    corrected_mixed: int = setting(0, 0, 100)  # times that they are refined anew, for labels mixed of two classes
+    corrected_mixed: int = setting(0, 0, 100)  # times that they are so refined anew, for labels mixed of two classes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -319,6 +319,14 @@ def test_seeds_of_older_code_stand_where_the_latest_code_gave_the_same_for_anoth
     assert rows["run"].iloc[0] == "new0"
 
 
+def test_a_teacher_that_scores_the_same_says_nothing_of_older_code(kit, tmp_path):
+    for name, code, seed in (("old0", "other code", 0), ("old1", "other code", 1), ("new0", "code", 0)):
+        finished(tmp_path, name, code=code, time=f"2026-01-0{1 + (code == 'code')}", seed=seed)
+        file = tmp_path / "quick" / "gdfq" / name / "metrics.json"
+        file.write_text(file.read_text().replace('"weight_bits": 3', '"weight_bits": 32'))
+    assert list(collect.collect(tmp_path, QUICK, ())["run"]) == ["new0"]
+
+
 def test_all_overviews_are_made_from_the_measurements_alone(kit, tmp_path):
     """A clone holds each run's metrics.json and no notebook: the same tables, and a new seed stands beside."""
     measured_there, clone = tmp_path / "project", tmp_path / "clone"

@@ -9,7 +9,7 @@ from typing import Any
 from dfqlib.bits import BitWidths
 
 SETTING = ("method", "dataset", "model", "weight_bits", "activation_bits")
-KEYS = [*SETTING, "scheme"]
+KEYS = [*SETTING, "scheme"]  # what a published row and a measured one share where they are the same experiment
 Failures = dict[tuple[str, str, str], str]  # (method, data set, model) of published rows -> why they were not run
 
 

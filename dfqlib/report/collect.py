@@ -107,8 +107,8 @@ def _standing_code(runs: list[dict[str, Any]], schedules: dict[str, str]) -> dic
     """For each of a paper's runs, latest first, the code that it stands for, by the run's identity.
 
     That is the latest code with the same predictions, image by image, in a run of the same seed and parameters on the
-    same data and teacher. All other runs of the earlier code on these stand for the latest, too. ``schedules``: of each
-    identity, by :func:`_schedule`.
+    same data and teacher, students among them. All other runs of the earlier code on these stand for the latest, too.
+    ``schedules``: of each identity, by :func:`_schedule`.
     """
     same: dict[tuple[str, str], str] = {}  # (data and teacher, code) -> the code that it is as good as
     made: dict[str, str] = {}  # a run with its predictions -> the latest code that made it
@@ -120,7 +120,8 @@ def _standing_code(runs: list[dict[str, Any]], schedules: dict[str, str]) -> dic
         places[identity] = where, code
         predictions = [row.get("correct", row.get("top1")) for row in metrics["rows"]]
         content = json.dumps([where, schedules[identity], given.get("seed"), predictions])
-        if (latest := made.setdefault(content, same.get((where, code), code))) != code:
+        proves = any(row.get("weight_bits", 32) < 32 for row in metrics["rows"])  # a teacher's predictions do not
+        if proves and (latest := made.setdefault(content, same.get((where, code), code))) != code:
             same[where, code] = latest
     return {identity: same.get(place, place[1]) for identity, place in places.items()}
 
