@@ -160,6 +160,7 @@ class PLF(Quantizing, schedules.HardImageSchedule, schedules.TuningSchedule, sch
     evaluations: int = setting(96, 1, 10**6)
     ablation_iterations: int = setting(2000, 2, FOREVER)
     corrected_crops: bool = True
+    corrected_generator: int = setting(0, 0, FOREVER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dfqlib.report import tables
 
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 TEST_IMAGES = 10_000  # of either
+NEAR = {"near": "within half a point", "within error": "within the 95 % interval"}  # states, as a sentence tells them
 CELL = ["method", "dataset", "weight_bits", "activation_bits"]
 
 
@@ -20,8 +21,9 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
     By data set and by how near the best line of a cell came. Columns: those of a setting; ``published_drop``, the
     smallest that a paper prints, and all ``sources``; ``drop`` and ``error``, half of its 95 % interval, both NaN
     if it was not run; ``profile``, ``schedule``, ``seeds``, ``data`` and its number of ``images``; ``gap``, from the
-    published drop; ``state``: "reached" if the drop is at most the published one, "within error" if that lies in the
-    interval, else "short". Of several schedules the longest counts, and of several sets of test images the largest.
+    published drop; ``state``: "reached" if the drop is at most the published one, "near" if at most half a point
+    more, "within error" if the published one lies in the interval, else "short". Of several schedules the longest
+    counts, and of several sets of test images the largest.
     """
     measured = tables.summarise(rows) if len(rows) else pd.DataFrame(columns=[*tables.LINE, "drop"])
     found: dict[tuple, dict[str, Any]] = {}
@@ -44,7 +46,7 @@ def _measured(cell: dict[str, Any], lines: pd.DataFrame) -> list[dict[str, Any]]
         part = part.assign(order=part["profile"].map(order.index))
         line = part.sort_values(["order", "images"], ascending=False, kind="stable").iloc[0].to_dict()
         error, gap = 1.96 * line["drop_error"], line["drop"] - cell["published_drop"]
-        state = "reached" if gap <= 0 else "within error" if gap <= error else "short"
+        state = "reached" if gap <= 0 else "near" if gap <= 0.5 else "within error" if gap <= error else "short"
         found.append(line | {"error": error, "gap": gap, "state": state})
     numbers = ["images", "drop", "error", "gap"]
     told = ["calibration", "profile", "schedule", "seeds", "data", *numbers, "state"]
@@ -72,10 +74,10 @@ def sentence(table: pd.DataFrame) -> str:
     parts = []
     for calibration, lines in sorted(table[table["calibration"] != ""].groupby("calibration"), reverse=True):
         counts, short = lines["state"].value_counts(), lines[lines["state"] == "short"]["gap"]
-        near = f"{counts['within error']} more within the 95 % interval" if "within error" in counts else ""
-        off = f"{len(short)} short by {short.min():.1f} to {short.max():.1f} points" if len(short) else ""
+        near = [f"{counts[state]} more {told}" for state, told in NEAR.items() if state in counts]
+        off = [f"{len(short)} short by {short.min():.1f} to {short.max():.1f} points"] if len(short) else []
         how = f"{counts.get('reached', 0)} of {count} with the {calibration} calibration"
-        parts.append(", ".join(filter(None, [how, near, off])))
+        parts.append(", ".join([how, *near, *off]))
     missing = count - len(table[table["state"] != "not run"].drop_duplicates(CELL))
     parts += [f"{missing} not run"] if missing else []
     return f"Published CIFAR cells reached: {'; '.join(parts)}."
@@ -104,7 +106,8 @@ def caption() -> str:
     return (
         "Drop: points of top-1 below the full-precision teacher, the published one below the authors' teacher "
         f"({teachers()}), ours below the kit's. ±: half of the 95 % interval, from the test images and the seeds. "
-        "Reached: at most the published drop, of several the smallest. Schedule: the profile, of several that were run "
+        "Reached: at most the published drop, of several the smallest; near: at most half a point more; within error: "
+        "the published drop lies in the interval. Schedule: the profile, of several that were run "
         "the longest; reduced, fewer iterations or images than published; retuned, other rates or weights; older code, "
         "measured before the notebook's code last changed and not found the same since. Calibration: published, as the "
         "method's paper has it; corrected, students on the method's images with the kit's ranges, batch-norm "
@@ -139,8 +142,8 @@ def picture(table: pd.DataFrame) -> Any:
     from dfqlib import plotting
 
     plotting.style()
-    looks = {"reached": (plotting.COLOURS[2], "o"), "within error": (plotting.COLOURS[0], "s")}
-    looks["short"] = (plotting.COLOURS[1], "^")
+    markers, colours = "oDs^", [plotting.COLOURS[index] for index in (2, 3, 0, 1)]
+    looks = dict(zip(("reached", *NEAR, "short"), zip(colours, markers, strict=True), strict=True))
     cell = table["method"].replace(names()) + " " + tables.bits_of(table)
     of_set = [table["dataset"] == name for name in DATASETS]
     counts = [cell[chosen].nunique() for chosen in of_set]
