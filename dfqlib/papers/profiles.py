@@ -67,7 +67,7 @@ CORRECTED = (
     "{corrected_iterations} iterations of {corrected_batch} of {corrected_images} images at {corrected_lr}, "
     "images refined for {corrected_refinement}"
 )
-MIXED = " and {corrected_mixed} times for mixed labels"
+MIXED = ", and in {corrected_mixed} further set(s) for mixed labels"
 BEGUN = ", begun from those of a generator of {corrected_generator} iterations"
 
 
