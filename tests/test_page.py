@@ -93,6 +93,7 @@ def test_page_needs_nothing_but_itself(report):
 def test_the_frontier_is_that_of_data_free_results(report):
     panel = report.partition("cifar10, W3A3</h3>")[2].partition("</figure>")[0]
     assert "4 results. Best data-free drop: 37.00 in 3 s (gdfq)." in panel
+    assert "Published drop: gdfq 18.78" in panel
     assert "log scale" in panel and "gdfq control, seed 1: drop 2.00, 1 s (run1)" in panel
 
 

@@ -5,6 +5,7 @@ them. Matplotlib draws them: a library that draws in the browser weighs ten time
 """
 
 import io
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dfqlib import plotting
+from dfqlib.papers import published
 
 #: Rows whose scheme, variant or ranges say this use real images: they are no data-free methods.
 REAL_IMAGES = r"\b(?:real|few-shot)\b"
@@ -61,6 +63,10 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
     best = best[(best["score"].cummin() if drop else best["score"].cummax()).diff().ne(0)]
     figure, axes = pyplot.subplots(figsize=(4.2, 3.1), layout="none", gridspec_kw=MARGINS)
     _draw(axes, part, looks)
+    aims = _published_drops(part) if drop else {}
+    for method, aim in aims.items():  # at the edge, since papers tell no time
+        tick = {"marker": "_", "markersize": 16, "markeredgewidth": 2, "color": looks[method]["color"]}
+        axes.plot([1], [aim], **tick, transform=axes.get_yaxis_transform())
     last = best.tail(1).assign(seconds=part["seconds"].max())  # it lasts to the right edge
     steps = pd.concat([best, last])
     axes.step(steps["seconds"], steps["score"], "--", where="post", color="0.45", linewidth=1.2)
@@ -78,7 +84,18 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
     ends = best.groupby(np.ceil(np.log10(best["seconds"]))).tail(1)  # the best of each power of ten
     told = "; ".join(f"{row.score:.2f} in {row.seconds:.3g} s ({named[row.Index]})" for row in ends.itertuples())
     text = f"{len(part)} results. Best data-free {kind}: {told or 'none'}."
+    text += " Published drop: " + ", ".join(f"{name} {aim:.2f}" for name, aim in aims.items()) + "." if aims else ""
     return Panel(heading, _svg(figure, heading, marks), text)
+
+
+def _published_drops(part: pd.DataFrame) -> dict[str, float]:
+    """The smallest published drop of each method of ``part``, which is of one data set and bit width."""
+    settings = set(part[published.KEYS].itertuples(index=False, name=None))
+    drops: dict[str, float] = {}
+    for row in published.rows():
+        if row.drop is not None and tuple(getattr(row, key) for key in published.KEYS) in settings:
+            drops[row.method] = min(row.drop, drops.get(row.method, math.inf))
+    return drops
 
 
 def _draw(axes: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
@@ -92,6 +109,7 @@ def _legend(looks: dict[str, Any]) -> Markup:
     handles = [pyplot.Line2D([], [], linestyle="", label=method, **look) for method, look in looks.items()]
     look: dict[str, Any] = {"linestyle": "", "marker": "o", "color": "0.3"}
     handles.append(pyplot.Line2D([], [], **look, markerfacecolor="white", label="hollow: uses real images"))
+    handles.append(pyplot.Line2D([], [], **(look | {"marker": "_"}), markersize=12, label="right edge: published drop"))
     handles.append(pyplot.Line2D([], [], linestyle="--", marker="", color="0.45", label="best data-free so far"))
     figure.legend(handles=handles, ncols=5, loc="center")
     return _svg(figure, "legend", [])

@@ -164,7 +164,7 @@ def picture(table: pd.DataFrame) -> Any:
     panels[-1].set_xlabel("drop from the full-precision teacher (points of top-1), 95 % interval")
     marks = [panels[0].plot([], [], **about, label="published")[0]]
     for state, (colour, marker) in looks.items():
-        marks += panels[0].plot([], [], color=colour, marker=marker, linestyle="none", label=f"here: {state}")
+        marks += panels[0].plot([], [], color=colour, marker=marker, linestyle="none", label=state)
     if (table["calibration"] == "corrected").any():
         about = {"color": "0.4", "marker": "o", "linestyle": "none", "fillstyle": "none"}
         marks += panels[0].plot([], [], **about, label="hollow: corrected")
