@@ -371,7 +371,8 @@ def test_the_published_overviews_are_those_of_the_committed_measurements(tmp_pat
     made = [path.relative_to(tmp_path) for path in (results, *results.glob("tables")) for path in path.glob("*.[mc]*")]
     for name in ("README.md", *made):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
-    assert compare_images(ROOT / "results/reproduced.png", results / "reproduced.png", tol=1) is None
+    for name in ("reproduced.png", "curve.png"):
+        assert compare_images(ROOT / "results" / name, results / name, tol=1) is None
 
 
 def test_every_published_cell_is_reached_near_short_or_not_run():

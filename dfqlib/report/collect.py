@@ -7,7 +7,8 @@ calibration. Its rows are of one version: the same code and schedule, those of t
 
 import json
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dfqlib.papers.parameters import RUN_PARAMETERS
 from dfqlib.papers.profiles import Paper, Profile
 from dfqlib.papers.published import Failures
 from dfqlib.places import PACKAGE
-from dfqlib.report import reproduced, tables
+from dfqlib.report import curve, reproduced, tables
 from dfqlib.report.page import Section, write_page
 from dfqlib.runner.identity import digest
 from dfqlib.runner.run_folder import finished
@@ -49,16 +50,20 @@ def write(results: Path, profile: Profile, present: Collection[str], failures: F
         if len(own):
             sections[key] = section
     cells = reproduced.cells(rows)
+    points = curve.points(rows, cells)
     if sections:
         with atomic_path(root / "results.csv") as path:
             rows.drop(columns=INTERNAL, errors="ignore").to_csv(path, index=False)
         if not profile.rehearsal:
-            _draw_cells(root, cells)
+            shown = cells.assign(schedule=cells["schedule"].map(tables.short)).drop(columns=["sources", "images"])
+            _draw(root / "reproduced.png", shown, partial(reproduced.picture, cells))
+            if len(points):
+                _draw(root / "curve.png", points, partial(curve.picture, points))
         write_page(root, list(sections.values()))
-    overview = "" if profile.rehearsal else _overview(cells, "")
+    overview = "" if profile.rehearsal else _overview(cells, points, "")
     _write_readme(root, papers, sections, overview)
     if project is None and not profile.rehearsal:
-        write_between(PROJECT.parent / "README.md", "results", _overview(cells, "results/"))
+        write_between(PROJECT.parent / "README.md", "results", _overview(cells, points, "results/"))
     return sections
 
 
@@ -212,24 +217,26 @@ def _copy_figures(root: Path, rows: pd.DataFrame) -> list[Path]:
     return copies
 
 
-def _draw_cells(root: Path, cells: pd.DataFrame) -> None:
-    """``reproduced.png``, drawn again only where the cells have changed, since that takes seconds."""
-    values, path = root / "reproduced.csv", root / "reproduced.png"
-    before = values.read_text(encoding="utf-8") if values.is_file() else ""
-    shown = cells.assign(schedule=cells["schedule"].map(tables.short)).drop(columns=["sources", "images"])
-    text = shown.to_csv(index=False, float_format="%.4f")
+def _draw(path: Path, values: pd.DataFrame, picture: Callable[[], Any]) -> None:
+    """A ``picture`` and its ``values`` beside it, drawn only where these have changed, since that takes seconds."""
+    table = path.with_suffix(".csv")
+    before = table.read_text(encoding="utf-8") if table.is_file() else ""
+    text = values.to_csv(index=False, float_format="%.4f")
     if text != before or not path.is_file():
-        figure = reproduced.picture(cells)
+        figure = picture()
         with atomic_path(path) as temporary:
             figure.savefig(temporary)
-        write_text(values, text)
+        write_text(table, text)
 
 
-def _overview(cells: pd.DataFrame, place: str) -> str:
-    """The first question's answer in Markdown: sentence, picture, table; files are in ``place``."""
+def _overview(cells: pd.DataFrame, points: pd.DataFrame, place: str) -> str:
+    """The first question's answer in Markdown: sentence, pictures, table; files are in ``place``."""
     picture = f"![Published drop and drop here of every published CIFAR cell]({place}reproduced.png)\n"
     text = [f"**{reproduced.sentence(cells)}**\n", picture, tables.markdown(reproduced.present(cells))]
-    return "\n".join([*text, f"{reproduced.caption()}\n", reproduced.elsewhere(), ""])
+    text += [f"{reproduced.caption()}\n", reproduced.elsewhere(), ""]
+    if len(points):
+        text += [f"![{curve.TITLE}]({place}curve.png)\n", curve.CAPTION, ""]
+    return "\n".join(text)
 
 
 def _write_readme(root: Path, papers: dict[str, Paper], sections: dict[str, Section], overview: str) -> None:
