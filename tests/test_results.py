@@ -26,7 +26,7 @@ from dfqlib.models.zoo import MODELS
 from dfqlib.notebook.run import Run
 from dfqlib.papers import profiles, published
 from dfqlib.papers.profiles import Profile
-from dfqlib.report import collect, reproduced, tables
+from dfqlib.report import collect, curve, reproduced, tables
 from dfqlib.runner import preflight
 from dfqlib.scores import Score
 
@@ -396,6 +396,21 @@ def test_every_published_cell_is_reached_near_short_or_not_run():
     both = pd.concat([*frames, frames[1].assign(calibration="corrected", top1=80, drop_error=1)])
     told = reproduced.sentence(reproduced.cells(both))
     assert f"1 of {len(cells)} with the corrected calibration" in told
+
+
+def test_the_curve_has_a_point_for_each_profile_and_calibration_of_a_published_cell():
+    frames = []
+    for profile, calibration, seconds, right in [("quick", "corrected", 60, 85), ("fast", "corrected", 600, 91)]:
+        run = make_run(profile=profile)
+        run.row(W4A4, top1=scores(right)[0], calibration=calibration, seconds=seconds)
+        run.row(W4A4, top1=70.0, variant="ablated", seconds=5)  # no published cell
+        run.row(W3A3, top1=70.0)  # without a time
+        frames.append(run.frame())
+    rows = pd.concat(frames, ignore_index=True)
+    points = curve.points(rows, reproduced.cells(rows))
+    assert points[["profile", "seconds", "drop"]].to_numpy().tolist() == [["quick", 60, 8], ["fast", 600, 2]]
+    assert points["published_drop"].tolist() == pytest.approx([3.78, 3.78]) and len(curve.picture(points).axes) == 2
+    assert curve.points(rows.iloc[:0], reproduced.cells(rows)).empty
 
 
 @pytest.mark.parametrize(("images", "told"), [(2000, ", 2,000 images"), (10_000, "")])
