@@ -13,6 +13,7 @@ CAPTION = (
     "A line goes from `quick`, on 2,000 test images, to `fast`. Seconds: wall time of a method's images and students "
     "on one core, with other work on the machine. Marks at the right edge: published drops."
 )
+LEAST = 0.1  # points; smaller drops stand at the lower edge, since the axis is logarithmic
 LOOKS = {"published": {"linestyle": "--"}, "corrected": {"linestyle": "-", "fillstyle": "none"}}
 
 
@@ -49,12 +50,12 @@ def picture(found: pd.DataFrame) -> Any:
         for (method, calibration), own in part.sort_values("seconds").groupby(["method", "calibration"], sort=False):
             about = {"color": looks[method][0], "marker": looks[method][1], "capsize": 2, "linewidth": 1}
             about |= LOOKS[calibration]
-            axes.errorbar(own["seconds"], own["drop"], yerr=own["error"], **about)
+            axes.errorbar(own["seconds"], own["drop"].clip(lower=LEAST), yerr=own["error"], **about)
         for method, aim in part.groupby("method")["published_drop"].first().items():  # papers tell no time
             tick = {"color": looks[method][0], "marker": "_", "markersize": 16, "markeredgewidth": 2}
             axes.plot([1], [aim], transform=axes.get_yaxis_transform(), **tick)
         axes.set(title=f"{reproduced.DATASETS[dataset]}, {bits}", xscale="log", yscale="log")
-        axes.set_ylim(bottom=max(0.1, axes.get_ylim()[0]))  # intervals may hold 0
+        axes.set_ylim(bottom=max(LEAST, axes.get_ylim()[0]))  # intervals may hold 0
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
