@@ -55,7 +55,6 @@ def test_widths_that_no_quantizer_has_are_refused(width):
         ("evaluations", 0, "evaluations=0 is out of range; allowed: a whole number from 1 to "),
         ("student_lr", math.nan, "student_lr=nan is out of range"),
         ("train_from", 10**8, "observe_iterations=800, train_from=100000000, iterations=80000 leave nothing"),
-        ("corrected_mixed", 1, "corrected_mixed=1 refines images anew, of which corrected_refinement=0 makes none"),
         ("data_folder", "/does/not/exist", "data_folder='/does/not/exist' is not a folder"),
         ("model", "resnet20", "model='resnet20' is unknown (did you mean 'resnet20_cifar10'?)"),
     ],

@@ -45,15 +45,6 @@ class Quantizing(Common):
 
     bits: list[BitWidths] = setting(["W4A4"], least=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        own = vars(self)
-        if own.get("corrected_mixed") and not own.get("corrected_refinement"):
-            raise UserError(
-                f"corrected_mixed={own['corrected_mixed']} refines images anew, of which corrected_refinement=0 makes "
-                "none; allowed: corrected_refinement from 1, or corrected_mixed=0."
-            )
-
 
 #: Parameters that say what is run and where; all others are a method's schedule, which is compared with the published.
 RUN_PARAMETERS = tuple(name for name in Quantizing.kinds() if name != "per_class")
