@@ -74,6 +74,16 @@ def find(*setting: str | int, scheme: str = "") -> list[Published]:
     return [row for row in found if scheme in ("", row.scheme)]
 
 
+def smallest_drops() -> dict[tuple[Any, ...], float]:
+    """Of each setting, as its ``KEYS``, the smallest drop that a paper prints."""
+    found: dict[tuple[Any, ...], float] = {}
+    for row in rows():
+        if row.drop is not None:
+            setting = tuple(getattr(row, key) for key in KEYS)
+            found[setting] = min(row.drop, found.get(setting, row.drop))
+    return found
+
+
 def teacher_top1(dataset: str, model: str) -> float | None:
     """Published full-precision top-1 of a teacher, the highest where papers disagree; ``None`` if no paper tells it."""
     values = [row.fp32_top1 for row in rows() if (row.dataset, row.model) == (dataset, model) and row.fp32_top1]

@@ -5,7 +5,6 @@ them. Matplotlib draws them: a library that draws in the browser weighs ten time
 """
 
 import io
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -63,8 +62,9 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
     best = best[(best["score"].cummin() if drop else best["score"].cummax()).diff().ne(0)]
     figure, axes = pyplot.subplots(figsize=(4.2, 3.1), layout="none", gridspec_kw=MARGINS)
     _draw(axes, part, looks)
-    aims = _published_drops(part) if drop else {}
-    for method, aim in aims.items():  # at the edge, since papers tell no time
+    settings = set(part[published.KEYS].itertuples(index=False, name=None)) if drop else ()
+    aims = [(setting[0], aim) for setting, aim in published.smallest_drops().items() if setting in settings]
+    for method, aim in aims:  # at the edge, since papers tell no time
         tick = {"marker": "_", "markersize": 16, "markeredgewidth": 2, "color": looks[method]["color"]}
         axes.plot([1], [aim], **tick, transform=axes.get_yaxis_transform())
     last = best.tail(1).assign(seconds=part["seconds"].max())  # it lasts to the right edge
@@ -84,18 +84,8 @@ def _panel(heading: str, part: pd.DataFrame, looks: dict[str, Any]) -> Panel:
     ends = best.groupby(np.ceil(np.log10(best["seconds"]))).tail(1)  # the best of each power of ten
     told = "; ".join(f"{row.score:.2f} in {row.seconds:.3g} s ({named[row.Index]})" for row in ends.itertuples())
     text = f"{len(part)} results. Best data-free {kind}: {told or 'none'}."
-    text += " Published drop: " + ", ".join(f"{name} {aim:.2f}" for name, aim in aims.items()) + "." if aims else ""
+    text += " Published drop: " + ", ".join(f"{name} {aim:.2f}" for name, aim in aims) + "." if aims else ""
     return Panel(heading, _svg(figure, heading, marks), text)
-
-
-def _published_drops(part: pd.DataFrame) -> dict[str, float]:
-    """The smallest published drop of each method of ``part``, which is of one data set and bit width."""
-    settings = set(part[published.KEYS].itertuples(index=False, name=None))
-    drops: dict[str, float] = {}
-    for row in published.rows():
-        if row.drop is not None and tuple(getattr(row, key) for key in published.KEYS) in settings:
-            drops[row.method] = min(row.drop, drops.get(row.method, math.inf))
-    return drops
 
 
 def _draw(axes: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:

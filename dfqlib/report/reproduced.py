@@ -27,12 +27,13 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
     """
     measured = tables.summarise(rows) if len(rows) else pd.DataFrame(columns=[*tables.LINE, "drop"])
     found: dict[tuple, dict[str, Any]] = {}
+    smallest = published.smallest_drops()
     for row in published.rows():
         if row.dataset in DATASETS and row.drop is not None:
             setting = {name: getattr(row, name) for name in published.KEYS}
-            cell = found.setdefault(tuple(setting.values()), setting | {"published_drop": row.drop, "sources": []})
+            key = tuple(setting.values())
+            cell = found.setdefault(key, setting | {"published_drop": smallest[key], "sources": []})
             cell["sources"].append(row.told)
-            cell["published_drop"] = min(cell["published_drop"], row.drop)
     table = pd.DataFrame([cell | line for cell in found.values() for line in _measured(cell, measured)])
     nearest = table.groupby(CELL)["gap"].transform("min")
     return table.assign(nearest=nearest).sort_values(["dataset", "nearest", *CELL], kind="stable", ignore_index=True)
